@@ -1,0 +1,136 @@
+"""The drafter protocol.
+
+A drafter guesses continuations; verification alone decides what is sampled, so a drafter can make generation faster or
+slower but never different. Sequences are named by an integer that stays theirs from `begin` to `end`, whatever row of
+a batch they sit in; a preempted sequence simply does not appear in `propose` for a while.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+
+class Needs(Flag):
+    """What a drafter asks of the generator; what it does not ask for is not computed."""
+
+    NOTHING = 0
+    HIDDEN_STATES = auto()
+    """final-norm hidden states of verified positions, in `Verified.hidden`"""
+    LOGITS = auto()
+    """the target's logits of verified positions, in `Verified.logits`"""
+    TARGET_LAYERS = auto()
+    """the target model itself, through `attach`"""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStart:
+    """A sequence begins."""
+
+    id: int
+    prompt_ids: np.ndarray
+    """int64 [P]"""
+    group: int
+    """sequences with the same group share their prompt"""
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """Sequences to draft for, in the order of the batch's B rows."""
+
+    ids: Sequence[int]
+    budgets: np.ndarray
+    """int64 [B], most tokens that can be used for each row; 0: none"""
+    temperatures: np.ndarray
+    """float32 [B]"""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Drafts for B rows, ragged: row b holds `lengths[b]` tokens (at most its budget), the rest is padding."""
+
+    token_ids: np.ndarray
+    """int64 [B, K]"""
+    lengths: np.ndarray
+    """int64 [B]"""
+    probabilities: torch.Tensor | None = None
+    """float32 [B, K, V], the distribution each draft token was drawn from, on the target's device; None: the drafts
+    are deterministic and count as one-hot"""
+    parents: np.ndarray | None = None
+    """reserved for trees: int64 [B, K], index of each token's parent in the row, -1 for the root"""
+
+    @staticmethod
+    def empty(rows: int) -> "Proposal":
+        return Proposal(np.zeros((rows, 0), np.int64), np.zeros(rows, np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What one verification emitted, for the B rows of the request before it (also for rows without a draft)."""
+
+    ids: Sequence[int]
+    emitted: Sequence[np.ndarray]
+    """int64 arrays: tokens that now continue the sequence: accepted drafts, then one residual or bonus token, cut at a
+    stop token or the length limit"""
+    accepted: np.ndarray
+    """int64 [B], accepted draft tokens"""
+    hidden: torch.Tensor | None = None
+    """[B, K+1, H]"""
+    logits: torch.Tensor | None = None
+    """[B, K+1, V]"""
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Implement these; `drafters.base.BaseDrafter` gives empty bodies for the ones you do not need."""
+
+    name: str
+    needs: Needs
+
+    def attach(self, target: object) -> None:
+        """The target model, before the first sequence; only called when `needs` has TARGET_LAYERS."""
+
+    def begin(self, sequences: Sequence[SequenceStart]) -> None:
+        """These sequences exist now."""
+
+    def propose(self, request: DraftRequest) -> Proposal:
+        """Drafts that continue each sequence after its last emitted token."""
+
+    def observe(self, verified: Verified) -> None:
+        """Tokens that were emitted, whoever drafted them."""
+
+    def weights_changed(self, version: int) -> None:
+        """The target runs publication `version` from the next verification on."""
+
+    def end(self, ids: Sequence[int]) -> None:
+        """These sequences are finished or cancelled."""
+
+
+class BaseDrafter:
+    """Empty bodies for the optional parts of the protocol."""
+
+    name = "unnamed"
+    needs = Needs.NOTHING
+
+    def attach(self, target: object) -> None:
+        pass
+
+    def begin(self, sequences: Sequence[SequenceStart]) -> None:
+        pass
+
+    def propose(self, request: DraftRequest) -> Proposal:
+        return Proposal.empty(len(request.ids))
+
+    def observe(self, verified: Verified) -> None:
+        pass
+
+    def weights_changed(self, version: int) -> None:
+        pass
+
+    def end(self, ids: Sequence[int]) -> None:
+        pass

@@ -1,0 +1,43 @@
+"""Group-relative advantages."""
+
+from typing import Annotated
+
+import torch
+
+from learner.objective import GroupRewards, Needs
+from pipeline.config.types import NonNegativeFloat, Section, option
+
+
+class GRPO:
+    """A_i = (R_i - mean of its group) / (std of its group + epsilon), the same for all tokens of sample i.
+
+    Shao et al. 2024, "DeepSeekMath", arXiv 2402.03300, section 4.1.2. The standard deviation is the sample one (n - 1),
+    as the common implementations have it. A group of one, or whose rewards are all equal, has advantage 0. Without
+    `normalise_std` this is the estimator of Dr. GRPO (arXiv 2503.20783).
+    """
+
+    name = "grpo"
+    needs = Needs.NOTHING
+
+    class Options(Section):
+        normalise_std: Annotated[bool, option("divide by the group's standard deviation")] = True
+        epsilon: Annotated[NonNegativeFloat, option("added to the standard deviation")] = 1e-6
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def __call__(self, samples: GroupRewards) -> torch.Tensor:
+        """float32 [S]"""
+        rewards = samples.rewards.double()
+        advantages = torch.zeros_like(rewards)
+        for group in samples.groups.unique():
+            members = samples.groups == group
+            reward = rewards[members]
+            # Equal rewards must give exactly 0: rounding of the mean over a tiny epsilon would not.
+            if reward.numel() < 2 or bool(reward.min() == reward.max()):
+                continue
+            advantage = reward - reward.mean()
+            if self.options.normalise_std:
+                advantage = advantage / (reward.std() + self.options.epsilon)
+            advantages[members] = advantage
+        return advantages.float()

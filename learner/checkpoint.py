@@ -1,0 +1,261 @@
+"""Checkpoints: everything a run needs to go on bit for bit, one folder a step, written atomically.
+
+`root/step-N` is a complete Hugging Face model folder (model.safetensors in float32, config.json, tokenizer) beside
+optimizer.safetensors, rng.safetensors, state.json and manifest.json, which lists the size and checksum of every other
+file. A folder of that name exists only once all of it is on disk.
+"""
+
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from learner.policy import copy_companion_files, policy_state
+from pipeline.errors import RunFailed
+
+MANIFEST = "manifest.json"
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+Warn = Callable[[str], None]
+_log = logging.getLogger(__name__)
+
+
+class FileRecord(msgspec.Struct):
+    """A line of the manifest."""
+
+    bytes: int
+    crc32: int
+
+
+class CorruptCheckpoint(RunFailed):
+    """A checkpoint's files are not what its manifest says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What `restore` found beside weights, optimiser state and random generators, which it has put back."""
+
+    folder: Path
+    step: int
+    state: Any
+    """as given to `save`: of the type asked for, or plain JSON values"""
+
+
+def save(
+    root: Path,
+    step: int,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    state: Any,
+    *,
+    keep: int = 2,
+    tokenizer_folder: Path | str | None = None,
+) -> Path:
+    """Write `root/step-N` and delete all but the newest `keep` checkpoints.
+
+    Args:
+        root: the run's folder of checkpoints, owned by this process alone.
+        step: batches trained.
+        state: a msgspec Struct or JSON-able value, stored in the same atomic step.
+        keep: checkpoints to keep, at least 1.
+        tokenizer_folder: where the tokenizer's files are copied from; default: where the model was loaded from.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: disk full or not writable; the checkpoints before are untouched.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+    temporary = root / f".tmp-step-{step}"
+    temporary.mkdir()
+    _write_contents(temporary, model, optimizer, state, tokenizer_folder or model.config.name_or_path)
+    _sync_folder(temporary)
+
+    final = root / f"step-{step}"
+    if final.exists():
+        final.rename(root / f".tmp-replaced-{step}")
+    temporary.rename(final)
+    _sync(root)
+    _prune(root, keep)
+    return final
+
+
+def latest(root: Path) -> Path | None:
+    """The newest complete checkpoint: its manifest is there and every file has its size. None if there is none."""
+    return next((folder for _, folder in _newest_first(root) if _is_complete(folder)), None)
+
+
+def restore(
+    root: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    state_type: Any = Any,
+    warn: Warn = _log.warning,
+) -> Restored | None:
+    """Put back the newest intact checkpoint: weights, optimiser state, torch's random generators.
+
+    A damaged checkpoint is renamed to `step-N.corrupt`, reported through `warn`, and the one before it is tried.
+
+    Returns:
+        Its step and state, or None if there has never been a checkpoint.
+
+    Raises:
+        RunFailed: there are checkpoints and none is intact, or it is of another model.
+    """
+    damaged = None
+    for step, folder in _newest_first(root):
+        try:
+            _verify(folder)
+            state = msgspec.json.decode((folder / "state.json").read_bytes(), type=state_type)
+            weights, moments, generators = (
+                load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "rng")
+            )
+        except (CorruptCheckpoint, SafetensorError) as error:
+            damaged = folder.rename(folder.with_name(folder.name + ".corrupt"))
+            warn(f"checkpoint {folder} is damaged ({error}); moved to {damaged.name}, trying the one before")
+            continue
+        except msgspec.ValidationError as error:
+            raise RunFailed(f"{folder / 'state.json'} was written by another version of rollahead: {error}") from error
+        _put_back(folder, model, optimizer, weights, moments, generators)
+        return Restored(folder, step, state)
+    if damaged:
+        raise RunFailed(f"no checkpoint in {root} is intact; restore one from a backup, or start a new run elsewhere")
+    return None
+
+
+def _write_contents(
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: Any, tokenizer_folder: Path | str
+) -> None:
+    weights = {name: tensor.contiguous().cpu() for name, tensor in policy_state(model).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_moments(model, optimizer), folder / "optimizer.safetensors")
+    save_file(_generators(), folder / "rng.safetensors")
+    model.config.save_pretrained(folder)
+    if tokenizer_folder:
+        copy_companion_files(tokenizer_folder, folder)
+    (folder / "state.json").write_bytes(msgspec.json.encode(state))
+    manifest = {path.name: FileRecord(path.stat().st_size, _crc32(path)) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+
+
+def _moments(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state under "moment/parameter"; empty before the first step."""
+    return {
+        f"{key}/{name}": optimizer.state[parameter][key].detach().contiguous().cpu()
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for key in _MOMENTS
+    }
+
+
+def _generators() -> dict[str, torch.Tensor]:
+    generators = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        generators |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return generators
+
+
+def _put_back(
+    folder: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    generators: dict[str, torch.Tensor],
+) -> None:
+    current = policy_state(model)
+    if {n: t.shape for n, t in current.items()} != {n: t.shape for n, t in weights.items()}:
+        raise RunFailed(f"checkpoint {folder} is of another model than model.path; use the model the run began with")
+    with torch.no_grad():
+        for name, tensor in current.items():
+            tensor.copy_(weights[name])
+    optimizer.state.clear()
+    for name, parameter in model.named_parameters():
+        if f"step/{name}" not in moments:
+            continue
+        # The step count stays where the fused optimiser keeps it: with the parameter.
+        optimizer.state[parameter] = {key: moments[f"{key}/{name}"].to(parameter.device) for key in _MOMENTS}
+    torch.set_rng_state(generators["cpu"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda:{index}" in generators:
+            torch.cuda.set_rng_state(generators[f"cuda:{index}"], index)
+
+
+def _newest_first(root: Path) -> list[tuple[int, Path]]:
+    matches = ((_STEP_FOLDER.fullmatch(path.name), path) for path in root.glob("step-*"))
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+
+def _manifest(folder: Path) -> dict[str, FileRecord]:
+    try:
+        return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=dict[str, FileRecord])
+    except FileNotFoundError as error:
+        raise CorruptCheckpoint(f"{MANIFEST} is missing") from error
+    except msgspec.MsgspecError as error:
+        raise CorruptCheckpoint(f"{MANIFEST}: {error}") from error
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return all(
+            (folder / name).is_file() and (folder / name).stat().st_size == record.bytes
+            for name, record in _manifest(folder).items()
+        )
+    except CorruptCheckpoint:
+        return False
+
+
+def _verify(folder: Path) -> None:
+    for name, record in _manifest(folder).items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptCheckpoint(f"{name} is missing")
+        if path.stat().st_size != record.bytes:
+            raise CorruptCheckpoint(f"{name} has {path.stat().st_size} bytes instead of {record.bytes}")
+        if _crc32(path) != record.crc32:
+            raise CorruptCheckpoint(f"{name} does not have its checksum")
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Delete old checkpoints; renamed first, so that a half-deleted one is never taken for a checkpoint."""
+    for _, folder in _newest_first(root)[max(1, keep) :]:
+        folder.rename(root / f".tmp-pruned-{folder.name}")
+    for leftover in root.glob(".tmp-*"):
+        shutil.rmtree(leftover)

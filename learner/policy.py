@@ -1,0 +1,86 @@
+"""The trained policy: a transformers causal language model with float32 master weights."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from learner.attention import PACKED_ATTENTION
+from pipeline.errors import UsageError
+
+COMPANION_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+"""Files that make a folder of weights and a config.json a complete Hugging Face model, where the source has them."""
+
+_UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that `learner.device` names; "auto" is CUDA where there is one.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"learner.device {device!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"learner.device {device!r}: this machine shows {torch.cuda.device_count()} CUDA devices")
+    return resolved
+
+
+def load_policy(folder: Path | str, device: str = "auto") -> PreTrainedModel:
+    """Load a Hugging Face checkpoint for training: float32, evaluation mode (no dropout), packed attention.
+
+    Raises:
+        UsageError: no checkpoint there, weights missing or of another shape, or an architecture whose logits the
+            learner does not compute.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is no Hugging Face checkpoint: it has no config.json; check model.path")
+    try:
+        _refuse_unsupported(AutoConfig.from_pretrained(folder, local_files_only=True), folder)
+        model: PreTrainedModel
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            dtype=torch.float32,
+            attn_implementation=PACKED_ATTENTION,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"the checkpoint {folder} cannot be loaded: {reason}") from error
+    # transformers fills missing weights with random numbers and goes on; a policy must not.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UsageError(f"the checkpoint {folder} lacks {len(missing)} weights, {missing[0]} first; is it complete?")
+    return model.to(resolve_device(device)).eval()
+
+
+def policy_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The model's weights under the names of a Hugging Face checkpoint, tied weights once; detached, not copied."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def copy_companion_files(source: Path | str, target: Path) -> None:
+    """Copy the tokenizer's files and the generation defaults, those that the source has."""
+    for name in COMPANION_FILES:
+        file = Path(source) / name
+        if file.is_file():
+            shutil.copyfile(file, target / name)
+
+
+def _refuse_unsupported(config: PretrainedConfig, folder: Path) -> None:
+    for key in _UNSUPPORTED:
+        value = getattr(config, key, None)
+        if value not in (None, 1, 1.0):
+            raise UsageError(f"the checkpoint {folder} has {key} {value}, which the learner does not compute")

@@ -1,0 +1,46 @@
+"""What a lease contains: a pure function of its number, so that any lease can be issued again after a crash."""
+
+from collections.abc import Callable, Sequence
+
+from pipeline.config import Config
+from pipeline.messages import Lease, SamplingParams
+from pipeline.tasks.base import Task
+from pipeline.tasks.prompts import PromptOrder, sample_seed
+
+
+class LeaseSource:
+    """Numbers leases 0, 1, 2, ... through epochs of the task's training prompts, each epoch in its own order."""
+
+    def __init__(
+        self,
+        task: Task,
+        usable: Sequence[int],
+        encode: Callable[[str], list[int]],
+        stop_token_ids: tuple[int, ...],
+        config: Config,
+    ) -> None:
+        self._task, self._usable, self._encode = task, usable, encode
+        self._order = PromptOrder(len(usable), config.run.seed)
+        self._seed, self._group_size = config.run.seed, config.learner.group_size
+        self._sampling = SamplingParams(
+            temperature=config.sampling.temperature,
+            max_new_tokens=config.sampling.max_new_tokens,
+            stop_token_ids=stop_token_ids,
+        )
+
+    def __call__(self, lease_id: int, version: int) -> Lease:
+        """Lease `lease_id`, to be started under publication `version` or later."""
+        epoch, position = self._order(lease_id)
+        example = self._task.train[self._usable[position]]
+        return Lease(
+            id=lease_id,
+            epoch=epoch,
+            kind="train",
+            prompt=example.prompt,
+            prompt_ids=tuple(self._encode(example.prompt)),
+            columns=example.columns,
+            group_size=self._group_size,
+            sampling=self._sampling,
+            seeds=tuple(sample_seed(self._seed, epoch, lease_id, sample) for sample in range(self._group_size)),
+            version=version,
+        )

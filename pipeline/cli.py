@@ -1,0 +1,190 @@
+"""The `rollahead` command: parse and call. Nothing heavy is imported before it is needed."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.errors import RollaheadError
+
+EXAMPLES = """\
+examples:
+  rollahead run                                     train the embedded model, no download, no GPU
+  rollahead run --set model.path=DIR --set task.kind=jsonl --set task.path=FILE --out runs/mine
+  rollahead learner c.toml                          in one shell, and in one or more others:
+  rollahead engine c.toml
+  rollahead generate DIR --prompt "Question: 3 bags of 4?\\nAnswer:" --drafter suffix-automaton
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; exit codes: 0 done, 1 the run failed, 2 command or configuration wrong, 130 interrupted."""
+    options = build_parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.call
+    try:
+        return command(options)
+    except RollaheadError as error:
+        sys.stderr.write(f"rollahead: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("rollahead: interrupted\n")
+        return 130
+    except Exception as error:
+        return _unexpected(error)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; a test freezes it."""
+    parser = argparse.ArgumentParser(
+        prog="rollahead",
+        description="Reinforcement learning of language models whose rollouts run ahead.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rollahead {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = _command(commands, "run", "learner and engine(s) on this machine, until the run is done", _run)
+    run.add_argument("config", nargs="?", type=Path, help="TOML file; without it the embedded default")
+    _configuration_options(run)
+    run.add_argument("--out", help="run directory (run.out); an existing run in it is resumed")
+
+    learner = _command(commands, "learner", "the learner alone", _learner)
+    learner.add_argument("config", type=Path, help="TOML file")
+    _configuration_options(learner)
+
+    engine = _command(commands, "engine", "an engine alone; start as many as you like, whenever you like", _engine)
+    engine.add_argument("config", type=Path, help="TOML file, the same as the learner's")
+    engine.add_argument("--connect", metavar="ADDR", help="the learner's address (transport.address)")
+    engine.add_argument(
+        "--connect-timeout", type=float, metavar="S", help="give up after S seconds without the learner; 0: never"
+    )
+    _configuration_options(engine)
+
+    generate = _command(commands, "generate", "sample from a model and show what drafting did", _generate)
+    generate.add_argument("model", type=Path, help="Hugging Face checkpoint directory, or a folder weights/vN of a run")
+    generate.add_argument("--prompt", required=True, help="text to continue")
+    generate.add_argument("--drafter", default="suffix-automaton", help="drafter by name or module:Class")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
+    generate.add_argument("--seed", type=int, default=0)
+
+    _command(commands, "drafters", "list the drafters that are installed", _drafters)
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    text: str,
+    call: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(call=call)
+    return parser
+
+
+def _configuration_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", help="override one option; may be repeated"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check, print the resolved configuration, and stop")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pipeline.config import load_config
+
+    config = load_config(options.config, options.set)
+    if options.out:
+        config.run.out = options.out
+    if options.dry_run:
+        return _dry_run(config, ("learner", "engine"))
+    from pipeline.launcher import run
+
+    return run(config, demo=options.config is None and not config.model.path)
+
+
+def _learner(options: argparse.Namespace) -> int:
+    from pipeline.config import load_config
+
+    config = load_config(options.config, options.set)
+    if options.dry_run:
+        return _dry_run(config, ("learner",))
+    from learner.service import run_learner
+
+    return run_learner(config)
+
+
+def _engine(options: argparse.Namespace) -> int:
+    from pipeline.config import load_config
+
+    config = load_config(options.config, options.set)
+    if options.dry_run:
+        return _dry_run(config, ("engine",))
+    from pipeline.engine.service import run_engine
+
+    return run_engine(config, options.connect, options.connect_timeout)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from pipeline.engine.show import generate
+
+    return generate(
+        options.model,
+        options.prompt,
+        drafter=options.drafter,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+
+
+def _drafters(options: argparse.Namespace) -> int:
+    from drafters.registry import available
+
+    for info in available():
+        print(f"{info.name:<20} {info.source:<40} needs {info.needs}")
+    return 0
+
+
+def _dry_run(config: object, parts: tuple[str, ...]) -> int:
+    from pipeline.config import Config, check_config, render
+
+    assert isinstance(config, Config)
+    check_config(config)
+    if "learner" in parts:
+        from learner.objective import Objective
+
+        Objective.from_config(config.objective)
+    if "engine" in parts:
+        from drafters.registry import build
+        from pipeline.tasks.rewards import load_reward
+
+        build(config.engine.drafter)
+        load_reward(config.task.reward)
+    sys.stdout.write(render(config))
+    return 0
+
+
+def _unexpected(error: Exception) -> int:
+    """A defect of ours: one line first, the traceback below it for the report."""
+    import traceback
+
+    sys.stderr.write(f"rollahead: {type(error).__name__}: {error}\n")
+    if os.environ.get("ROLLAHEAD_TRACEBACK", "1") != "0":
+        sys.stderr.write("".join(traceback.format_exception(error)))
+    return 1
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("rollahead")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Checks that need more than one option: combinations that cannot work are refused before anything starts."""
+
+import os
+from typing import Any
+
+import msgspec
+
+from pipeline.config.types import Config
+from pipeline.errors import UsageError
+
+
+def check_config(config: Config) -> None:
+    """Refuse impossible combinations.
+
+    Raises:
+        UsageError: one sentence naming keys, values and the remedy.
+    """
+    learner, sampling, task = config.learner, config.sampling, config.task
+    if learner.batch_size % learner.group_size:
+        raise UsageError(
+            f"learner.batch_size = {learner.batch_size} is not a multiple of learner.group_size = "
+            f"{learner.group_size}; a batch is made of whole groups"
+        )
+    if learner.group_size < 2:
+        raise UsageError("learner.group_size = 1 gives no advantage within a group; use at least 2")
+    if learner.minibatches > learner.batch_size:
+        raise UsageError(
+            f"learner.minibatches = {learner.minibatches} is more than learner.batch_size = {learner.batch_size}; "
+            "every optimiser step needs a sample"
+        )
+    if config.engine.max_sequences < learner.group_size:
+        raise UsageError(
+            f"engine.max_sequences = {config.engine.max_sequences} is less than learner.group_size = "
+            f"{learner.group_size}; an engine leases whole groups, so raise engine.max_sequences"
+        )
+    if sampling.temperature == 0:
+        raise UsageError("sampling.temperature = 0 (greedy) gives nothing to learn from; use for example 1.0")
+    if task.kind == "jsonl" and not task.path:
+        raise UsageError('task.kind = "jsonl" needs task.path, a file with one JSON object a line')
+    if task.kind == "jsonl" and not config.model.path:
+        raise UsageError('task.kind = "jsonl" needs model.path: the embedded model knows only the arithmetic task')
+    longest = sampling.max_prompt_tokens + sampling.max_new_tokens
+    if learner.micro_batch_tokens < longest:
+        raise UsageError(
+            f"learner.micro_batch_tokens = {learner.micro_batch_tokens} is less than one sample can be "
+            f"(sampling.max_prompt_tokens + sampling.max_new_tokens = {longest}); raise it"
+        )
+
+
+def check_against_model(config: Config, model_limit: int) -> None:
+    """Sequence limits against what the model was made for (`max_position_embeddings`)."""
+    longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
+    if longest > model_limit:
+        raise UsageError(
+            f"sampling.max_prompt_tokens + sampling.max_new_tokens = {longest} is more than the model's "
+            f"{model_limit} positions; lower one of them"
+        )
+
+
+def resolve_threads(wanted: int, config: Config) -> int:
+    """Torch threads of one process: as asked; else all cores when engine and learner take turns (synchronous), else a
+    share, because more compute threads than cores slow both down."""
+    if wanted:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    if config.learner.max_staleness == 0:
+        return cores
+    return max(1, cores // (1 + config.run.engines))
+
+
+# What may differ between a run and its resumption: it does not change what is learnt from which samples.
+_FREE_TO_CHANGE = {
+    "run": {"out", "steps", "engines", "restarts", "measure_drafting"},
+    "task": {"held_out_path"},
+    "engine": None,
+    "transport": None,
+    "weights": {"keep"},
+    "learner": {"threads", "device", "checkpoint_every", "keep_checkpoints"},
+}
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Keys on which a resumed run must agree with the run it resumes, and does not, with both values."""
+    changed = []
+    before: dict[str, Any] = msgspec.to_builtins(old)
+    after: dict[str, Any] = msgspec.to_builtins(new)
+    for section, options in after.items():
+        free = _FREE_TO_CHANGE.get(section, set())
+        if free is None:
+            continue
+        for key, value in options.items():
+            if key not in free and before[section][key] != value:
+                changed.append(f"{section}.{key} ({before[section][key]!r} before, {value!r} now)")
+    return changed

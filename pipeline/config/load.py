@@ -1,0 +1,126 @@
+"""Reads a configuration: TOML file, then `--set a.b=c`, then types and bounds. Torch-free."""
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import msgspec
+import tomli_w
+
+from pipeline.config.types import Config
+from pipeline.errors import UsageError
+
+
+def load_config(path: Path | None, overrides: list[str]) -> Config:
+    """The configuration of `path` (None: the embedded default) with overrides applied.
+
+    Raises:
+        UsageError: the file is missing or not TOML, a key is unknown, a value has the wrong type or is out of bounds.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(path.read_text())
+        except FileNotFoundError:
+            raise UsageError(f"configuration file {path} does not exist; check the path") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"configuration file {path} cannot be read: {error}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"configuration file {path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(tree, override)
+    return convert(tree)
+
+
+def convert(tree: dict[str, Any]) -> Config:
+    """A typed configuration from plain tables; errors name the key, the value and the remedy."""
+    _refuse_unknown_keys(tree)
+    _expand_piece_names(tree)
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        raise UsageError(_explain(str(error), tree)) from error
+
+
+def render(config: Config) -> str:
+    """The resolved configuration as TOML; reading it back gives the same configuration."""
+    return tomli_w.dumps(msgspec.to_builtins(config))
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise UsageError(f"--set {override!r} is not of the form section.key=value, for example learner.batch_size=32")
+    table = tree
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"--set {override!r}: {part!r} is a value, not a table; set it as a whole")
+    table[parts[-1]] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    """A TOML value; bare words are strings so that `--set model.path=DIR` needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _sections() -> dict[str, type[msgspec.Struct]]:
+    return {field.encode_name: field.type for field in msgspec.structs.fields(Config)}
+
+
+def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
+    sections = _sections()
+    for name, table in tree.items():
+        if name not in sections:
+            raise UsageError(f"unknown table [{name}] in the configuration{_nearest(name, list(sections))}")
+        if not isinstance(table, dict):
+            raise UsageError(f"{name} = {table!r} must be a table of options, written [{name}]")
+        keys = [field.encode_name for field in msgspec.structs.fields(sections[name])]
+        for key in table:
+            if key not in keys:
+                raise UsageError(f"unknown key {name}.{key} = {table[key]!r}{_nearest(key, keys)}")
+
+
+def _expand_piece_names(tree: dict[str, Any]) -> None:
+    """`drafter = "none"` is short for `drafter = {name = "none"}`, also inside lists of pieces."""
+    for section, keys in (
+        ("engine", ("drafter",)),
+        ("objective", ("advantage", "correction", "surrogate", "gates", "regularisers")),
+    ):
+        table = tree.get(section, {})
+        for key in keys:
+            value = table.get(key)
+            if isinstance(value, str):
+                table[key] = {"name": value}
+            elif isinstance(value, list):
+                table[key] = [{"name": item} if isinstance(item, str) else item for item in value]
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _explain(message: str, tree: dict[str, Any]) -> str:
+    """msgspec says `Expected `int` >= 1 - at `$.learner.batch_size``; add the value and the option's help."""
+    found = re.search(r"^(?P<what>.*) - at `\$\.(?P<key>[^`]+)`", message)
+    if found is None:
+        return f"the configuration is not valid: {message}"
+    key, what = found["key"], found["what"].replace("`", "")
+    section, _, name = key.partition(".")
+    value = tree.get(section, {}).get(name.partition("[")[0])
+    what = what[0].lower() + what[1:]
+    return f"{key} = {value!r} is not valid: {what} ({help_of(section, name)})"
+
+
+def help_of(section: str, name: str) -> str:
+    """The one line of help of an option."""
+    hint = get_type_hints(_sections()[section], include_extras=True).get(name.partition("[")[0])
+    texts = [meta.description for meta in get_args(hint)[1:] if isinstance(meta, msgspec.Meta) and meta.description]
+    return texts[-1] if texts else "see the configuration reference"

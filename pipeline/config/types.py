@@ -1,0 +1,132 @@
+"""Every option of a run, declared once: type, default, bounds and one line of help.
+
+The TOML file, `--set a.b=c`, `--dry-run` and the configuration reference all come from these structs. Torch-free.
+"""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0)]
+
+Piece = dict[str, Any]
+"""A registered part by `name`, beside its own options; the part itself declares and checks them."""
+
+
+def option(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class Section(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A table of the configuration; a key it does not know is an error."""
+
+
+class RunSection(Section):
+    out: Annotated[str, option("run directory; an existing run in it is resumed")] = "runs/default"
+    steps: Annotated[PositiveInt, option("optimiser batches to train")] = 100
+    seed: Annotated[Count, option("seed of prompts, sampling, initialisation")] = 0
+    engines: Annotated[PositiveInt, option("engine processes that `rollahead run` starts")] = 1
+    restarts: Annotated[Count, option("times `rollahead run` restarts a process killed by a signal")] = 3
+    measure_drafting: Annotated[bool, option("after `rollahead run`, time generation with and without drafting")] = True
+
+
+class ModelSection(Section):
+    path: Annotated[str, option("Hugging Face checkpoint directory; empty: the embedded model")] = ""
+    warm_start_reward: Annotated[PositiveFloat, option("embedded model: supervised warm start ends at this reward")] = 0.3
+    warm_start_seconds: Annotated[PositiveFloat, option("embedded model: the warm start's time limit")] = 170.0
+
+
+class TaskSection(Section):
+    kind: Annotated[Literal["arithmetic", "jsonl"], option("where prompts come from")] = "arithmetic"
+    digits: Annotated[Annotated[int, Meta(ge=1, le=12)], option("arithmetic: digits of the largest operand")] = 3
+    operands: Annotated[Annotated[int, Meta(ge=2, le=8)], option("arithmetic: numbers to add")] = 3
+    path: Annotated[str, option("jsonl: file of training samples, one object a line")] = ""
+    held_out_path: Annotated[str, option("jsonl: file of held-out samples")] = ""
+    question_field: Annotated[str, option("jsonl: field that holds the question")] = "question"
+    answer_field: Annotated[str, option("jsonl: field that holds the reference answer")] = "answer"
+    prompt_template: Annotated[str, option("jsonl: prompt text; {question} is replaced")] = "Question: {question}\nAnswer:"
+    reward: Annotated[str, option("numeric-answer, or module:function with TRL's signature")] = "numeric-answer"
+    long_prompts: Annotated[Literal["error", "skip"], option("a prompt over sampling.max_prompt_tokens")] = "error"
+
+
+class SamplingSection(Section):
+    temperature: Annotated[NonNegativeFloat, option("softmax temperature of rollouts; 0 is greedy")] = 1.0
+    max_prompt_tokens: Annotated[PositiveInt, option("longest prompt, in tokens")] = 256
+    max_new_tokens: Annotated[PositiveInt, option("longest response, in tokens")] = 256
+
+
+class EngineSection(Section):
+    generator: Annotated[Literal["native"], option("what generates")] = "native"
+    threads: Annotated[Count, option("torch threads of an engine; 0: chosen from the machine's cores")] = 0
+    max_sequences: Annotated[PositiveInt, option("sequences generated at once by one engine")] = 64
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("compute type; auto: the checkpoint's")] = "auto"
+    device: Annotated[str, option("auto, cpu, cuda or cuda:N")] = "auto"
+    max_draft_tokens: Annotated[Annotated[int, Meta(ge=0, le=128)], option("longest draft a verification")] = 8
+    drafter: Annotated[Piece, option("drafter by name or module:Class, with its options")] = field(
+        default_factory=lambda: {"name": "suffix-automaton"}
+    )
+    spool_bytes: Annotated[PositiveInt, option("unacknowledged trajectories an engine keeps on disk, in bytes")] = 256 << 20
+
+
+class TransportSection(Section):
+    address: Annotated[str, option("where the learner listens")] = "tcp://127.0.0.1:5757"
+    connect_timeout: Annotated[NonNegativeFloat, option("seconds an engine waits for the learner; 0: for ever")] = 60.0
+    heartbeat_seconds: Annotated[PositiveFloat, option("between an engine's progress messages")] = 1.0
+    lease_seconds: Annotated[PositiveFloat, option("a lease without progress is reissued after this")] = 30.0
+    journal_bytes: Annotated[PositiveInt, option("journal size that forces a checkpoint, in bytes")] = 1 << 30
+    max_message_bytes: Annotated[PositiveInt, option("largest message accepted")] = 64 << 20
+
+
+class WeightsSection(Section):
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("type of published weights; auto: the checkpoint's")] = "auto"
+    keep: Annotated[Annotated[int, Meta(ge=2)], option("published versions kept on disk")] = 3
+
+
+class LearnerSection(Section):
+    threads: Annotated[Count, option("torch threads of the learner; 0: chosen from the machine's cores")] = 0
+    device: Annotated[str, option("auto, cpu, cuda or cuda:N")] = "auto"
+    batch_size: Annotated[PositiveInt, option("samples an optimiser batch; a multiple of group_size")] = 64
+    group_size: Annotated[PositiveInt, option("samples a prompt")] = 8
+    minibatches: Annotated[PositiveInt, option("optimiser steps a batch")] = 2
+    micro_batch_tokens: Annotated[PositiveInt, option("tokens a forward-backward pass, packed without padding")] = 4096
+    learning_rate: Annotated[PositiveFloat, option("AdamW learning rate after warm-up")] = 1e-5
+    warmup_steps: Annotated[Count, option("batches of linear learning-rate warm-up")] = 0
+    weight_decay: Annotated[NonNegativeFloat, option("AdamW weight decay of matrices")] = 0.0
+    beta1: Annotated[Annotated[float, Meta(ge=0, lt=1)], option("AdamW first-moment decay")] = 0.9
+    beta2: Annotated[Annotated[float, Meta(ge=0, lt=1)], option("AdamW second-moment decay")] = 0.99
+    max_grad_norm: Annotated[PositiveFloat, option("gradient norm is clipped to this")] = 1.0
+    max_staleness: Annotated[Count, option("batches that rollouts may run ahead; 0: synchronous")] = 1
+    max_age: Annotated[Count, option("drop samples whose oldest token is older, in publications; 0: never")] = 0
+    dynamic_sampling: Annotated[bool, option("leave out groups whose rewards are all equal, and draw others")] = False
+    max_filtered_batches: Annotated[PositiveInt, option("batches' worth of groups left out in a row before giving up")] = 10
+    checkpoint_every: Annotated[PositiveInt, option("batches between checkpoints")] = 20
+    keep_checkpoints: Annotated[PositiveInt, option("checkpoints kept on disk")] = 2
+
+
+def _piece(name: str, **options: Any) -> Any:
+    return field(default_factory=lambda: {"name": name, **options})
+
+
+class ObjectiveSection(Section):
+    advantage: Annotated[Piece, option("advantage estimator")] = _piece("grpo")
+    correction: Annotated[Piece, option("off-policy correction")] = _piece("tis")
+    surrogate: Annotated[Piece, option("policy-gradient surrogate")] = _piece("ppo-clip")
+    gates: Annotated[list[Piece], option("token gates, applied in order")] = field(default_factory=lambda: [{"name": "erc"}])
+    regularisers: Annotated[list[Piece], option("terms added to the loss")] = field(default_factory=list)
+
+
+class Config(Section):
+    """A whole run. Engine and learner read the same file; each uses its own tables."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    task: TaskSection = field(default_factory=TaskSection)
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+    transport: TransportSection = field(default_factory=TransportSection)
+    weights: WeightsSection = field(default_factory=WeightsSection)
+    learner: LearnerSection = field(default_factory=LearnerSection)
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)

@@ -1,0 +1,84 @@
+"""The seam between the engine service and what generates: the native generator, vLLM, a user's own."""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.messages import Capabilities, DraftCounts, SamplingParams
+
+
+class TokenOrigin(IntEnum):
+    """How a token came to be emitted, for people who look at drafting; it does not matter to the learner."""
+
+    SAMPLED = 0
+    """drawn from the target: no draft stood there, or the draft was rejected (residual)"""
+    ACCEPTED = 1
+    BONUS = 2
+    """drawn from the target after a whole draft was accepted"""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRequest:
+    """A prompt and the samples wanted of it."""
+
+    id: int
+    prompt_ids: np.ndarray
+    """int64 [P]"""
+    sampling: SamplingParams
+    seeds: tuple[int, ...]
+    """one a sample; a sample's text depends on its seed, the prompt and the weights, not on its neighbours"""
+
+
+@dataclass(slots=True)
+class FinishedSample:
+    """One generated response of T tokens, the stop token included when there is one."""
+
+    group: int
+    sample: int
+    token_ids: np.ndarray
+    """int64 [T]"""
+    logprobs: np.ndarray
+    """float32 [T], nats, under the distribution that sampled"""
+    entropies: np.ndarray | None
+    """float32 [T], nats, at the sampling temperature; None where the generator cannot give it exactly"""
+    versions: np.ndarray
+    """int64 [T], publication that sampled each token"""
+    samplers: np.ndarray
+    """uint8 [T], `pipeline.messages.Sampler`"""
+    finish_reason: str
+    """"stop" or "length" """
+    verifications: int
+    """forward passes of the target that produced it"""
+    drafters: dict[str, DraftCounts] = field(default_factory=dict)
+    kv_kept_across_update: bool = False
+    origins: np.ndarray | None = None
+    """uint8 [T], `TokenOrigin`"""
+
+
+class Generator(Protocol):
+    """Driven by one thread. `step` does one unit of work for the whole batch and returns what finished in it."""
+
+    capabilities: Capabilities
+    version: int
+    """publication loaded; -1 before the first"""
+
+    def load_weights(self, folder: Path, version: int) -> None:
+        """Take effect from the next step on; sequences under way go on under the new weights."""
+
+    def add(self, request: GroupRequest) -> None:
+        """Queue a group; it starts when there is room."""
+
+    def cancel(self, group: int) -> None:
+        """Forget a group, running or queued; unknown ids are fine."""
+
+    def step(self) -> list[FinishedSample]: ...
+
+    def has_work(self) -> bool: ...
+
+    def running(self) -> int:
+        """Sequences running or queued."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,271 @@
+"""The engine process: leases in, trajectories out.
+
+A lease waits until the policy version it asks for is loaded; its group is generated, scored as a whole, and every
+sample goes to the spool and from there to the learner. New versions are picked up between two generation steps.
+"""
+
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import Config, check_config, resolve_threads
+from pipeline.digest import run_digest
+from pipeline.engine.generator import FinishedSample, Generator, GroupRequest
+from pipeline.engine.link import Drained, Failed, Granted, Link, Revoked, VersionHint
+from pipeline.engine.rewarding import FinishedGroup, RewardWorker, ScoredGroup
+from pipeline.errors import RollaheadError, RunFailed, UsageError
+from pipeline.messages import SCHEMA, Capabilities, Lease, Role, Trajectory, TrajectoryHeader
+from pipeline.run_directory import RunDirectory
+from pipeline.stop import StopSignal
+from pipeline.tasks.rewards import load_reward
+from pipeline.telemetry import Log
+from pipeline.transport.spool import Spool
+from pipeline.transport.zmq import ZmqEngineSocket
+from pipeline.weights import FilesystemFollower, WeightsError, WeightsFollower
+
+IDLE_SECONDS = 0.02
+FLUSH_SECONDS = 20.0
+
+
+def run_engine(config: Config, connect: str | None, connect_timeout: float | None) -> int:
+    """Serve one learner until it drains us, we are told to stop, or it stays away too long; returns the exit code."""
+    check_config(config)
+    stop, log = StopSignal(), Log("engine")
+    address = connect or config.transport.address
+    reward = load_reward(config.task.reward)
+    _build_drafter(config)  # refuse a wrong drafter before anything waits
+    link = Link(
+        ZmqEngineSocket(
+            address,
+            heartbeat_seconds=config.transport.heartbeat_seconds,
+            max_message_bytes=config.transport.max_message_bytes,
+        ),
+        Spool.acquire(RunDirectory(Path(config.run.out)).spool, config.engine.spool_bytes),
+        digest=run_digest(config),
+        capabilities=Capabilities(entropy=True),
+        heartbeat_seconds=config.transport.heartbeat_seconds,
+        connect_timeout=config.transport.connect_timeout if connect_timeout is None else connect_timeout,
+        on_event=log,
+    )
+    engine = Engine(config, link, FilesystemFollower(RunDirectory(Path(config.run.out)).weights), reward, stop, log)
+    link.start()
+    try:
+        engine.run()
+        return stop.exit_code if stop.requested else 0
+    except RollaheadError as error:
+        if not isinstance(error, LearnerEnded):
+            link.fatal(str(error))
+        raise
+    except Exception as error:
+        link.fatal(f"{type(error).__name__}: {error}", traceback.format_exc())
+        raise
+    finally:
+        link.stop()
+
+
+class LearnerEnded(RunFailed):
+    """The learner failed, refused us or stayed away; there is nobody to tell."""
+
+
+class LearnerRefused(LearnerEnded, UsageError):
+    """The learner does not want this engine's configuration."""
+
+    exit_code = 2
+
+
+@dataclass(slots=True)
+class LeaseWork:
+    """A lease under way: samples arrive one by one, rewards need the whole group."""
+
+    lease: Lease
+    started: bool = False
+    samples: dict[int, FinishedSample] = field(default_factory=dict)
+
+    @property
+    def unfinished(self) -> int:
+        return self.lease.group_size - len(self.samples)
+
+
+class Engine:
+    """State of the engine's main loop."""
+
+    def __init__(
+        self, config: Config, link: Link, follower: WeightsFollower, reward: object, stop: StopSignal, log: Log
+    ) -> None:
+        self.config, self.link, self.follower, self.stop, self.log = config, link, follower, stop, log
+        self._reward_function = reward
+        self._rewards: RewardWorker | None = None
+        self.generator: Generator | None = None
+        self.work: dict[int, LeaseWork] = {}
+        self.wanted_version = -1
+        self.generated_tokens = 0
+        self.busy_seconds = 0.0
+        self.draining = False
+
+    def run(self) -> None:
+        """Until drained, stopped, or failed."""
+        while not (self.draining or self.stop.requested):
+            busy = self.generator is not None and self.generator.has_work()
+            self._listen(0.0 if busy else IDLE_SECONDS)
+            self._follow_weights()
+            self._start_leases()
+            self._generate()
+            self._deliver()
+            self._report()
+        self._leave()
+
+    def _listen(self, timeout: float) -> None:
+        for event in self.link.poll(timeout):
+            match event:
+                case Granted(leases):
+                    for lease in leases:
+                        self.work.setdefault(lease.id, LeaseWork(lease))
+                        self.wanted_version = max(self.wanted_version, lease.version)
+                case VersionHint(version):
+                    self.wanted_version = max(self.wanted_version, version)
+                case Revoked(leases):
+                    for lease_id in leases:
+                        if self.work.pop(lease_id, None) is not None and self.generator is not None:
+                            self.generator.cancel(lease_id)
+                case Drained():
+                    self.draining = True
+                case Failed(message, refused):
+                    raise LearnerRefused(message) if refused else LearnerEnded(message)
+
+    def _follow_weights(self) -> None:
+        """Load a newer version before the next step; sequences under way go on under it."""
+        loaded = self.generator.version if self.generator is not None else -1
+        if self.wanted_version <= loaded:
+            return
+        try:
+            folder, publication = self.follower.fetch(self.wanted_version)
+        except WeightsError as error:
+            self.log(f"{error}; going on with version {loaded}, trying again")
+            time.sleep(IDLE_SECONDS)
+            return
+        if publication.version <= loaded:
+            return
+        if self.generator is None:
+            self._build(folder)
+        assert self.generator is not None
+        self.generator.load_weights(folder, publication.version)
+
+    def _build(self, folder: Path) -> None:
+        """The first version brings model configuration and tokenizer; from then on only weights change."""
+        from pipeline.models.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_folder(folder)
+        self.generator = build_generator(self.config, folder, self.log)
+        self._rewards = RewardWorker(self._reward_function, tokenizer.decode)  # type: ignore[arg-type]
+
+    def _start_leases(self) -> None:
+        if self.generator is None:
+            return
+        for work in self.work.values():
+            lease = work.lease
+            if not work.started and lease.version <= self.generator.version:
+                work.started = True
+                self.generator.add(
+                    GroupRequest(lease.id, np.asarray(lease.prompt_ids, np.int64), lease.sampling, lease.seeds)
+                )
+
+    def _generate(self) -> None:
+        if self.generator is None or not self.generator.has_work():
+            return
+        began = time.perf_counter()
+        finished = self.generator.step()
+        self.busy_seconds += time.perf_counter() - began
+        for sample in finished:
+            self.generated_tokens += len(sample.token_ids)
+            work = self.work.get(sample.group)
+            if work is None:
+                continue
+            work.samples[sample.sample] = sample
+            if not work.unfinished:
+                assert self._rewards is not None
+                samples = [work.samples[index] for index in range(work.lease.group_size)]
+                self._rewards.submit(FinishedGroup(work.lease, samples))
+
+    def _deliver(self) -> None:
+        for scored in self._rewards.scored() if self._rewards is not None else ():
+            lease = scored.group.lease
+            if self.work.pop(lease.id, None) is None:
+                continue  # revoked meanwhile
+            for index, score in enumerate(scored.scores):
+                if score.reward is None:
+                    self.log(f"lease {lease.id} sample {index} dropped: {score.error}")
+                    self.link.fail_sample(lease.id, index, "reward_error", score.error)
+                else:
+                    self.link.submit(trajectory_of(scored, index))
+
+    def _report(self) -> None:
+        held = sum(work.unfinished for work in self.work.values())
+        self.link.update(
+            running=tuple(self.work),
+            credit=max(0, self.config.engine.max_sequences - held),
+            version=self.generator.version if self.generator is not None else -1,
+            generated_tokens=self.generated_tokens,
+            busy_seconds=self.busy_seconds,
+        )
+
+    def _leave(self) -> None:
+        """Hand back what is not finished, wait until what is finished is safe with the learner."""
+        if self._rewards is not None:
+            self._rewards.close()
+            self._deliver()
+        self.link.leave(tuple(self.work))
+        if not self.link.flush(FLUSH_SECONDS):
+            self.log("left before the learner had everything; the rest stays in the spool for the next engine")
+
+
+def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
+    """One sample of a scored group as it travels; the link fills in producer, incarnation and sequence."""
+    lease, sample, score = scored.group.lease, scored.group.samples[index], scored.scores[index]
+    tokens = len(sample.token_ids)
+    assert score.reward is not None
+    header = TrajectoryHeader(
+        schema=SCHEMA, producer="", incarnation=0, sequence=0, lease=lease.id, sample=index,
+        prompt_tokens=len(lease.prompt_ids), response_tokens=tokens, has_entropy=sample.entropies is not None,
+        reward=score.reward, reward_parts={}, finish_reason=sample.finish_reason, sampling=lease.sampling,
+        drafters=sample.drafters, verifications=sample.verifications,
+        kv_kept_across_update=sample.kv_kept_across_update,
+    )  # fmt: skip
+    return Trajectory(
+        header=header,
+        prompt_ids=np.asarray(lease.prompt_ids, np.uint32),
+        token_ids=sample.token_ids.astype(np.uint32),
+        logprobs=sample.logprobs,
+        entropies=sample.entropies,
+        versions=sample.versions.astype(np.uint32),
+        samplers=sample.samplers,
+        roles=np.full(tokens, Role.GENERATED, np.uint8),
+    )
+
+
+def _build_drafter(config: Config) -> object:
+    from drafters.registry import build
+
+    return build(config.engine.drafter)
+
+
+def build_generator(config: Config, folder: Path, log: Log) -> Generator:
+    """The generator of the configuration, on the model in `folder`."""
+    import torch
+
+    from drafters.registry import build
+    from pipeline.engine.native.generator import NativeGenerator
+
+    torch.set_num_threads(resolve_threads(config.engine.threads, config))
+    return NativeGenerator(
+        folder,
+        drafter=build(config.engine.drafter),
+        max_sequences=config.engine.max_sequences,
+        max_draft_tokens=config.engine.max_draft_tokens,
+        max_length=config.sampling.max_prompt_tokens + config.sampling.max_new_tokens,
+        dtype=config.engine.dtype,
+        device=config.engine.device,
+        on_event=log,
+    )

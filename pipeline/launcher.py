@@ -1,0 +1,197 @@
+"""`rollahead run`: a learner and engines as processes of this machine, watched until the run is done.
+
+Children write to files under logs/; the launcher draws what metrics.jsonl says. A child killed by a signal is started
+again (run.restarts times): the learner from its checkpoint and journal, an engine with its spool. Ctrl-C reaches this
+process alone, which asks the children once to stop cleanly; a second one stops everything now.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pipeline.config import Config, check_config
+from pipeline.errors import RunFailed, UsageError
+from pipeline.run_directory import RunDirectory
+from pipeline.stop import INTERRUPTED, StopSignal
+from pipeline.telemetry import Log
+from pipeline.telemetry.metrics import read_metrics
+from pipeline.telemetry.progress import StepView
+
+POLL_SECONDS = 0.25
+STOP_SECONDS = 60.0
+
+
+def run(config: Config, demo: bool) -> int:
+    """Run to the end; returns the exit code."""
+    check_config(config)
+    _choose_address(config)
+    directory = RunDirectory(Path(config.run.out))
+    directory.prepare(config)
+    stop = StopSignal()
+    if not config.model.path:
+        _warm_start(config)
+    if stop.requested:
+        return stop.exit_code
+    group = ProcessGroup(config, directory, stop)
+    stop.before_exit = group.kill
+    began = time.monotonic()
+    try:
+        code = group.watch()
+    finally:
+        group.close()
+    if code == 0:
+        from pipeline.summary import print_summary
+
+        print_summary(config, directory, time.monotonic() - began, demo=demo)
+    elif code == INTERRUPTED:
+        Log("run")(f"interrupted; state is kept in {directory.root}, the same command goes on from it")
+    return code
+
+
+def _choose_address(config: Config) -> None:
+    """The default address is one port; runs beside each other need one each."""
+    if config.transport.address != type(config.transport)().address:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        config.transport.address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def _warm_start(config: Config) -> None:
+    from learner.warm_start import ensure_embedded_model
+    from pipeline.telemetry.progress import WarmStartView
+
+    view = WarmStartView()
+    try:
+        ensure_embedded_model(config, lambda p: view.show(p.fraction, p.loss, p.reward, p.seconds))
+    finally:
+        view.close()
+
+
+class Child:
+    """One process of the run."""
+
+    def __init__(self, name: str, command: list[str], log: Path) -> None:
+        self.name, self._command, self.log = name, command, log
+        self.restarts = 0
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as file:
+            # a session of its own: the terminal's Ctrl-C must reach the launcher only
+            return subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            )
+
+    def restart(self) -> None:
+        self.restarts += 1
+        self.process = self._start()
+
+    def reason(self) -> str:
+        """The line by which the process said why it failed, else its last one."""
+        lines = [text for text in self.log.read_text(errors="replace").splitlines() if text.strip()]
+        said = [text.removeprefix("rollahead: ") for text in lines if text.startswith("rollahead: ")]
+        return (said or lines or ["it said nothing"])[-1]
+
+
+class ProcessGroup:
+    """Starts the children, shows progress, ends with the learner."""
+
+    def __init__(self, config: Config, directory: RunDirectory, stop: StopSignal) -> None:
+        self.config, self.directory, self.stop = config, directory, stop
+        self.log = Log("run")
+        self.rows_shown = len(read_metrics(directory.metrics))
+        self.view = StepView(config.run.steps, self.rows_shown)
+        self.learner = Child("learner", self._command("learner"), directory.logs / "learner.log")
+        self.engines = [
+            Child(f"engine-{index}", self._command("engine"), directory.logs / f"engine-{index}.log")
+            for index in range(config.run.engines)
+        ]
+
+    def _command(self, name: str) -> list[str]:
+        return [sys.executable, "-m", "pipeline.cli", name, str(self.directory.config)]
+
+    def watch(self) -> int:
+        """Until the learner is done; returns its exit code."""
+        while True:
+            self._show_new_rows()
+            if self.stop.requested:
+                return self._stop_all()
+            code = self.learner.process.poll()
+            if code is not None and not self._restarted(self.learner, code):
+                self._show_new_rows()
+                return self._learner_ended(code)
+            self._tend_engines()
+            time.sleep(POLL_SECONDS)
+
+    def close(self) -> None:
+        """Nothing outlives the launcher."""
+        self.view.close()
+        deadline = time.monotonic() + STOP_SECONDS
+        for child in (*self.engines, self.learner):
+            if child.process.poll() is None:
+                child.process.terminate()
+            try:
+                child.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
+
+    def kill(self) -> None:
+        """At once, nothing saved."""
+        for child in (self.learner, *self.engines):
+            if child.process.poll() is None:
+                child.process.kill()
+
+    def _show_new_rows(self) -> None:
+        rows = read_metrics(self.directory.metrics)
+        self.rows_shown = min(self.rows_shown, len(rows))  # the file is cut back when a learner resumes
+        for row in rows[self.rows_shown :]:
+            self.view.show(row)
+        self.rows_shown = len(rows)
+
+    def _tend_engines(self) -> None:
+        for engine in self.engines:
+            code = engine.process.poll()
+            if code is None or code == 0 or self._restarted(engine, code):
+                continue
+            if self.learner.process.poll() is None:
+                raise _failure(engine, code)
+
+    def _restarted(self, child: Child, code: int) -> bool:
+        """Killed from outside (a signal) is worth another start; an error of its own is not."""
+        if code >= 0 or child.restarts >= self.config.run.restarts:
+            return False
+        self.log(f"{child.name} was killed ({signal.Signals(-code).name}); starting it again")
+        child.restart()
+        return True
+
+    def _learner_ended(self, code: int) -> int:
+        if code in (0, INTERRUPTED):
+            return code
+        raise _failure(self.learner, code)
+
+    def _stop_all(self) -> int:
+        self.view.close()
+        self.log("stopping: state is being saved (once more to stop at once)")
+        for child in (self.learner, *self.engines):
+            if child.process.poll() is None:
+                os.kill(child.process.pid, signal.SIGINT)
+        deadline = time.monotonic() + STOP_SECONDS
+        for child in (self.learner, *self.engines):
+            try:
+                child.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.log(f"{child.name} did not stop within {STOP_SECONDS:.0f} s and is killed")
+                child.process.kill()
+        return self.stop.exit_code
+
+
+def _failure(child: Child, code: int) -> RunFailed | UsageError:
+    message = f"the {child.name} ended with exit code {code}: {child.reason()} (log: {child.log})"
+    return UsageError(message) if code == UsageError.exit_code else RunFailed(message)

@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM: the first asks for one clean stop, the second stops now."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+INTERRUPTED = 130
+
+
+class StopSignal:
+    """Set once a stop was asked for. Create it in the main thread."""
+
+    def __init__(self, before_exit: Callable[[], None] = lambda: None) -> None:
+        self._event = threading.Event()
+        self.before_exit = before_exit
+        """called by the second signal, in the signal handler, right before the process ends"""
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._event.is_set():
+            sys.stderr.write("stopped at once\n")
+            sys.stderr.flush()
+            self.before_exit()
+            os._exit(INTERRUPTED)
+        self.signal = number
+        self._event.set()
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C; 0 when asked to leave by SIGTERM."""
+        return INTERRUPTED if self.signal == signal.SIGINT else 0

@@ -1,0 +1,104 @@
+"""Prompts and reference answers from files with one JSON object a line (GSM8K's form is the default)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import msgspec
+
+from pipeline.config.types import TaskSection
+from pipeline.errors import UsageError
+from pipeline.tasks.base import REFERENCE, Example
+from pipeline.tasks.rewards import reference_number
+
+_ARGUMENTS = ("prompts", "completions")
+_decoder = msgspec.json.Decoder(dict[str, Any])
+
+
+class JsonlTask:
+    """Every field of a line travels as a column; the answer field also as `reference`.
+
+    Raises:
+        UsageError: a file or line cannot be used; the text names file, line and remedy.
+    """
+
+    def __init__(self, section: TaskSection) -> None:
+        self.train: Sequence[Example] = read_examples(Path(section.path), section)
+        self.held_out: Sequence[Example] = (
+            read_examples(Path(section.held_out_path), section) if section.held_out_path else []
+        )
+
+    @property
+    def longest_prompt(self) -> None:
+        return None
+
+
+def read_examples(path: Path, section: TaskSection) -> list[Example]:
+    """All examples of a file; blank lines are passed over."""
+    fields = _template_fields(section.prompt_template)
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UsageError(f"task file {str(path)!r} cannot be read ({error.strerror}); check the path") from error
+    examples = [
+        _example(line, f"{path}:{number}", fields, section) for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not examples:
+        raise UsageError(f"task file {str(path)!r} is empty; it needs one JSON object a line")
+    return examples
+
+
+def _example(line: bytes, origin: str, template_fields: list[str], section: TaskSection) -> Example:
+    try:
+        record = _decoder.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UsageError(f"{origin}: not a JSON object in UTF-8 ({error}); write one object a line") from error
+    question = _text(record, section.question_field, "task.question_field", origin)
+    reference = _text(record, section.answer_field, "task.answer_field", origin)
+    if section.reward == "numeric-answer" and reference_number(reference) is None:
+        raise UsageError(
+            f"{origin}: the answer {reference[-40:]!r} states no number; end it in '#### 42', "
+            "or set task.reward to a function of your own"
+        )
+    named = {**record, "question": question}
+    for field in template_fields:
+        if field not in named:
+            raise UsageError(
+                f"{origin}: task.prompt_template uses {{{field}}}, which this line lacks; it has {_names(record)}"
+            )
+    return Example(section.prompt_template.format(**named), _columns(record, reference, section, origin), origin)
+
+
+def _columns(record: dict[str, Any], reference: str, section: TaskSection, origin: str) -> dict[str, Any]:
+    taken = [*_ARGUMENTS, *([REFERENCE] if section.answer_field != REFERENCE else [])]
+    for name in taken:
+        if name in record:
+            raise UsageError(f"{origin}: a field named {name!r} stands in the way of a reward argument; rename it")
+    return {**record, REFERENCE: reference}
+
+
+def _text(record: dict[str, Any], field: str, option: str, origin: str) -> str:
+    if field not in record:
+        raise UsageError(f"{origin}: no field {field!r}; set {option} to one of {_names(record)}")
+    value = record[field]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UsageError(f"{origin}: field {field!r} is {type(value).__name__}, not text; set {option} to a text field")
+    return str(value)
+
+
+def _template_fields(template: str) -> list[str]:
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UsageError(f"task.prompt_template = {template!r}: {error}; write {{{{ for a brace of its own") from error
+    if not fields:
+        raise UsageError(f"task.prompt_template = {template!r} has no field; it needs {{question}}")
+    for name in fields:
+        if not name.isidentifier():
+            raise UsageError(f"task.prompt_template = {template!r}: {{{name}}} is not the plain name of a field")
+    return fields
+
+
+def _names(record: dict[str, Any]) -> str:
+    return ", ".join(sorted(record)) or "nothing"

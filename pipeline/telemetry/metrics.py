@@ -1,0 +1,111 @@
+"""`metrics.jsonl`: one object an optimiser batch, with stable keys. Torch-free."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from msgspec import Struct, field, structs
+
+from pipeline.errors import UsageError
+
+
+class StepMetrics(Struct, kw_only=True):
+    """One line of metrics.jsonl. Counts are for the step unless the key ends in `_total`; None becomes null."""
+
+    step: int
+    policy_version: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    reward_mean: float
+    reward_std: float
+    reward_mean_unfiltered: float
+    """before groups without signal were left out"""
+    groups_without_signal: int
+    response_length_mean: float
+    truncated_fraction: float
+    tokens_trained: int
+    tokens_per_second: float
+    """tokens trained / wall_seconds"""
+    staleness_mean: float
+    """publications between a trained token's policy and the newest, over tokens"""
+    staleness_max: float
+    entropy: float
+    """nats a token, of the policy at the start of the batch"""
+    entropy_ratio_kept: float
+    clip_fraction: float
+    importance_weight_mean: float
+    importance_weight_ess: float
+    """effective sample size of the token weights as a share of their number"""
+    mismatch_k3: float | None
+    """k3 between learner and engine log-probs over tokens of the newest version; None when there were none"""
+    dropped: dict[str, int] = field(default_factory=dict)
+    dropped_total: dict[str, int] = field(default_factory=dict)
+    acceptance_rate: float | None = None
+    tokens_per_verification: float = 1.0
+    drafters: dict[str, dict[str, int]] = field(default_factory=dict)
+    engine_seconds: float = 0.0
+    """seconds engines spent generating since the step before"""
+    learner_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    """seconds the learner waited for a batch"""
+    wall_seconds: float = 0.0
+    engines: int = 0
+    reissued_total: int = 0
+    skipped_steps: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+    """metrics of the objective's pieces, under their names"""
+
+
+class MetricsWriter:
+    """Appends lines; a resumed run's file is cut back to its checkpoint first."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_back(path, resume_step)
+        self._file: TextIO = path.open("a")
+
+    def write(self, metrics: StepMetrics) -> None:
+        line = {key: _plain(value) for key, value in structs.asdict(metrics).items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines; a line still being written is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _cut_back(path: Path, step: int) -> None:
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    if not path.exists():
+        return
+    temporary = path.with_suffix(".cut")
+    try:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"metrics file {path} cannot be rewritten: {error}; check its permissions") from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN; a value that is not finite becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

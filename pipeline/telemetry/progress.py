@@ -1,0 +1,115 @@
+"""Progress for people: rich on a terminal, plain lines elsewhere."""
+
+import sys
+from collections import deque
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+class StepView:
+    """Shows a run step by step from the rows of metrics.jsonl."""
+
+    def __init__(self, steps: int, done: int, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr)
+        self.steps, self.done = steps, done
+        self.rewards: deque[float] = deque(maxlen=400)
+        self._live: Live | None = None
+        self._progress = _bar("training")
+        self._task = self._progress.add_task("training", total=steps, completed=done)
+
+    def show(self, row: dict[str, Any]) -> None:
+        """One finished step."""
+        self.rewards.append(row["reward_mean"] or 0.0)
+        if not self.console.is_terminal:
+            self.console.print(line(row, self.steps), highlight=False, soft_wrap=True)
+            return
+        if self._live is None:
+            self._live = Live(console=self.console, refresh_per_second=4)
+            self._live.start()
+        self._progress.update(self._task, completed=row["step"])
+        self._live.update(Group(self._table(row), self._progress))
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _table(self, row: dict[str, Any]) -> Table:
+        table = Table.grid(padding=(0, 2))
+        table.add_row("reward", f"{row['reward_mean']:.3f}", Text(sparkline(list(self.rewards)), style="green"))
+        table.add_row("tokens/s", f"{row['tokens_per_second']:.0f}", f"{row['engines']} engine(s)")
+        acceptance = row["acceptance_rate"]
+        table.add_row(
+            "drafting",
+            f"{row['tokens_per_verification']:.2f}",
+            f"tokens a verification, acceptance {acceptance:.0%}" if acceptance is not None else "nothing drafted",
+        )
+        table.add_row(
+            "staleness", f"{row['staleness_mean']:.2f}", f"publications, at most {row['staleness_max']:.0f}"
+        )
+        table.add_row("entropy", f"{row['entropy']:.3f}", "nats a token")
+        return table
+
+
+def line(row: dict[str, Any], steps: int) -> str:
+    """A step in one plain line."""
+    acceptance = row["acceptance_rate"]
+    drafting = f"accepted {acceptance:.0%}" if acceptance is not None else "no drafts"
+    return (
+        f"step {row['step']}/{steps}  reward {row['reward_mean']:.3f}  {row['tokens_per_second']:.0f} tokens/s  "
+        f"{drafting}  {row['tokens_per_verification']:.2f} tokens/verification  "
+        f"staleness {row['staleness_mean']:.2f}  entropy {row['entropy']:.3f}"
+    )
+
+
+def sparkline(values: list[float], width: int = 40) -> str:
+    """Means of equal stretches of `values`, as block characters between 0 and the largest."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    bounds = [round(index * len(values) / width) for index in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    top = max(max(means), 1e-9)
+    return "".join(SPARKS[min(len(SPARKS) - 1, int(max(mean, 0.0) / top * (len(SPARKS) - 1)))] for mean in means)
+
+
+class WarmStartView:
+    """The supervised warm start of the embedded model."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr)
+        self._progress = _bar("warm start", TextColumn("reward {task.fields[reward]}"))
+        self._task = self._progress.add_task("warm start", total=1.0, reward="-")
+        self._shown = -1
+        if self.console.is_terminal:
+            self._progress.start()
+
+    def show(self, fraction: float, loss: float, reward: float | None, seconds: float) -> None:
+        text = "-" if reward is None else f"{reward:.2f}"
+        self._progress.update(self._task, completed=fraction, reward=text)
+        tenth = int(fraction * 10)
+        if not self.console.is_terminal and tenth > self._shown:
+            self._shown = tenth
+            self.console.print(
+                f"warm start {fraction:4.0%}  loss {loss:.3f}  reward {text}  {seconds:.0f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _bar(name: str, *extra: ProgressColumn) -> Progress:
+    console = Console(file=sys.stderr)
+    return Progress(
+        TextColumn(name), BarColumn(), TextColumn("{task.percentage:.0f}%"), *extra, TimeElapsedColumn(),
+        console=console, transient=True,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The seam between processes: sockets (`base`, `zmq`) and what survives a crash (`segments`, `spool`)."""

@@ -1,0 +1,249 @@
+"""An append-only log of records in segment files, the base of the engine's spool and the learner's journal.
+
+A record is `magic, length, checksum, payload`; its offset is its byte position in the log as a whole, and a segment
+file is named by the offset it begins at. The checksum covers offset and length too, so bytes of a record that were
+copied elsewhere (a payload may hold anything) never pass for a record.
+
+What is synced: `append` with `sync=True` returns after fsync of the data; a new segment is synced with its folder
+before it is written to, and a full one before the next begins. So only the last segment can have a torn tail, which
+opening the log cuts off; damage anywhere else is skipped up to the next valid record, and counted.
+"""
+
+import os
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from struct import Struct
+
+MAGIC = b"\x93RLg"
+_HEADER = Struct("<4sII")
+_CHECKED = Struct("<QI")
+_SUFFIX = ".log"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make creations, renames and deletions in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """`os.write` until all is written."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+class SegmentLog:
+    """One process writes a log; its methods may be called from any thread."""
+
+    def __init__(self, folder: Path, segment_bytes: int = 16 << 20) -> None:
+        """Opens the log in `folder`, created when missing, and repairs its tail.
+
+        Args:
+            folder: where the segment files are.
+            segment_bytes: a segment this long is not appended to; a single append is never split.
+        """
+        self.corrupt = 0
+        """stretches of damaged bytes skipped while reading"""
+        self._folder = folder
+        self._segment_bytes = segment_bytes
+        self._lock = threading.Lock()
+        self._broken = ""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._sizes = {int(path.stem): path.stat().st_size for path in sorted(folder.glob(f"*{_SUFFIX}"))}
+        if not self._sizes:
+            self._create(0)
+        else:
+            self._repair_tail()
+        self._active = os.open(self._path(self._base), os.O_WRONLY | os.O_APPEND)
+
+    @property
+    def end(self) -> int:
+        """Offset after the last record; the next one gets this offset or a higher one."""
+        with self._lock:
+            return self._end
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        with self._lock:
+            return sum(self._sizes.values())
+
+    def append(self, payloads: Sequence[bytes], sync: bool = True) -> list[int]:
+        """Write records in one go; all of them are in the log afterwards, or none.
+
+        Returns:
+            The offset of each.
+
+        Raises:
+            OSError: the disk would not take them. After a failed fsync what is on disk is unknown, and the log
+                refuses further records.
+        """
+        with self._lock:
+            if self._broken:
+                raise OSError(f"the log in {self._folder} failed before: {self._broken}")
+            if self._sizes[self._base] >= self._segment_bytes:
+                self._rotate()
+            offsets, parts, end = [], [], self._end
+            for payload in payloads:
+                offsets.append(end)
+                parts += [_HEADER.pack(MAGIC, len(payload), _checksum(end, payload)), payload]
+                end += _HEADER.size + len(payload)
+            self._write(b"".join(parts), sync)
+            return offsets
+
+    def read(self, offset: int) -> bytes:
+        """The payload of the record at an offset that `append` or `records` gave.
+
+        Raises:
+            OSError: there is no intact record there.
+        """
+        with self._lock:
+            base = max((base for base in self._sizes if base <= offset), default=None)
+            if base is None:
+                raise OSError(f"offset {offset} is before the log in {self._folder}")
+            with self._path(base).open("rb") as file:
+                file.seek(offset - base)
+                header = file.read(_HEADER.size)
+                length = _HEADER.unpack(header)[1] if len(header) == _HEADER.size else 0
+                payload = _parse(header + file.read(length), 0, offset)
+        if payload is None:
+            raise OSError(f"the record at offset {offset} of the log in {self._folder} is damaged")
+        return payload
+
+    def records(self, start: int = 0) -> Iterator[tuple[int, bytes]]:
+        """(offset, payload) of every intact record from an offset on, in order; what is appended meanwhile may be
+        left out."""
+        with self._lock:
+            bases = sorted(self._sizes)
+        for base, following in zip(bases, [*bases[1:], None], strict=True):
+            if following is not None and following <= start:
+                continue
+            with self._lock:
+                data = self._path(base).read_bytes()[: self._sizes[base]] if base in self._sizes else b""
+            found, damaged = _scan(data, base)
+            with self._lock:
+                self.corrupt += damaged
+            yield from ((offset, payload) for offset, payload in found if offset >= start)
+
+    def drop_before(self, offset: int) -> None:
+        """Delete segments that hold nothing at or after an offset; the one being written goes when it is at least a
+        quarter full, else later."""
+        with self._lock:
+            if offset >= self._end and self._sizes[self._base] >= max(1, self._segment_bytes // 4):
+                self._rotate()
+            bases = sorted(self._sizes)
+            for base, following in zip(bases, bases[1:], strict=False):
+                if following <= offset:
+                    self._path(base).unlink()
+                    del self._sizes[base]
+
+    def close(self) -> None:
+        """Sync and close; closing twice is fine."""
+        with self._lock:
+            if self._active >= 0:
+                if not self._broken:
+                    os.fsync(self._active)
+                os.close(self._active)
+                self._active, self._broken = -1, "it is closed"
+
+    @property
+    def _base(self) -> int:
+        return max(self._sizes)
+
+    @property
+    def _end(self) -> int:
+        base = self._base
+        return base + self._sizes[base]
+
+    def _path(self, base: int) -> Path:
+        return self._folder / f"{base:020d}{_SUFFIX}"
+
+    def _create(self, base: int) -> None:
+        descriptor = os.open(self._path(base), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.close(descriptor)
+        self._sizes[base] = 0
+        sync_folder(self._folder)
+
+    def _rotate(self) -> None:
+        os.fsync(self._active)
+        self._create(self._end)
+        os.close(self._active)
+        self._active = os.open(self._path(self._base), os.O_WRONLY | os.O_APPEND)
+
+    def _write(self, data: bytes, sync: bool) -> None:
+        base = self._base
+        try:
+            write_all(self._active, data)
+        except OSError:
+            self._undo(base)
+            raise
+        self._sizes[base] += len(data)
+        if sync:
+            try:
+                os.fsync(self._active)
+            except OSError as error:
+                # The kernel may have thrown the dirty pages away: a second fsync that succeeds would prove nothing.
+                self._broken = str(error)
+                raise
+
+    def _undo(self, base: int) -> None:
+        """Cut off a record that was written in part, so that the next one is found."""
+        try:
+            os.ftruncate(self._active, self._sizes[base])
+        except OSError as error:
+            self._broken = str(error)
+
+    def _repair_tail(self) -> None:
+        base = self._base
+        data = self._path(base).read_bytes()
+        found, _ = _scan(data, base)
+        end = found[-1][0] - base + _HEADER.size + len(found[-1][1]) if found else 0
+        if end < len(data):
+            os.truncate(self._path(base), end)
+            self._sizes[base] = end
+
+
+def _checksum(offset: int, payload: bytes) -> int:
+    return zlib.crc32(payload, zlib.crc32(_CHECKED.pack(offset, len(payload))))
+
+
+def _parse(data: bytes, position: int, offset: int) -> bytes | None:
+    """The payload of the record at a position of a segment's bytes, None when there is no intact one."""
+    if len(data) < position + _HEADER.size:
+        return None
+    magic, length, checksum = _HEADER.unpack_from(data, position)
+    start = position + _HEADER.size
+    if magic != MAGIC or len(data) < start + length:
+        return None
+    payload = data[start : start + length]
+    return payload if _checksum(offset, payload) == checksum else None
+
+
+def _scan(data: bytes, base: int) -> tuple[list[tuple[int, bytes]], int]:
+    """Intact records of a segment, and how many stretches of damage lie around them."""
+    found: list[tuple[int, bytes]] = []
+    damaged = 0
+    position = 0
+    while position < len(data):
+        payload = _parse(data, position, base + position)
+        if payload is not None:
+            found.append((base + position, payload))
+            position += _HEADER.size + len(payload)
+            continue
+        damaged += 1
+        position = _next_record(data, position + 1, base)
+    return found, damaged
+
+
+def _next_record(data: bytes, position: int, base: int) -> int:
+    while (position := data.find(MAGIC, position)) >= 0:
+        if _parse(data, position, base + position) is not None:
+            return position
+        position += 1
+    return len(data)

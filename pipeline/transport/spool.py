@@ -1,0 +1,198 @@
+"""The engine's spool: finished samples on disk until the learner has committed them.
+
+A spool belongs to one living process at a time, by a lock that the kernel releases when the process dies. The next
+engine adopts a spool left behind, as the same producer with the next incarnation, and sends what is in it. Forgetting
+is in memory only: what was committed just before a crash is sent once more, and the learner recognises it.
+"""
+
+import fcntl
+import os
+import threading
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from pipeline.errors import UsageError
+from pipeline.messages import SampleId
+from pipeline.transport.segments import SegmentLog, sync_folder, write_all
+
+_LARGEST_SEGMENT = 16 << 20
+_SMALLEST_SEGMENT = 64 << 10
+_SEGMENTS = 16
+
+
+class FolderLock:
+    """At most one living process holds a folder."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    @classmethod
+    def acquire(cls, folder: Path) -> "FolderLock | None":
+        """The lock, or None when a living process has it."""
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return cls(descriptor)
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class _Identity(msgspec.Struct, kw_only=True):
+    """`identity.json`: who writes the spool, and for which run."""
+
+    incarnation: int
+    run: str = ""
+
+
+class _Record(msgspec.Struct, array_like=True):
+    sample: SampleId
+    frames: list[bytes]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Record)
+
+
+class Spool:
+    """Made by `acquire`; its methods may be called from any thread."""
+
+    def __init__(self, folder: Path, lock: FolderLock, limit_bytes: int) -> None:
+        self.folder = folder
+        self.producer = folder.name
+        self._folder_lock = lock
+        self._lock = threading.Lock()
+        self._limit = limit_bytes
+        self._identity = self._next_identity()
+        segment_bytes = min(_LARGEST_SEGMENT, max(_SMALLEST_SEGMENT, limit_bytes // _SEGMENTS))
+        self._log = SegmentLog(folder / "log", segment_bytes)
+        self._offsets: dict[SampleId, int] = {}
+        for offset, payload in self._log.records():
+            self._offsets.setdefault(_decoder.decode(payload).sample, offset)
+
+    @classmethod
+    def acquire(cls, root: Path, limit_bytes: int) -> "Spool":
+        """Adopt a spool under `root` that no living process holds, else begin one.
+
+        Raises:
+            UsageError: the folder cannot be written.
+        """
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+                if (lock := FolderLock.acquire(folder)) is not None:
+                    return cls(folder, lock, limit_bytes)
+            while True:
+                folder = root / uuid.uuid4().hex
+                folder.mkdir()
+                # Another engine may look between mkdir and lock and adopt the new folder; then this one tries again.
+                if (lock := FolderLock.acquire(folder)) is not None:
+                    return cls(folder, lock, limit_bytes)
+        except OSError as error:
+            raise UsageError(
+                f"the spool folder {root} cannot be used ({error.strerror or error}); choose another output folder"
+            ) from error
+
+    @property
+    def incarnation(self) -> int:
+        """How often the spool was adopted; rises with every process that writes it."""
+        return self._identity.incarnation
+
+    @property
+    def run(self) -> str:
+        """The run its samples belong to; empty before the first learner answered."""
+        return self._identity.run
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk, forgotten samples included until their segment goes."""
+        return self._log.size
+
+    @property
+    def full(self) -> bool:
+        self._reclaim()
+        return self.bytes >= self._limit
+
+    def bind(self, run: str) -> None:
+        """Remember, durably, which run the samples are for."""
+        if run != self._identity.run:
+            self._identity = msgspec.structs.replace(self._identity, run=run)
+            self._write_identity()
+
+    def append(self, entries: Sequence[tuple[SampleId, Sequence[bytes]]]) -> list[SampleId]:
+        """Write samples (id, message frames), synced to disk, in one go.
+
+        Returns:
+            The samples that are new; one that is pending already, from an earlier incarnation say, stays as it was.
+
+        Raises:
+            OSError: the disk would not take them; none of them is in the spool.
+        """
+        with self._lock:
+            fresh = {sample: frames for sample, frames in reversed(entries) if sample not in self._offsets}
+            samples = [sample for sample in dict.fromkeys(sample for sample, _ in entries) if sample in fresh]
+            payloads = [_encoder.encode(_Record(sample, list(fresh[sample]))) for sample in samples]
+            if payloads:
+                self._offsets.update(zip(samples, self._log.append(payloads), strict=True))
+            return samples
+
+    def pending(self) -> list[SampleId]:
+        """Samples not forgotten, oldest first."""
+        with self._lock:
+            return list(self._offsets)
+
+    def read(self, sample: SampleId) -> list[bytes] | None:
+        """The frames of a pending sample; None when it is not pending."""
+        with self._lock:
+            offset = self._offsets.get(sample)
+            return None if offset is None else _decoder.decode(self._log.read(offset)).frames
+
+    def forget(self, samples: Sequence[SampleId]) -> None:
+        """These need not be kept; unknown ones are fine. Their space comes back as whole segments become free."""
+        with self._lock:
+            for sample in samples:
+                self._offsets.pop(sample, None)
+
+    def close(self) -> None:
+        """Give the spool back; what is pending stays on disk for the next engine."""
+        self._log.close()
+        self._folder_lock.release()
+
+    def _reclaim(self) -> None:
+        # Deleting segments touches the disk, so it happens where the writer asks for room, not in `forget`.
+        with self._lock:
+            oldest = next(iter(self._offsets.values()), None)
+            self._log.drop_before(self._log.end if oldest is None else oldest)
+
+    def _next_identity(self) -> _Identity:
+        path = self.folder / "identity.json"
+        identity = _Identity(incarnation=0)
+        if path.exists():
+            try:
+                before = msgspec.json.decode(path.read_bytes(), type=_Identity)
+            except msgspec.MsgspecError as error:
+                raise UsageError(f"{path} is damaged ({error}); delete the folder {self.folder}") from error
+            identity = _Identity(incarnation=before.incarnation + 1, run=before.run)
+        self._identity = identity
+        self._write_identity()
+        return identity
+
+    def _write_identity(self) -> None:
+        path = self.folder / "identity.json"
+        temporary = path.with_suffix(".tmp")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            write_all(descriptor, msgspec.json.encode(self._identity))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
+        sync_folder(self.folder)

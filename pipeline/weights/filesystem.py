@@ -1,0 +1,149 @@
+"""Versions as folders of a shared file system: weights/vN/{model.safetensors, publication.json, config.json, ...}.
+
+Each is a complete Hugging Face checkpoint directory: an engine, or anybody, can load it as it is. A version is written under a temporary name, synced, and renamed; so a folder named vN is complete, and its checksum says
+whether it is still intact. The newest number ever used is kept in weights/newest, so that numbers survive deletion.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pipeline.weights.base import Publication, WeightsError
+
+if TYPE_CHECKING:
+    import torch
+
+_NAME = re.compile(r"^v(\d+)$")
+COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+"""files beside the weights that make a folder a checkpoint directory"""
+
+
+def _versions(root: Path) -> list[int]:
+    if not root.is_dir():
+        return []
+    return sorted(int(m[1]) for entry in root.iterdir() if (m := _NAME.match(entry.name)))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class FilesystemPublisher:
+    """Writes versions; one publisher a run directory."""
+
+    def __init__(self, root: Path, keep: int, model_folder: Path) -> None:
+        self.root, self.keep, self.model_folder = root, keep, model_folder
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".writing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.version = max([*_versions(root), self._recorded()], default=-1)
+        self.timeline = self._newest_timeline() + 1
+
+    def publish(self, tensors: "dict[str, torch.Tensor]", step: int) -> Publication:
+        """Write the next version.
+
+        Raises:
+            OSError: the disk is full or not writable; nothing visible has changed.
+        """
+        from safetensors.torch import save_file
+
+        version = self.version + 1
+        folder = self.root / f".writing-{version}"
+        folder.mkdir()
+        try:
+            weights = folder / "model.safetensors"
+            save_file(tensors, weights, metadata={"format": "pt"})
+            for name in COMPANIONS:
+                if (self.model_folder / name).exists():
+                    shutil.copyfile(self.model_folder / name, folder / name)
+            publication = Publication(
+                version=version, timeline=self.timeline, step=step, sha256=_sha256(weights), bytes=weights.stat().st_size
+            )
+            (folder / "publication.json").write_bytes(msgspec.json.encode(publication))
+            self._record(version)
+            folder.rename(self.root / f"v{version}")
+            sync_folder(self.root)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self.version = version
+        return publication
+
+    def retire(self, oldest_in_use: int | None) -> None:
+        """Delete all but the newest `keep` versions, sparing those a live engine has yet to leave behind."""
+        for version in _versions(self.root)[: -self.keep]:
+            if oldest_in_use is None or version < oldest_in_use:
+                shutil.rmtree(self.root / f"v{version}", ignore_errors=True)
+
+    def _recorded(self) -> int:
+        try:
+            return int((self.root / "newest").read_text())
+        except (FileNotFoundError, ValueError):
+            return -1
+
+    def _record(self, version: int) -> None:
+        # before the rename: a number that was ever visible is never given out again
+        temporary = self.root / ".newest"
+        temporary.write_text(str(version))
+        temporary.replace(self.root / "newest")
+
+    def _newest_timeline(self) -> int:
+        for version in reversed(_versions(self.root)):
+            try:
+                return msgspec.json.decode(
+                    (self.root / f"v{version}" / "publication.json").read_bytes(), type=Publication
+                ).timeline
+            except (OSError, msgspec.MsgspecError):
+                continue
+        return 0
+
+
+class FilesystemFollower:
+    """Reads versions that a publisher on the same file system writes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def newest(self) -> int:
+        return max(_versions(self.root), default=-1)
+
+    def fetch(self, version: int, patience: float = 5.0) -> tuple[Path, Publication]:
+        """The folder of `version`, or of the newest one if that is gone; checked against its checksum.
+
+        A version can be deleted while it is read, or be corrupt; then the newest is tried until `patience` seconds are
+        over.
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            wanted = version if (self.root / f"v{version}").is_dir() else self.newest()
+            try:
+                return self._verified(wanted)
+            except (OSError, msgspec.MsgspecError, WeightsError) as error:
+                if time.monotonic() > deadline:
+                    raise WeightsError(f"weights version {wanted} in {self.root} cannot be used: {error}") from error
+            time.sleep(0.1)
+            version = max(version, self.newest())
+
+    def _verified(self, version: int) -> tuple[Path, Publication]:
+        folder = self.root / f"v{version}"
+        publication = msgspec.json.decode((folder / "publication.json").read_bytes(), type=Publication)
+        found = _sha256(folder / "model.safetensors")
+        if found != publication.sha256:
+            raise WeightsError(f"checksum {found[:12]} differs from the published {publication.sha256[:12]}")
+        return folder, publication

@@ -1,0 +1,26 @@
+"""Shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Common models and data beside the checkout; tests that want them skip where they are absent."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip(f"{SHARED} with models and data is not on this machine")
+    return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """Tiny tensors run slower on several threads, and results should not depend on the machine's cores."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,82 @@
+"""Published versions: complete or invisible, checked, numbered once."""
+
+import shutil
+
+import pytest
+import torch
+
+from pipeline.weights import FilesystemFollower, FilesystemPublisher, WeightsError
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def _publisher(tmp_path, model_folder, keep=2):
+    return FilesystemPublisher(tmp_path / "weights", keep, model_folder)
+
+
+def test_a_follower_reads_what_was_published(tmp_path, model_folder):
+    from safetensors.torch import load_file
+
+    tensors = {"w": torch.randn(3, 4)}
+    publication = _publisher(tmp_path, model_folder).publish(tensors, step=7)
+    folder, found = FilesystemFollower(tmp_path / "weights").fetch(publication.version)
+    assert found == publication and (found.version, found.timeline, found.step) == (0, 1, 7)
+    assert torch.equal(load_file(folder / "model.safetensors")["w"], tensors["w"])
+    assert (folder / "config.json").read_text() == "{}"
+
+
+def test_numbers_are_never_reused_even_after_every_version_is_gone(tmp_path, model_folder):
+    publisher = _publisher(tmp_path, model_folder)
+    for step in range(3):
+        publisher.publish({"w": torch.zeros(1)}, step)
+    for folder in (tmp_path / "weights").glob("v*"):
+        shutil.rmtree(folder)
+    assert _publisher(tmp_path, model_folder).publish({"w": torch.zeros(1)}, 0).version == 3
+
+
+def test_a_restart_begins_a_new_timeline(tmp_path, model_folder):
+    assert _publisher(tmp_path, model_folder).publish({"w": torch.zeros(1)}, 5).timeline == 1
+    assert _publisher(tmp_path, model_folder).publish({"w": torch.zeros(1)}, 2).timeline == 2
+
+
+def test_a_half_written_version_is_invisible_and_swept_away(tmp_path, model_folder):
+    publisher = _publisher(tmp_path, model_folder)
+    publisher.publish({"w": torch.zeros(1)}, 0)
+    (tmp_path / "weights" / ".writing-1").mkdir()
+    assert FilesystemFollower(tmp_path / "weights").newest() == 0
+    _publisher(tmp_path, model_folder)
+    assert not (tmp_path / "weights" / ".writing-1").exists()
+
+
+def test_a_corrupt_version_is_refused(tmp_path, model_folder):
+    _publisher(tmp_path, model_folder).publish({"w": torch.zeros(100)}, 0)
+    path = tmp_path / "weights" / "v0" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match="checksum"):
+        FilesystemFollower(tmp_path / "weights").fetch(0, patience=0.2)
+
+
+def test_a_deleted_version_gives_the_newest_instead(tmp_path, model_folder):
+    publisher = _publisher(tmp_path, model_folder)
+    for step in range(4):
+        publisher.publish({"w": torch.zeros(1)}, step)
+    publisher.retire(oldest_in_use=None)
+    follower = FilesystemFollower(tmp_path / "weights")
+    assert sorted(path.name for path in (tmp_path / "weights").glob("v*")) == ["v2", "v3"]
+    assert follower.fetch(0)[1].version == 3
+
+
+def test_versions_a_live_engine_still_needs_are_spared(tmp_path, model_folder):
+    publisher = _publisher(tmp_path, model_folder)
+    for step in range(5):
+        publisher.publish({"w": torch.zeros(1)}, step)
+    publisher.retire(oldest_in_use=1)
+    assert sorted(path.name for path in (tmp_path / "weights").glob("v*")) == ["v1", "v2", "v3", "v4"]
