@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -26,9 +26,9 @@ from pipeline.errors import RunFailed
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
+T = TypeVar("T")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
-Warn = Callable[[str], None]
 _log = logging.getLogger(__name__)
 
 
@@ -51,6 +51,30 @@ class Restored:
     step: int
     state: Any
     """as given to `save`: of the type asked for, or plain JSON values"""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """The checkpoints of one run: where they are, how many are kept, whose tokenizer they carry."""
+
+    root: Path
+    keep: int
+    model_folder: Path
+
+    def save(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: Any) -> Path:
+        """As `save`, in this run."""
+        return save(self.root, step, model, optimizer, state, keep=self.keep, tokenizer_folder=self.model_folder)
+
+    def restore(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        state_type: type[T],
+        on_event: Callable[[str], None] = _log.warning,
+    ) -> T | None:
+        """As `restore`, in this run; the state alone."""
+        restored = restore(self.root, model, optimizer, state_type, on_event)
+        return restored.state if restored else None
 
 
 def save(
@@ -83,7 +107,7 @@ def save(
         shutil.rmtree(leftover)
     temporary = root / f".tmp-step-{step}"
     temporary.mkdir()
-    _write_contents(temporary, model, optimizer, state, tokenizer_folder or model.config.name_or_path)
+    _write_contents(temporary, model, optimizer, state, tokenizer_folder)
     _sync_folder(temporary)
 
     final = root / f"step-{step}"
@@ -105,11 +129,11 @@ def restore(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     state_type: Any = Any,
-    warn: Warn = _log.warning,
+    on_event: Callable[[str], None] = _log.warning,
 ) -> Restored | None:
     """Put back the newest intact checkpoint: weights, optimiser state, torch's random generators.
 
-    A damaged checkpoint is renamed to `step-N.corrupt`, reported through `warn`, and the one before it is tried.
+    A damaged checkpoint is renamed to `step-N.corrupt`, reported through `on_event`, and the one before it is tried.
 
     Returns:
         Its step and state, or None if there has never been a checkpoint.
@@ -127,7 +151,7 @@ def restore(
             )
         except (CorruptCheckpoint, SafetensorError) as error:
             damaged = folder.rename(folder.with_name(folder.name + ".corrupt"))
-            warn(f"checkpoint {folder} is damaged ({error}); moved to {damaged.name}, trying the one before")
+            on_event(f"checkpoint {folder} is damaged ({error}); moved to {damaged.name}, trying the one before")
             continue
         except msgspec.ValidationError as error:
             raise RunFailed(f"{folder / 'state.json'} was written by another version of rollahead: {error}") from error
@@ -139,15 +163,20 @@ def restore(
 
 
 def _write_contents(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: Any, tokenizer_folder: Path | str
+    folder: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    state: Any,
+    tokenizer_folder: Path | str | None,
 ) -> None:
     weights = {name: tensor.contiguous().cpu() for name, tensor in policy_state(model).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(_moments(model, optimizer), folder / "optimizer.safetensors")
     save_file(_generators(), folder / "rng.safetensors")
     model.config.save_pretrained(folder)
-    if tokenizer_folder:
-        copy_companion_files(tokenizer_folder, folder)
+    source = tokenizer_folder or model.config.name_or_path
+    if source:
+        copy_companion_files(source, folder)
     (folder / "state.json").write_bytes(msgspec.json.encode(state))
     manifest = {path.name: FileRecord(path.stat().st_size, _crc32(path)) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))

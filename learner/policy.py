@@ -2,9 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from learner.attention import PACKED_ATTENTION
 from pipeline.errors import UsageError
@@ -45,24 +48,26 @@ def load_policy(folder: Path | str, device: str = "auto") -> PreTrainedModel:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no Hugging Face checkpoint: it has no config.json; check model.path")
+    disable_progress_bar()
     try:
         _refuse_unsupported(AutoConfig.from_pretrained(folder, local_files_only=True), folder)
-        model: PreTrainedModel
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             dtype=torch.float32,
             attn_implementation=PACKED_ATTENTION,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"the checkpoint {folder} cannot be loaded: {reason}") from error
+    model, info = loaded
     # transformers fills missing weights with random numbers and goes on; a policy must not.
     missing = sorted(info["missing_keys"])
     if missing:
         raise UsageError(f"the checkpoint {folder} lacks {len(missing)} weights, {missing[0]} first; is it complete?")
-    return model.to(resolve_device(device)).eval()
+    policy: PreTrainedModel = model.to(resolve_device(device)).eval()
+    return policy
 
 
 def policy_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:

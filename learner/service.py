@@ -5,21 +5,23 @@ publishes the new policy, writes the metrics line, and now and then a checkpoint
 random state and the ledger of leases together, so a killed learner continues as if the steps after it had not been.
 """
 
-import json
 import time
 import traceback
 from pathlib import Path
 
 import torch
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from learner import checkpoint
+from learner.audit import TrainedSamples
 from learner.hub import Hub, Limits
 from learner.journal import Journal
 from learner.leases import Batch, Group, Ledger, LedgerState
 from learner.objective import Objective
 from learner.policy import load_policy, policy_state
 from learner.prompts import LeaseSource
+from learner.step_metrics import Metrics
+from learner.step_record import step_metrics
 from learner.trainer import Trainer
 from learner.warm_start import ensure_embedded_model
 from pipeline.config import Config, check_against_model, check_config, resolve_threads
@@ -31,13 +33,19 @@ from pipeline.run_directory import RunDirectory
 from pipeline.stop import StopSignal
 from pipeline.tasks import load_task
 from pipeline.tasks.prompts import check_prompts
-from pipeline.telemetry import Log, MetricsWriter, StepMetrics
-from pipeline.telemetry.progress import StepView, warm_start_view
+from pipeline.telemetry import Log, MetricsWriter
+from pipeline.telemetry.progress import StepView, WarmStartView
 from pipeline.transport.zmq import ZmqLearnerSocket
 from pipeline.weights import FilesystemPublisher
 
 POLL_SECONDS = 0.5
 DRAIN_SECONDS = 20.0
+REMEDIES = {
+    "no_signal": "every group's rewards are all equal: change the task's difficulty, raise learner.group_size, "
+    "or set learner.dynamic_sampling = false",
+    "reward_error": "the reward function fails: the engine's log names the samples",
+    "stale": "raise learner.max_age or lower learner.max_staleness",
+}
 
 
 def run_learner(config: Config) -> int:
@@ -73,87 +81,69 @@ class Learner:
 
     def __init__(self, config: Config, run: RunDirectory, objective: Objective, stop: StopSignal, log: Log) -> None:
         self.config, self.run, self.stop, self.log = config, run, stop, log
-        self.step = 0
-        model_folder = _model_folder(config)
-        tokenizer = Tokenizer.from_folder(model_folder)
-        model_config = ModelConfig.from_folder(model_folder)
+        self.model_folder = _model_folder(config)
+        tokenizer = Tokenizer(self.model_folder)
+        model_config = ModelConfig.from_folder(self.model_folder)
         check_against_model(config, model_config.max_positions)
         source = _lease_source(config, tokenizer)
 
-        model = load_policy(model_folder, config.learner.device)
+        model = load_policy(self.model_folder, config.learner.device)
         self.trainer = Trainer(model, objective, config.learner, config.sampling.temperature, seed=config.run.seed)
-        self.checkpoints = checkpoint.Checkpoints(run.checkpoints, config.learner.keep_checkpoints, model_folder)
-        state = self.checkpoints.restore(self.trainer.model, self.trainer.optimizer, LearnerState, on_event=log)
-        self.journal = Journal(run.journal)
-        self.ledger = Ledger(
-            batch_size=config.learner.batch_size,
-            group_size=config.learner.group_size,
-            max_staleness=config.learner.max_staleness,
-            dynamic_sampling=config.learner.dynamic_sampling,
-            lease_seconds=config.transport.lease_seconds,
-        )
-        if state is not None:
-            self.step = state.step
-            self.trainer.step = state.step
-            self.log(f"resumed at step {self.step} in {run.root}")
-        self.publisher = FilesystemPublisher(run.weights, config.weights.keep, model_folder)
+        restored = checkpoint.restore(run.checkpoints, model, self.trainer.optimizer, LearnerState, warn=log)
+        self.step = self.trainer.step = restored.state.step if restored else 0
+        self.saved_step = self.step if restored else -1
+        if restored:
+            log(f"resumed at step {self.step} from {restored.folder}")
+
+        self.publisher = FilesystemPublisher(run.weights, config.weights.keep, self.model_folder)
         self.publish_dtype = _publish_dtype(config, model_config)
         self.metrics = MetricsWriter(run.metrics, self.step)
         self.audit = TrainedSamples(run.trained, self.step)
         self.view = StepView(config.run.steps, self.step)
-        self.hub = Hub(
-            ZmqLearnerSocket(
-                config.transport.address,
-                heartbeat_seconds=config.transport.heartbeat_seconds,
-                max_message_bytes=config.transport.max_message_bytes,
-            ),
-            self.journal,
-            self.ledger,
-            source,
-            run_id=run.run_id(),
-            digest=run_digest(config),
-            needs_entropy=objective.needs_entropy_from_engine,
-            heartbeat_seconds=config.transport.heartbeat_seconds,
-            lease_seconds=config.transport.lease_seconds,
-            limits=Limits(
-                prompt_tokens=config.sampling.max_prompt_tokens,
-                response_tokens=config.sampling.max_new_tokens,
-                vocab_size=model_config.vocab_size,
-            ),
-            on_event=log,
+        self.journal = Journal(run.journal)
+        limits = Limits(
+            prompt_tokens=config.sampling.max_prompt_tokens,
+            response_tokens=config.sampling.max_new_tokens,
+            vocab_size=model_config.vocab_size,
         )
-        self.hub.restore(state.ledger if state is not None else None)
+        self.hub = _hub(config, run, objective, self.journal, source, limits, log)
+        self.hub.restore(restored.state.ledger if restored else None)
+        self.stats_before = self.hub.stats()
+        self.step_ended = time.perf_counter()
 
     @property
     def done(self) -> bool:
         return self.step >= self.config.run.steps
 
     def start(self) -> None:
+        """Open for engines, with a first version for them to load."""
         self.hub.start()
         self._publish()
+        self.step_ended = time.perf_counter()
 
     def train(self) -> None:
         """The run: batch after batch."""
         while not self.done and not self.stop.requested:
-            began = time.perf_counter()
+            waiting = time.perf_counter()
             batch = self._next_batch()
             if batch is None:
                 break
-            waited = time.perf_counter() - began
+            began = time.perf_counter()
             measured = self.trainer.train([group.trajectories for group in batch.groups], self.publisher.version)
             self.step += 1
-            publication = self.publisher.version
             self._publish()
             self.hub.trained(batch)
             self.audit.write(self.step, batch)
-            self._record(batch, measured, publication, waited, time.perf_counter() - began)
+            self._record(measured, batch, began - waiting, began)
             if self._checkpoint_due():
                 self._checkpoint()
-        self._checkpoint()
+        if self.step != self.saved_step:
+            self._checkpoint()
         if self.done:
             self.hub.drain(DRAIN_SECONDS)
 
     def close(self) -> None:
+        """Let go of sockets and files; what is on disk is complete."""
         self.view.close()
         self.hub.stop()
         self.journal.close()
@@ -161,19 +151,144 @@ class Learner:
         self.audit.close()
 
     def _next_batch(self) -> Batch | None:
-        """Wait for a whole batch; None when asked to stop.
+        """Wait for a whole batch of fresh groups; None when asked to stop.
 
         Raises:
-            RunFailed: groups are left out (no signal, failed rewards) faster than a batch can ever fill.
+            RunFailed: samples are left out (no signal, failed rewards) faster than a batch can ever fill.
         """
         wanted = self.config.learner.batch_size // self.config.learner.group_size
         ordered = self.config.learner.max_staleness == 0
         while not self.stop.requested:
+            stale = [group for group in self.hub.ready() if self._too_old(group)]
+            if stale:
+                self.hub.drop(stale, "stale")
             batch = self.hub.take(wanted, ordered, POLL_SECONDS)
             if batch is not None:
-                fresh = self._without_stale(batch)
-                if fresh:
-                    return batch
-                continue
+                return batch
             self._check_that_batches_can_fill()
         return None
+
+    def _too_old(self, group: Group) -> bool:
+        """Its oldest token is more than learner.max_age publications behind (0: any age is trained)."""
+        limit = self.config.learner.max_age
+        oldest = min((int(t.versions.min()) for t in group.trajectories if len(t.versions)), default=None)
+        return limit > 0 and oldest is not None and self.publisher.version - oldest > limit
+
+    def _check_that_batches_can_fill(self) -> None:
+        learner = self.config.learner
+        lost = {
+            reason: count - self.stats_before.dropped.get(reason, 0)
+            for reason, count in self.hub.stats().dropped.items()
+            if reason not in ("duplicate", "unknown_lease")
+        }
+        total = sum(lost.values())
+        if total >= learner.max_filtered_batches * learner.batch_size:
+            reason = max(lost, key=lambda key: lost[key])
+            raise RunFailed(
+                f"{total} samples in a row were left out ({lost[reason]} as {reason}) and no batch of "
+                f"{learner.batch_size} came together; {REMEDIES.get(reason, 'see the learner log')} "
+                f"(limit: learner.max_filtered_batches = {learner.max_filtered_batches})"
+            )
+
+    def _publish(self) -> None:
+        tensors = {name: tensor.to(self.publish_dtype).contiguous() for name, tensor in self._policy_state().items()}
+        publication = self.publisher.publish(tensors, self.step)
+        self.hub.publish(publication.version)
+        self.publisher.retire(self.hub.oldest_loaded_version())
+
+    def _policy_state(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().cpu() for name, tensor in policy_state(self.trainer.model).items()}
+
+    def _checkpoint_due(self) -> bool:
+        learner, transport = self.config.learner, self.config.transport
+        return self.step % learner.checkpoint_every == 0 or self.journal.size > transport.journal_bytes
+
+    def _checkpoint(self) -> None:
+        ledger = self.hub.state()
+        checkpoint.save(
+            self.run.checkpoints,
+            self.step,
+            self.trainer.model,
+            self.trainer.optimizer,
+            LearnerState(step=self.step, ledger=ledger),
+            keep=self.config.learner.keep_checkpoints,
+            tokenizer_folder=self.model_folder,
+        )
+        self.journal.drop_before(ledger.journal_offset)
+        self.saved_step = self.step
+
+    def _record(self, measured: Metrics, batch: Batch, waited: float, began: float) -> None:
+        """One line of metrics.jsonl, and one of progress."""
+        wall = time.perf_counter() - self.step_ended
+        self.step_ended = time.perf_counter()
+        row = step_metrics(
+            measured,
+            batch,
+            self.hub.stats(),
+            self.stats_before,
+            step=self.step,
+            policy_version=self.publisher.version,
+            wait_seconds=waited,
+            learner_seconds=time.perf_counter() - began,
+            wall_seconds=wall,
+        )
+        self.stats_before = self.hub.stats()
+        self.metrics.write(row)
+        self.view.show(structs.asdict(row))
+
+
+def _model_folder(config: Config) -> Path:
+    """The checkpoint the run starts from; the embedded model is built on first use."""
+    if config.model.path:
+        return Path(config.model.path)
+    view = WarmStartView()
+    try:
+        return ensure_embedded_model(config, lambda p: view.show(p.fraction, p.loss, p.reward, p.seconds))
+    finally:
+        view.close()
+
+
+def _lease_source(config: Config, tokenizer: Tokenizer) -> LeaseSource:
+    task = load_task(config.task, config.run.seed)
+    usable = check_prompts(task, tokenizer.encode, config.sampling.max_prompt_tokens, config.task.long_prompts)
+    return LeaseSource(task, usable, tokenizer.encode, tuple(tokenizer.eos_token_ids), config)
+
+
+def _publish_dtype(config: Config, model_config: ModelConfig) -> torch.dtype:
+    name = model_config.dtype if config.weights.dtype == "auto" else config.weights.dtype
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _hub(
+    config: Config,
+    run: RunDirectory,
+    objective: Objective,
+    journal: Journal,
+    source: LeaseSource,
+    limits: Limits,
+    log: Log,
+) -> Hub:
+    transport, learner = config.transport, config.learner
+    return Hub(
+        ZmqLearnerSocket(
+            transport.address,
+            heartbeat_seconds=transport.heartbeat_seconds,
+            max_message_bytes=transport.max_message_bytes,
+        ),
+        journal,
+        Ledger(
+            batch_size=learner.batch_size,
+            group_size=learner.group_size,
+            max_staleness=learner.max_staleness,
+            dynamic_sampling=learner.dynamic_sampling,
+            lease_seconds=transport.lease_seconds,
+        ),
+        source,
+        run_id=run.run_id(),
+        digest=run_digest(config),
+        needs_entropy=objective.needs_entropy_from_engine,
+        heartbeat_seconds=transport.heartbeat_seconds,
+        lease_seconds=transport.lease_seconds,
+        limits=limits,
+        on_event=log,
+    )

@@ -7,6 +7,7 @@ then each of its mini-batches gives one optimiser step.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from transformers import PreTrainedModel
@@ -99,10 +100,9 @@ class Trainer:
         weight, correction_metrics = self.objective.weights(tokens)
 
         sums = StepSums()
-        prepared = iter(_prepare(minibatches, old, tokens.advantage, weight))
         learning_rate = self._set_learning_rate()
-        for packs in minibatches:
-            self._optimise([next(prepared) for _ in packs], sums)
+        for minibatch in _prepare(minibatches, old, tokens.advantage, weight):
+            self._optimise(minibatch, sums)
         self.step += 1
 
         lengths = torch.tensor([len(sample.token_ids) for sample in samples])
@@ -133,7 +133,7 @@ class Trainer:
 
     def _split(self, samples: Sequence[Trajectory]) -> list[list[int]]:
         """Indices of the samples of each mini-batch: in random order, each to the one with the fewest tokens so far."""
-        generator = torch.Generator().manual_seed(hash((self.seed, self.step)))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) % (1 << 63))
         minibatches: list[list[int]] = [[] for _ in range(self.learner.minibatches)]
         tokens = [0] * self.learner.minibatches
         for index in torch.randperm(len(samples), generator=generator).tolist():
@@ -231,9 +231,10 @@ def _prepare(
     old: Sequence[tuple[torch.Tensor, torch.Tensor]],
     advantage: torch.Tensor,
     weight: torch.Tensor,
-) -> list[MicroBatch]:
-    """The batch's per-token values cut back to its packs, in the packs' order."""
+) -> list[list[MicroBatch]]:
+    """The batch's per-token values cut back to the packs of each mini-batch."""
     packs = [row for packs in minibatches for row in packs]
     sizes = [len(row) for row in packs]
     parts = zip(packs, old, advantage.split(sizes), weight.split(sizes), strict=True)
-    return [MicroBatch(row, logp, entropy, a, w) for row, (logp, entropy), a, w in parts]
+    micro = iter([MicroBatch(row, logp, entropy, a, w) for row, (logp, entropy), a, w in parts])
+    return [list(islice(micro, len(packs))) for packs in minibatches]

@@ -82,7 +82,7 @@ def _measure(config: Config, directory: RunDirectory) -> dict[str, Any]:
     torch.set_num_threads(resolve_threads(config.engine.threads, config))
     follower = FilesystemFollower(directory.weights)
     folder, _ = follower.fetch(follower.newest())
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = Tokenizer(folder)
     task = load_task(config.task, config.run.seed)
     examples = [task.train[index] for index in range(min(PROMPTS, len(task.train)))]
     return drafting_speedup(
@@ -91,7 +91,7 @@ def _measure(config: Config, directory: RunDirectory) -> dict[str, Any]:
         SamplingParams(
             temperature=config.sampling.temperature,
             max_new_tokens=config.sampling.max_new_tokens,
-            stop_token_ids=tuple(tokenizer.eos_ids),
+            stop_token_ids=tuple(tokenizer.eos_token_ids),
         ),
         group_size=config.learner.group_size,
         drafter=config.engine.drafter,

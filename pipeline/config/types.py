@@ -35,7 +35,9 @@ class RunSection(Section):
 
 class ModelSection(Section):
     path: Annotated[str, option("Hugging Face checkpoint directory; empty: the embedded model")] = ""
-    warm_start_reward: Annotated[PositiveFloat, option("embedded model: supervised warm start ends at this reward")] = 0.3
+    warm_start_reward: Annotated[PositiveFloat, option("embedded model: supervised warm start ends at this reward")] = (
+        0.3
+    )
     warm_start_seconds: Annotated[PositiveFloat, option("embedded model: the warm start's time limit")] = 170.0
 
 
@@ -47,7 +49,9 @@ class TaskSection(Section):
     held_out_path: Annotated[str, option("jsonl: file of held-out samples")] = ""
     question_field: Annotated[str, option("jsonl: field that holds the question")] = "question"
     answer_field: Annotated[str, option("jsonl: field that holds the reference answer")] = "answer"
-    prompt_template: Annotated[str, option("jsonl: prompt text; {question} is replaced")] = "Question: {question}\nAnswer:"
+    prompt_template: Annotated[str, option("jsonl: prompt text; {question} is replaced")] = (
+        "Question: {question}\nAnswer:"
+    )
     reward: Annotated[str, option("numeric-answer, or module:function with TRL's signature")] = "numeric-answer"
     long_prompts: Annotated[Literal["error", "skip"], option("a prompt over sampling.max_prompt_tokens")] = "error"
 
@@ -68,7 +72,9 @@ class EngineSection(Section):
     drafter: Annotated[Piece, option("drafter by name or module:Class, with its options")] = field(
         default_factory=lambda: {"name": "suffix-automaton"}
     )
-    spool_bytes: Annotated[PositiveInt, option("unacknowledged trajectories an engine keeps on disk, in bytes")] = 256 << 20
+    spool_bytes: Annotated[PositiveInt, option("unacknowledged trajectories an engine keeps on disk, in bytes")] = (
+        256 << 20
+    )
 
 
 class TransportSection(Section):
@@ -81,7 +87,9 @@ class TransportSection(Section):
 
 
 class WeightsSection(Section):
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("type of published weights; auto: the checkpoint's")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], option("type of published weights; auto: the checkpoint's")
+    ] = "auto"
     keep: Annotated[Annotated[int, Meta(ge=2)], option("published versions kept on disk")] = 3
 
 
@@ -101,7 +109,9 @@ class LearnerSection(Section):
     max_staleness: Annotated[Count, option("batches that rollouts may run ahead; 0: synchronous")] = 1
     max_age: Annotated[Count, option("drop samples whose oldest token is older, in publications; 0: never")] = 0
     dynamic_sampling: Annotated[bool, option("leave out groups whose rewards are all equal, and draw others")] = False
-    max_filtered_batches: Annotated[PositiveInt, option("batches' worth of groups left out in a row before giving up")] = 10
+    max_filtered_batches: Annotated[
+        PositiveInt, option("batches' worth of groups left out in a row before giving up")
+    ] = 10
     checkpoint_every: Annotated[PositiveInt, option("batches between checkpoints")] = 20
     keep_checkpoints: Annotated[PositiveInt, option("checkpoints kept on disk")] = 2
 
@@ -114,7 +124,9 @@ class ObjectiveSection(Section):
     advantage: Annotated[Piece, option("advantage estimator")] = _piece("grpo")
     correction: Annotated[Piece, option("off-policy correction")] = _piece("tis")
     surrogate: Annotated[Piece, option("policy-gradient surrogate")] = _piece("ppo-clip")
-    gates: Annotated[list[Piece], option("token gates, applied in order")] = field(default_factory=lambda: [{"name": "erc"}])
+    gates: Annotated[list[Piece], option("token gates, applied in order")] = field(
+        default_factory=lambda: [{"name": "erc"}]
+    )
     regularisers: Annotated[list[Piece], option("terms added to the loss")] = field(default_factory=list)
 
 

@@ -157,7 +157,7 @@ class Engine:
         """The first version brings model configuration and tokenizer; from then on only weights change."""
         from pipeline.models.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer.from_folder(folder)
+        tokenizer = Tokenizer(folder)
         self.generator = build_generator(self.config, folder, self.log)
         self._rewards = RewardWorker(self._reward_function, tokenizer.decode)  # type: ignore[arg-type]
 

@@ -17,11 +17,9 @@ from pipeline.models.tokenizer import Tokenizer
 STYLES = {TokenOrigin.SAMPLED: "", TokenOrigin.ACCEPTED: "bold green", TokenOrigin.BONUS: "cyan"}
 
 
-def generate(
-    folder: Path, prompt: str, *, drafter: str, max_new_tokens: int, temperature: float, seed: int
-) -> int:
+def generate(folder: Path, prompt: str, *, drafter: str, max_new_tokens: int, temperature: float, seed: int) -> int:
     """Sample once from the checkpoint in `folder` and print the response; returns the exit code."""
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = Tokenizer(folder)
     prompt_ids = tokenizer.encode(prompt)
     limit = ModelConfig.from_folder(folder).max_positions
     if max_new_tokens < 1 or len(prompt_ids) + max_new_tokens > limit:
@@ -35,7 +33,7 @@ def generate(
         folder, drafter=build({"name": drafter}), max_sequences=1, max_length=len(prompt_ids) + max_new_tokens
     )
     sampling = SamplingParams(
-        temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=tuple(tokenizer.eos_ids)
+        temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=tuple(tokenizer.eos_token_ids)
     )
     generator.add(GroupRequest(0, np.asarray(prompt_ids, np.int64), sampling, (seed,)))
     finished: list[FinishedSample] = []

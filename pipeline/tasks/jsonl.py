@@ -75,6 +75,10 @@ def _columns(record: dict[str, Any], reference: str, section: TaskSection, origi
     for name in taken:
         if name in record:
             raise UsageError(f"{origin}: a field named {name!r} stands in the way of a reward argument; rename it")
+    try:
+        msgspec.msgpack.encode(record)
+    except OverflowError as error:
+        raise UsageError(f"{origin}: a field holds an integer beyond 64 bits; write it as text") from error
     return {**record, REFERENCE: reference}
 
 
@@ -89,15 +93,15 @@ def _text(record: dict[str, Any], field: str, option: str, origin: str) -> str:
 
 def _template_fields(template: str) -> list[str]:
     try:
-        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise UsageError(f"task.prompt_template = {template!r}: {error}; write {{{{ for a brace of its own") from error
-    if not fields:
+    if not parts:
         raise UsageError(f"task.prompt_template = {template!r} has no field; it needs {{question}}")
-    for name in fields:
-        if not name.isidentifier():
-            raise UsageError(f"task.prompt_template = {template!r}: {{{name}}} is not the plain name of a field")
-    return fields
+    for name, layout, conversion in parts:
+        if layout or conversion or not str(name).isidentifier():
+            raise UsageError(f"task.prompt_template = {template!r}: write plain field names in braces, as {{question}}")
+    return [str(name) for name, _, _ in parts]
 
 
 def _names(record: dict[str, Any]) -> str:

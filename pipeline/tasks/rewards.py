@@ -5,18 +5,16 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.errors import UsageError
 
-
-class RewardFunction(Protocol):
-    """`(prompts, completions, **columns) -> list[float]`: every argument a list with one entry a completion."""
-
-    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Sequence[float]: ...
+RewardFunction = Callable[..., Sequence[float]]
+"""`(prompts, completions, **columns) -> list[float]`, called by keyword: every argument a list with one entry a
+completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +85,12 @@ def load_reward(name: str) -> RewardFunction:
     except Exception as error:  # the module is the user's: importing it can raise anything
         raise UsageError(
             f"task.reward = {name!r}: importing module {module_name!r} failed ({type(error).__name__}: {error}); "
-            "put it in the working directory or install it, and see that `python -c 'import ...'` passes"
+            f"see that `python -c 'import {module_name}'` passes in the working directory"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        problem = "has no function" if function is None else "has a value that cannot be called named"
         raise UsageError(
-            f"task.reward = {name!r}: module {module_name!r} {problem} {function_name!r}; "
+            f"task.reward = {name!r}: module {module_name!r} has no function {function_name!r}; "
             "define it as (prompts, completions, **columns) -> list of floats"
         )
     return function

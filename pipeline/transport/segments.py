@@ -13,6 +13,7 @@ import os
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from struct import Struct
 
@@ -39,7 +40,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 class SegmentLog:
-    """One process writes a log; its methods may be called from any thread."""
+    """One process writes a log; its methods may be called from any thread, and wait for each other's disk work."""
 
     def __init__(self, folder: Path, segment_bytes: int = 16 << 20) -> None:
         """Opens the log in `folder`, created when missing, and repairs its tail.
@@ -50,6 +51,8 @@ class SegmentLog:
         """
         self.corrupt = 0
         """stretches of damaged bytes skipped while reading"""
+        self.torn_bytes = 0
+        """cut off the end when the log was opened"""
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._lock = threading.Lock()
@@ -60,19 +63,18 @@ class SegmentLog:
             self._create(0)
         else:
             self._repair_tail()
+        self._count()
         self._active = os.open(self._path(self._base), os.O_WRONLY | os.O_APPEND)
 
     @property
     def end(self) -> int:
-        """Offset after the last record; the next one gets this offset or a higher one."""
-        with self._lock:
-            return self._end
+        """Offset after the last record; the next one gets this offset or a higher one. Never waits for the disk."""
+        return self._end
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
-        with self._lock:
-            return sum(self._sizes.values())
+        """Bytes on disk. Never waits for the disk."""
+        return self._size
 
     def append(self, payloads: Sequence[bytes], sync: bool = True) -> list[int]:
         """Write records in one go; all of them are in the log afterwards, or none.
@@ -138,10 +140,11 @@ class SegmentLog:
             if offset >= self._end and self._sizes[self._base] >= max(1, self._segment_bytes // 4):
                 self._rotate()
             bases = sorted(self._sizes)
-            for base, following in zip(bases, bases[1:], strict=False):
+            for base, following in pairwise(bases):
                 if following <= offset:
                     self._path(base).unlink()
                     del self._sizes[base]
+            self._count()
 
     def close(self) -> None:
         """Sync and close; closing twice is fine."""
@@ -156,10 +159,9 @@ class SegmentLog:
     def _base(self) -> int:
         return max(self._sizes)
 
-    @property
-    def _end(self) -> int:
-        base = self._base
-        return base + self._sizes[base]
+    def _count(self) -> None:
+        self._end = self._base + self._sizes[self._base]
+        self._size = sum(self._sizes.values())
 
     def _path(self, base: int) -> Path:
         return self._folder / f"{base:020d}{_SUFFIX}"
@@ -167,11 +169,11 @@ class SegmentLog:
     def _create(self, base: int) -> None:
         descriptor = os.open(self._path(base), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.close(descriptor)
-        self._sizes[base] = 0
         sync_folder(self._folder)
+        self._sizes[base] = 0
 
     def _rotate(self) -> None:
-        os.fsync(self._active)
+        self._sync()
         self._create(self._end)
         os.close(self._active)
         self._active = os.open(self._path(self._base), os.O_WRONLY | os.O_APPEND)
@@ -183,14 +185,18 @@ class SegmentLog:
         except OSError:
             self._undo(base)
             raise
-        self._sizes[base] += len(data)
         if sync:
-            try:
-                os.fsync(self._active)
-            except OSError as error:
-                # The kernel may have thrown the dirty pages away: a second fsync that succeeds would prove nothing.
-                self._broken = str(error)
-                raise
+            self._sync()
+        self._sizes[base] += len(data)
+        self._count()
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._active)
+        except OSError as error:
+            # The kernel may have thrown the dirty pages away: a second fsync that succeeds would prove nothing.
+            self._broken = str(error)
+            raise
 
     def _undo(self, base: int) -> None:
         """Cut off a record that was written in part, so that the next one is found."""
@@ -207,6 +213,7 @@ class SegmentLog:
         if end < len(data):
             os.truncate(self._path(base), end)
             self._sizes[base] = end
+            self.torn_bytes = len(data) - end
 
 
 def _checksum(offset: int, payload: bytes) -> int:

@@ -19,7 +19,6 @@ from pipeline.messages import SampleId
 from pipeline.transport.segments import SegmentLog, sync_folder, write_all
 
 _LARGEST_SEGMENT = 16 << 20
-_SMALLEST_SEGMENT = 64 << 10
 _SEGMENTS = 16
 
 
@@ -72,8 +71,7 @@ class Spool:
         self._lock = threading.Lock()
         self._limit = limit_bytes
         self._identity = self._next_identity()
-        segment_bytes = min(_LARGEST_SEGMENT, max(_SMALLEST_SEGMENT, limit_bytes // _SEGMENTS))
-        self._log = SegmentLog(folder / "log", segment_bytes)
+        self._log = SegmentLog(folder / "log", min(_LARGEST_SEGMENT, limit_bytes // _SEGMENTS))
         self._offsets: dict[SampleId, int] = {}
         for offset, payload in self._log.records():
             self._offsets.setdefault(_decoder.decode(payload).sample, offset)
@@ -112,14 +110,18 @@ class Spool:
         return self._identity.run
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Bytes on disk, forgotten samples included until their segment goes."""
         return self._log.size
 
     @property
     def full(self) -> bool:
-        self._reclaim()
-        return self.bytes >= self._limit
+        return self.size >= self._limit
+
+    @property
+    def corrupt(self) -> int:
+        """Damaged stretches found when it was opened."""
+        return self._log.corrupt
 
     def bind(self, run: str) -> None:
         """Remember, durably, which run the samples are for."""
@@ -128,7 +130,7 @@ class Spool:
             self._write_identity()
 
     def append(self, entries: Sequence[tuple[SampleId, Sequence[bytes]]]) -> list[SampleId]:
-        """Write samples (id, message frames), synced to disk, in one go.
+        """Write samples (id, message frames), synced to disk, in one go. One thread at a time may do this.
 
         Returns:
             The samples that are new; one that is pending already, from an earlier incarnation say, stays as it was.
@@ -136,13 +138,16 @@ class Spool:
         Raises:
             OSError: the disk would not take them; none of them is in the spool.
         """
+        fresh: dict[SampleId, bytes] = {}
         with self._lock:
-            fresh = {sample: frames for sample, frames in reversed(entries) if sample not in self._offsets}
-            samples = [sample for sample in dict.fromkeys(sample for sample, _ in entries) if sample in fresh]
-            payloads = [_encoder.encode(_Record(sample, list(fresh[sample]))) for sample in samples]
-            if payloads:
-                self._offsets.update(zip(samples, self._log.append(payloads), strict=True))
-            return samples
+            for sample, frames in entries:
+                if sample not in self._offsets and sample not in fresh:
+                    fresh[sample] = _encoder.encode(_Record(sample, list(frames)))
+        # Outside the lock: whoever forgets or lists samples must not wait for this fsync.
+        offsets = self._log.append(list(fresh.values())) if fresh else []
+        with self._lock:
+            self._offsets.update(zip(fresh, offsets, strict=True))
+        return list(fresh)
 
     def pending(self) -> list[SampleId]:
         """Samples not forgotten, oldest first."""
@@ -153,7 +158,7 @@ class Spool:
         """The frames of a pending sample; None when it is not pending."""
         with self._lock:
             offset = self._offsets.get(sample)
-            return None if offset is None else _decoder.decode(self._log.read(offset)).frames
+        return None if offset is None else _decoder.decode(self._log.read(offset)).frames
 
     def forget(self, samples: Sequence[SampleId]) -> None:
         """These need not be kept; unknown ones are fine. Their space comes back as whole segments become free."""
@@ -166,11 +171,11 @@ class Spool:
         self._log.close()
         self._folder_lock.release()
 
-    def _reclaim(self) -> None:
-        # Deleting segments touches the disk, so it happens where the writer asks for room, not in `forget`.
+    def reclaim(self) -> None:
+        """Delete segments in which everything is forgotten. For the thread that appends, as it waits for the disk."""
         with self._lock:
             oldest = next(iter(self._offsets.values()), None)
-            self._log.drop_before(self._log.end if oldest is None else oldest)
+        self._log.drop_before(self._log.end if oldest is None else oldest)
 
     def _next_identity(self) -> _Identity:
         path = self.folder / "identity.json"

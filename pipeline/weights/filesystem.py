@@ -73,7 +73,11 @@ class FilesystemPublisher:
                 if (self.model_folder / name).exists():
                     shutil.copyfile(self.model_folder / name, folder / name)
             publication = Publication(
-                version=version, timeline=self.timeline, step=step, sha256=_sha256(weights), bytes=weights.stat().st_size
+                version=version,
+                timeline=self.timeline,
+                step=step,
+                sha256=_sha256(weights),
+                bytes=weights.stat().st_size,
             )
             (folder / "publication.json").write_bytes(msgspec.json.encode(publication))
             self._record(version)

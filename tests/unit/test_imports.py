@@ -9,7 +9,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {"pipeline.errors", "pipeline.config", "pipeline.messages", "pipeline.digest", "pipeline.stop"}
-STORES = BASE | {"pipeline.transport", "pipeline.weights", "pipeline.tasks", "pipeline.telemetry", "pipeline.run_directory"}
+STORES = BASE | {
+    "pipeline.transport",
+    "pipeline.weights",
+    "pipeline.tasks",
+    "pipeline.telemetry",
+    "pipeline.run_directory",
+}
 MODELS = STORES | {"pipeline.models", "pipeline.sampling"}
 ENGINE = MODELS | {"drafters", "pipeline.engine"}
 ALLOWED = {

@@ -1,0 +1,115 @@
+"""Finding and building drafters: installed ones by entry point, any other as `module:Class`."""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import msgspec
+
+from drafters.base import Drafter, Needs
+from pipeline.errors import UsageError
+
+GROUP = "rollahead.drafters"
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterInfo:
+    """An installed drafter."""
+
+    name: str
+    target: str
+    """module:Class"""
+    distribution: str
+    version: str
+    needs: Needs | None
+    """None where it cannot be imported"""
+    summary: str
+    """first line of its documentation"""
+    options: tuple[str, ...]
+    error: str = ""
+    """why it cannot be imported"""
+
+
+def available() -> list[DrafterInfo]:
+    """Every installed drafter by name; one that cannot be imported is listed with its error."""
+    return [_describe(point) for _, point in sorted(_installed().items())]
+
+
+def build(piece: Mapping[str, Any]) -> Drafter:
+    """The drafter a piece of configuration names: `name` (entry point or module:Class) beside its own options.
+
+    Raises:
+        UsageError: unknown name or option, a value of the wrong type, or a class that is no drafter.
+    """
+    options = dict(piece)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise UsageError('a drafter needs a name, for example {name = "suffix-automaton"}')
+    kind = _find(name)
+    declared = getattr(kind, "Options", None)
+    if declared is None:
+        if options:
+            raise UsageError(f"drafter {name} takes no options; remove {', '.join(sorted(options))}")
+        drafter = kind()
+    else:
+        drafter = kind(_options(name, declared, options))
+    if not isinstance(drafter, Drafter):
+        raise UsageError(f"{name} is not a drafter: it lacks a method of drafters.base.Drafter")
+    return drafter
+
+
+def _installed() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _describe(point: EntryPoint) -> DrafterInfo:
+    distribution = point.dist.name if point.dist else "unknown"
+    version = point.dist.version if point.dist else "unknown"
+    try:
+        kind = point.load()
+    except Exception as error:  # whatever a stranger's module raises on import must not hide the other drafters
+        return DrafterInfo(point.name, point.value, distribution, version, None, "", (), f"{error!r}")
+    declared = getattr(kind, "Options", None)
+    return DrafterInfo(
+        name=point.name,
+        target=point.value,
+        distribution=distribution,
+        version=version,
+        needs=kind.needs,
+        summary=(kind.__doc__ or "").strip().partition("\n")[0],
+        options=declared.__struct_fields__ if declared else (),
+    )
+
+
+def _find(name: str) -> Any:
+    installed = _installed()
+    if name in installed:
+        try:
+            return installed[name].load()
+        except Exception as error:  # a broken plug-in is the user's to mend, so it ends as a usage error
+            raise UsageError(f"drafter {name} ({installed[name].value}) cannot be imported: {error!r}") from error
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        near = difflib.get_close_matches(name, installed, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        known = ", ".join(sorted(installed))
+        raise UsageError(f"drafter {name!r} is unknown; {hint}installed are {known}; or give module:Class")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # as above
+        raise UsageError(f"drafter {name} cannot be imported: {error!r}") from error
+
+
+def _options(name: str, declared: type[msgspec.Struct], options: dict[str, Any]) -> msgspec.Struct:
+    for key in options:
+        if key not in declared.__struct_fields__:
+            near = difflib.get_close_matches(key, declared.__struct_fields__, n=1, cutoff=0.0)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"drafter {name} has no option {key!r}{hint}")
+    try:
+        return msgspec.convert(options, declared)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"drafter {name}: {error}") from None

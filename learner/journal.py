@@ -1,0 +1,162 @@
+"""The learner's journal: what was granted and what arrived, on disk before it is acknowledged.
+
+One thread writes and syncs, many records at a time; nobody else waits for the disk. Together with a checkpoint the
+journal restores every sample that was committed and not yet trained.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from pipeline.errors import RunFailed, UsageError
+from pipeline.transport.segments import SegmentLog
+
+
+class Granted(msgspec.Struct, frozen=True, array_like=True, tag="g"):
+    """A lease went to an engine."""
+
+    lease: int
+    epoch: int
+    version: int
+    producer: str
+
+
+class Arrived(msgspec.Struct, frozen=True, array_like=True, tag="a"):
+    """The first valid trajectory of a sample, as it travelled."""
+
+    lease: int
+    sample: int
+    frames: list[bytes]
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="f"):
+    """A sample that will not arrive."""
+
+    lease: int
+    sample: int
+    reason: str
+    detail: str
+
+
+class Dropped(msgspec.Struct, frozen=True, array_like=True, tag="d"):
+    """A whole lease that will not be trained."""
+
+    lease: int
+    reason: str
+
+
+Record = Granted | Arrived | Failed | Dropped
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Record)
+
+
+class Journal:
+    """Its methods may be called from any thread; callbacks run in the writer's thread."""
+
+    def __init__(self, folder: Path, segment_bytes: int = 16 << 20) -> None:
+        """Opens the journal in `folder`, created when missing, and starts the writer.
+
+        Raises:
+            UsageError: the folder cannot be written.
+        """
+        self.error: OSError | None = None
+        """why nothing is written any more; from then on nothing is acknowledged either"""
+        self.on_error: Callable[[OSError], None] = lambda error: None
+        self._folder = folder
+        try:
+            self._log = SegmentLog(folder, segment_bytes)
+        except OSError as error:
+            raise UsageError(
+                f"the journal folder {folder} cannot be used ({error.strerror or error}); choose another run.out"
+            ) from error
+        self._wake = threading.Condition()
+        self._queue: deque[tuple[Record, Callable[[], None] | None]] = deque()
+        self._drop_before = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+        self._thread.start()
+
+    @property
+    def position(self) -> int:
+        """No record that is not written yet will get an offset below this. Never waits for the disk."""
+        return self._log.end
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self._log.size
+
+    @property
+    def corrupt(self) -> int:
+        """Damaged stretches that `replay` skipped."""
+        return self._log.corrupt
+
+    def append(self, record: Record, on_durable: Callable[[], None] | None = None) -> None:
+        """Queue a record; `on_durable` is called once it is synced to disk, and never when that fails."""
+        with self._wake:
+            if self.error is None and not self._closing:
+                self._queue.append((record, on_durable))
+                self._wake.notify()
+
+    def replay(self, start: int = 0) -> Iterator[tuple[int, Record]]:
+        """(offset, record) from an offset on, in the order written; for a journal that is not appended to meanwhile.
+
+        Raises:
+            RunFailed: an intact record is not of this version's schema.
+        """
+        for offset, payload in self._log.records(start):
+            try:
+                yield offset, _decoder.decode(payload)
+            except msgspec.MsgspecError as error:
+                raise RunFailed(
+                    f"the journal {self._folder} was written by another version ({error}); resume with that version"
+                ) from error
+
+    def drop_before(self, offset: int) -> None:
+        """Whole segments before an offset are not needed any more; the writer deletes them."""
+        with self._wake:
+            self._drop_before = max(self._drop_before, offset)
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Write what is queued, then close."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+        if self.error is None:
+            self._log.close()
+
+    def _write(self) -> None:
+        dropped_before = 0
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._queue or self._closing or self._drop_before > dropped_before)
+                batch = list(self._queue)
+                self._queue.clear()
+                drop_before, closing = self._drop_before, self._closing
+            try:
+                if batch:
+                    # Grants alone need no sync: one that a crash loses is granted again, under the same number.
+                    self._log.append([_encoder.encode(record) for record, _ in batch], any(done for _, done in batch))
+                if drop_before > dropped_before:
+                    self._log.drop_before(drop_before)
+                    dropped_before = drop_before
+            except OSError as error:
+                self._fail(error)
+                return
+            for _, on_durable in batch:
+                if on_durable is not None:
+                    on_durable()
+            if closing and not batch:
+                return
+
+    def _fail(self, error: OSError) -> None:
+        with self._wake:
+            self.error = error
+            self._queue.clear()
+        self.on_error(error)

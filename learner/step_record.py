@@ -1,0 +1,74 @@
+"""Builds a line of metrics.jsonl from what the trainer measured and what the transport counted."""
+
+from collections import defaultdict
+from statistics import fmean
+
+from msgspec import structs
+
+from learner.hub import HubStats
+from learner.leases import Batch
+from learner.step_metrics import Metrics
+from pipeline.telemetry import StepMetrics
+
+_KNOWN = {field.name for field in structs.fields(StepMetrics)}
+_COUNTS = ("groups_without_signal", "tokens_trained", "skipped_steps")
+
+
+def step_metrics(
+    measured: Metrics,
+    batch: Batch,
+    now: HubStats,
+    before: HubStats,
+    *,
+    step: int,
+    policy_version: int,
+    wait_seconds: float,
+    learner_seconds: float,
+    wall_seconds: float,
+) -> StepMetrics:
+    """The row of one step; `before` are the transport's counters at the end of the step before."""
+    values = {key: value for key, value in measured.items() if key in _KNOWN}
+    values |= {key: int(values[key] or 0) for key in _COUNTS}
+    tokens = int(values["tokens_trained"] or 0)
+    drafting = _drafting(batch)
+    return StepMetrics(
+        **{key: float("nan") if value is None and key != "mismatch_k3" else value for key, value in values.items()},
+        step=step,
+        policy_version=policy_version,
+        reward_mean_unfiltered=fmean(batch.unfiltered_rewards) if batch.unfiltered_rewards else float("nan"),
+        tokens_per_second=tokens / wall_seconds,
+        dropped={
+            reason: count - before.dropped.get(reason, 0)
+            for reason, count in now.dropped.items()
+            if count > before.dropped.get(reason, 0)
+        },
+        dropped_total=dict(now.dropped),
+        **drafting,
+        engine_seconds=now.busy_seconds - before.busy_seconds,
+        learner_seconds=learner_seconds,
+        wait_seconds=wait_seconds,
+        wall_seconds=wall_seconds,
+        engines=now.engines,
+        reissued_total=now.reissued,
+        extra={key: value for key, value in measured.items() if key not in _KNOWN and value is not None},
+    )
+
+
+def _drafting(batch: Batch) -> dict:
+    """acceptance_rate, tokens_per_verification and drafters over the batch's samples."""
+    drafters: dict[str, dict[str, int]] = defaultdict(lambda: {"drafted": 0, "accepted": 0})
+    tokens = verifications = 0
+    for group in batch.groups:
+        for trajectory in group.trajectories:
+            tokens += trajectory.header.response_tokens
+            verifications += trajectory.header.verifications
+            for name, counts in trajectory.header.drafters.items():
+                drafters[name]["drafted"] += counts.drafted
+                drafters[name]["accepted"] += counts.accepted
+    drafted = sum(counts["drafted"] for counts in drafters.values())
+    accepted = sum(counts["accepted"] for counts in drafters.values())
+    return {
+        "acceptance_rate": accepted / drafted if drafted else None,
+        "tokens_per_verification": tokens / verifications if verifications else 1.0,
+        "drafters": dict(drafters),
+    }

@@ -1,0 +1,268 @@
+"""The embedded model's warm start: supervised training on worked answers, ended while there is much left to learn.
+
+It stops when samples at temperature 1 earn `model.warm_start_reward` on held-out prompts, so that reinforcement
+learning starts from a policy that is right sometimes. The result is kept in the user's cache folder under a digest of
+everything it depends on.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from msgspec import Struct
+from torch.nn import functional
+from transformers import Qwen3ForCausalLM
+
+from learner.answers import AnswerSampler, ProbeSet, training_batch
+from learner.embedded import Architecture, build_model, build_tokenizer, cache_folder, save_model
+from pipeline.config import Config
+from pipeline.errors import UsageError
+from pipeline.tasks.arithmetic import ArithmeticTask
+from pipeline.tasks.prompts import mix64
+
+RECORD = "warm_start.json"
+_MAX_THREADS = 8
+_FINAL_LOSS = 0.08
+"""Nats a character at about the usual target; only the progress bar uses it."""
+_POLL_SECONDS = 0.5
+
+
+class Recipe(Struct, kw_only=True, frozen=True):
+    """Everything the weights depend on beside the machine."""
+
+    digits: int
+    operands: int
+    seed: int
+    target_reward: float
+    time_limit: float
+    """seconds"""
+    architecture: Architecture = Architecture()
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup_steps: int = 30
+    beta2: float = 0.98
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    probe_prompts: int = 256
+    probe_every: int = 15
+    probe_below_loss: float = 0.25
+    """nats a character; a probe before that costs time and finds nothing"""
+    max_steps: int = 1 << 30
+    revision: int = 1
+    """raised when the code changes what comes out"""
+
+    @staticmethod
+    def from_config(config: Config) -> "Recipe":
+        return Recipe(
+            digits=config.task.digits,
+            operands=config.task.operands,
+            seed=config.run.seed,
+            target_reward=config.model.warm_start_reward,
+            time_limit=config.model.warm_start_seconds,
+        )
+
+    def digest(self) -> str:
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class WarmStartProgress:
+    """Where the warm start is, once a step; the last one has fraction 1."""
+
+    fraction: float
+    """of the way, an estimate in [0, 1] that never falls"""
+    step: int
+    loss: float
+    """nats a character of the answers, smoothed"""
+    reward: float
+    """mean on the probe prompts at temperature 1 when last measured; 0 before"""
+    seconds: float
+    message: str = ""
+    """one sentence for the user, where there is something to say"""
+
+
+OnProgress = Callable[[WarmStartProgress], None]
+
+
+class WarmStartRecord(Struct, kw_only=True, frozen=True):
+    """warm_start.json beside the weights."""
+
+    recipe: Recipe
+    steps: int
+    loss: float
+    reward: float
+    seconds: float
+    reached: bool
+    """whether the reward reached the target before the time limit"""
+    curve: list[tuple[int, float, float, float]]
+    """(step, seconds, loss, reward) of every probe"""
+
+
+def ensure_embedded_model(config: Config, on_progress: OnProgress) -> Path:
+    """The embedded model's checkpoint directory, trained first if the cache has none.
+
+    `on_progress` is called once a step and may raise to abandon the warm start; the cache is then as it was.
+
+    Raises:
+        UsageError: the cache folder cannot be written.
+    """
+    return ensure_model(Recipe.from_config(config), on_progress)
+
+
+def ensure_model(recipe: Recipe, on_progress: OnProgress) -> Path:
+    """As `ensure_embedded_model`, for any recipe."""
+    root = cache_folder()
+    folder = root / recipe.digest()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f"{folder.name}.lock", on_progress):
+            if not (folder / RECORD).exists():
+                _train_into(folder, recipe, on_progress)
+    except OSError as error:
+        raise UsageError(
+            f"the embedded model cannot be kept in {str(root)!r} ({error.strerror or error}); "
+            "set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+    on_progress(_closing(folder))
+    return folder
+
+
+def _train_into(folder: Path, recipe: Recipe, on_progress: OnProgress) -> None:
+    """Train and rename into place, so that a folder of that name is always whole."""
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
+    try:
+        with _threads(), torch.random.fork_rng(devices=[]):
+            model, record = WarmStart(recipe).run(on_progress)
+        save_model(model, temporary)
+        (temporary / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class WarmStart:
+    """One supervised training from fresh weights."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        torch.manual_seed(mix64(recipe.seed) >> 1)
+        self._recipe = recipe
+        self._task = ArithmeticTask(recipe.digits, recipe.operands, recipe.seed)
+        self._tokenizer = build_tokenizer()
+        self._model = build_model(recipe.architecture)
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(), betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
+        )
+        self._probe = ProbeSet(self._task, self._tokenizer, recipe.probe_prompts)
+        self._sampler = AnswerSampler(self._model, bfloat16=computes_in_bfloat16())
+        self._first_loss = 0.0
+
+    def run(self, on_progress: OnProgress) -> tuple[Qwen3ForCausalLM, WarmStartRecord]:
+        """Train until the target reward, the time limit or the last step."""
+        recipe, began = self._recipe, time.perf_counter()
+        step, loss, reward, fraction = 0, 0.0, 0.0, 0.0
+        curve: list[tuple[int, float, float, float]] = []
+        while reward < recipe.target_reward and step < recipe.max_steps:
+            step += 1
+            latest = self._train_step(step)
+            loss = latest if step == 1 else loss + 0.1 * (latest - loss)
+            self._first_loss = self._first_loss or loss
+            if step % recipe.probe_every == 0 and loss < recipe.probe_below_loss:
+                reward = self._measure(step)
+                curve.append((step, time.perf_counter() - began, loss, reward))
+            seconds = time.perf_counter() - began
+            fraction = max(fraction, self._fraction(loss, reward, seconds))
+            on_progress(WarmStartProgress(fraction, step, loss, reward, seconds))
+            if seconds >= recipe.time_limit:
+                break
+        if not curve or curve[-1][0] != step:
+            reward = self._measure(step)
+            curve.append((step, time.perf_counter() - began, loss, reward))
+        record = WarmStartRecord(
+            recipe=recipe, steps=step, loss=loss, reward=reward, seconds=time.perf_counter() - began,
+            reached=reward >= recipe.target_reward, curve=curve,
+        )  # fmt: skip
+        return self._model, record
+
+    def _train_step(self, step: int) -> float:
+        """One AdamW step on the answers' cross-entropy (nats a character), which it returns."""
+        recipe = self._recipe
+        for group in self._optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * min(1.0, step / recipe.warmup_steps)
+        first = (step - 1) * recipe.batch_size
+        examples = [self._task.train[first + offset] for offset in range(recipe.batch_size)]
+        ids_BT, targets_BT = training_batch(examples, self._tokenizer)
+        with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16()):
+            logits_BTV = self._model(input_ids=ids_BT, use_cache=False).logits
+        loss = functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
+        self._optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), recipe.max_grad_norm)
+        self._optimizer.step()
+        return loss.item()
+
+    def _measure(self, step: int) -> float:
+        generator = torch.Generator().manual_seed(mix64(self._recipe.seed, step) >> 1)
+        return self._probe.reward(self._sampler, generator)
+
+    def _fraction(self, loss: float, reward: float, seconds: float) -> float:
+        recipe = self._recipe
+        fallen = torch.tensor([self._first_loss / max(loss, 1e-9), self._first_loss / _FINAL_LOSS]).log()
+        by_loss = 0.95 * (fallen[0] / fallen[1]).clamp(0, 1).item() if self._first_loss > _FINAL_LOSS else 0.0
+        return min(1.0, max(by_loss, reward / recipe.target_reward, seconds / recipe.time_limit))
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in hardware; emulated, they are slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _closing(folder: Path) -> WarmStartProgress:
+    record = msgspec.json.decode((folder / RECORD).read_bytes(), type=WarmStartRecord)
+    message = f"embedded model: reward {record.reward:.2f} after {record.steps} supervised steps ({folder})"
+    if not record.reached:
+        message = (
+            f"the warm start ended at reward {record.reward:.2f}, below model.warm_start_reward = "
+            f"{record.recipe.target_reward:g}, after {record.seconds:.0f} s; it is used as it is: "
+            "raise model.warm_start_seconds or lower task.digits or task.operands for a better start"
+        )
+    return WarmStartProgress(1.0, record.steps, record.loss, record.reward, record.seconds, message)
+
+
+@contextmanager
+def _locked(path: Path, on_progress: OnProgress) -> Iterator[None]:
+    """Hold the lock file, so that two processes that want the same model train it once."""
+    with path.open("w") as file:
+        began = time.perf_counter()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waited = time.perf_counter() - began
+                on_progress(WarmStartProgress(0.0, 0, 0.0, 0.0, waited, "waiting for another process's warm start"))
+                time.sleep(_POLL_SECONDS)
+        yield
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    """All cores while nothing else of the run computes yet."""
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    torch.set_num_threads(min(cores, _MAX_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

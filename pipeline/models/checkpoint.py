@@ -1,0 +1,113 @@
+"""Weights from safetensors, single file or sharded, into a decoder."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pipeline.errors import UsageError
+from pipeline.models.config import ModelConfig
+from pipeline.models.decoder import Decoder
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def load_decoder(
+    folder: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
+) -> Decoder:
+    """The decoder of a Hugging Face checkpoint directory.
+
+    Raises:
+        UsageError: folder, file or tensor missing, truncated or of the wrong shape; the text names it.
+    """
+    config = ModelConfig.from_folder(folder)
+    decoder = Decoder(config, compute_dtype(dtype, config), compute_device(device))
+    load_weights_into(decoder, folder)
+    return decoder
+
+
+def compute_dtype(dtype: torch.dtype | str, config: ModelConfig) -> torch.dtype:
+    """`auto` is the checkpoint's type, float16 widened to float32."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = config.dtype if dtype == "auto" else dtype
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
+    if name not in kinds:
+        raise UsageError(f"dtype {name!r} is not supported; use float32 or bfloat16")
+    return kinds[name]
+
+
+def compute_device(device: torch.device | str) -> torch.device:
+    """`auto` is CUDA where there is a device, else the CPU."""
+    if isinstance(device, torch.device):
+        return device
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {name!r} is not available on this machine; use cpu or auto")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from None
+
+
+@torch.no_grad()
+def load_weights_into(decoder: Decoder, folder: str | Path) -> None:
+    """Overwrites every weight of `decoder` from a folder's safetensors, cast to its compute type.
+
+    All names and shapes are checked before the first weight changes, so a bad folder leaves the decoder as it was.
+
+    Raises:
+        UsageError: as for `load_decoder`.
+    """
+    folder = Path(folder)
+    with _open_shards(folder) as shards:
+        sources = {name: (file, path) for path, file in shards for name in file.keys()}  # noqa: SIM118
+        for name, tensor in decoder.tensors.items():
+            if name not in sources:
+                raise UsageError(f"{folder} has no tensor {name}; is it the checkpoint of this model?")
+            file, path = sources[name]
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(tensor.shape):
+                raise UsageError(f"{path}: tensor {name} has shape {shape} where the model needs {tuple(tensor.shape)}")
+        for name, (_, path) in sources.items():
+            # A bias or layer the configuration does not announce would silently change what the model computes.
+            if name.startswith("model.") and name not in decoder.tensors and not name.endswith("rotary_emb.inv_freq"):
+                raise UsageError(f"{path}: tensor {name} has no place in the model that config.json describes")
+        for name, tensor in decoder.tensors.items():
+            tensor.copy_(sources[name][0].get_tensor(name))
+
+
+@contextmanager
+def _open_shards(folder: Path) -> Iterator[list[tuple[Path, Any]]]:
+    """The folder's safetensors files, open; what each holds is mapped, not read."""
+    with ExitStack() as stack:
+        shards = []
+        for path in _shard_paths(folder):
+            try:
+                shards.append((path, stack.enter_context(safe_open(path, framework="pt"))))
+            except FileNotFoundError:
+                raise UsageError(f"{path} is missing; the checkpoint is incomplete") from None
+            except SafetensorError as error:
+                raise UsageError(f"{path} is truncated or not safetensors ({error}); copy it again") from None
+        yield shards
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UsageError(f"model folder {folder} does not exist; give a Hugging Face checkpoint directory")
+    index = folder / INDEX
+    if (folder / SINGLE).exists() or not index.exists():
+        return [folder / SINGLE]
+    try:
+        shards = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"{index} cannot be used: {error}") from None
+    return [folder / name for name in sorted(set(shards.values()))]

@@ -1,0 +1,86 @@
+"""Text to token ids and back, from a checkpoint's `tokenizer.json`."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tokenizers
+
+from pipeline.errors import UsageError
+from pipeline.models.config import ModelConfig
+
+
+class Tokenizer:
+    """Encodes documents as the model was trained on them: with a begin-of-text token where the checkpoint has one."""
+
+    eos_token_ids: tuple[int, ...]
+    """ends of a text, from `generation_config.json` or `config.json`"""
+    vocab_size: int
+    """largest token id, plus one"""
+    digest: str
+    """sha256 of `tokenizer.json`, hexadecimal"""
+
+    def __init__(self, folder: str | Path, add_bos: bool | None = None) -> None:
+        """
+        Args:
+            folder: Hugging Face checkpoint directory with `config.json` and `tokenizer.json`.
+            add_bos: whether a text starts with the begin-of-text token; None: as the checkpoint's files say.
+
+        Raises:
+            UsageError: a file is missing or broken, or the tokenizer has ids the model has no embedding for.
+        """
+        folder = Path(folder)
+        config = ModelConfig.from_folder(folder)
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise UsageError(f"{path} is missing; save the model's tokenizer beside its weights")
+        content = path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # tokenizers raises plain Exception for a file it cannot parse
+            raise UsageError(f"{path} cannot be used: {error}") from None
+        self.digest = hashlib.sha256(content).hexdigest()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self.vocab_size > config.vocab_size:
+            raise UsageError(
+                f"{path}: tokenizer does not match the model: its largest token id is {self.vocab_size - 1}, "
+                f"the model's vocabulary has {config.vocab_size} tokens; use the checkpoint's own tokenizer"
+            )
+        self.eos_token_ids = config.eos_token_ids
+        wanted = self._starts_with_bos(folder, config) if add_bos is None else add_bos
+        if wanted and config.bos_token_id is None:
+            raise UsageError(f"{folder / 'config.json'} has no bos_token_id, so texts cannot start with it")
+        self._bos = config.bos_token_id if wanted else None
+
+    def _starts_with_bos(self, folder: Path, config: ModelConfig) -> bool:
+        bos = config.bos_token_id
+        if bos is None:
+            return False
+        if self._tokenizer.encode("a").ids[:1] == [bos]:
+            return True
+        settings = _tokenizer_config(folder / "tokenizer_config.json")
+        if "add_bos_token" in settings:
+            return bool(settings["add_bos_token"])
+        # Qwen writes a bos_token_id that its texts never start with, and says so by a null bos_token.
+        return settings.get("bos_token", "unsaid") is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, the begin-of-text token first where the model's documents start with it."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self._bos is None or ids[:1] == [self._bos]:
+            return ids
+        return [self._bos, *ids]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        return {}
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"{path} cannot be used: {error}") from None

@@ -1,0 +1,39 @@
+"""Counter-based uniforms: a sample's randomness is a function of its seed and the token's position, of nothing else.
+
+Neither the sequences that share the batch, nor what was drafted, nor a restart changes the numbers a token meets.
+The generator is SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): its output function applied to key + counter * increment,
+the key being a hash of seed and stream.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+class Stream(IntEnum):
+    """Decisions about one token that must not share a random number."""
+
+    SAMPLE = 0
+    """draw from the target"""
+    ACCEPT = 1
+    """acceptance of a draft token that was itself sampled"""
+    RESIDUAL = 2
+    """draw after such a draft was rejected"""
+
+
+def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> np.ndarray:
+    """float64 in the open interval (0, 1), of the broadcast shape of integer `seeds` and `positions`."""
+    keys = _mix(np.atleast_1d(seeds).astype(np.uint64) + np.uint64(stream + 1) * _INCREMENT)
+    # Hashed twice: with one hash, seeds a multiple of the increment apart would be one stream shifted.
+    bits = _mix(_mix(keys ^ _INCREMENT) + np.atleast_1d(positions).astype(np.uint64) * _INCREMENT)
+    # 52 bits and a half keep the largest value below 1 after rounding, and the smallest above 0.
+    return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * _FIRST
+    x = (x ^ (x >> np.uint64(27))) * _SECOND
+    return x ^ (x >> np.uint64(31))

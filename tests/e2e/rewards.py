@@ -1,0 +1,25 @@
+"""Reward functions that tests name in a configuration as tests.e2e.rewards:NAME."""
+
+import random
+
+from pipeline.tasks.rewards import numeric_answer
+
+_random = random.Random(0)
+
+
+def shuffled(prompts, completions, **columns):
+    """The right rewards of a group, given to the wrong samples: there is nothing to learn."""
+    rewards = list(numeric_answer(prompts, completions, **columns))
+    _random.shuffle(rewards)
+    return rewards
+
+
+def fails_on_some(prompts, completions, **columns):
+    """Raises wherever a completion's length is a multiple of three."""
+    if any(len(completion) % 3 == 0 for completion in completions):
+        raise ValueError("length is a multiple of three")
+    return [1.0] * len(completions)
+
+
+def constant(prompts, completions, **columns):
+    return [1.0] * len(completions)

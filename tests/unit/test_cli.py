@@ -1,0 +1,75 @@
+"""The command line is a contract: what it offers, and how it fails."""
+
+import argparse
+import subprocess
+import sys
+import time
+import tomllib
+
+import pytest
+
+from pipeline.cli import build_parser, main
+
+COMMAND_LINE = {
+    "run": ["[config]", "--set", "--dry-run", "--out"],
+    "learner": ["config", "--set", "--dry-run"],
+    "engine": ["config", "--connect", "--connect-timeout", "--set", "--dry-run"],
+    "generate": ["model", "--prompt", "--drafter", "--max-new-tokens", "--temperature", "--seed"],
+    "drafters": [],
+}
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    names = []
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        name = action.option_strings[-1] if action.option_strings else action.dest
+        names.append(f"[{name}]" if action.nargs == "?" else name)
+    return names
+
+
+def test_command_line_is_frozen():
+    (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert {name: sorted(_options(parser)) for name, parser in commands.choices.items()} == {
+        name: sorted(options) for name, options in COMMAND_LINE.items()
+    }
+
+
+def test_dry_run_prints_the_resolved_configuration(capsys):
+    assert main(["run", "--set", "learner.batch_size=16", "--dry-run", "--out", "x"]) == 0
+    resolved = tomllib.loads(capsys.readouterr().out)
+    assert resolved["learner"]["batch_size"] == 16 and resolved["run"]["out"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--dry-run", "--set", "learner.btach_size=1"], "did you mean batch_size"),
+        (["run", "--dry-run", "--set", "engine.drafter=sufix-automaton"], "suffix-automaton"),
+        (["run", "--dry-run", "--set", "engine.drafter.name=no_such_module:Drafter"], "no_such_module"),
+        (["run", "--dry-run", "--set", "objective.surrogate=ppo"], "ppo-clip"),
+        (["run", "--dry-run", "--set", "objective.surrogate.clip_hgh=1"], "clip_high"),
+        (["run", "--dry-run", "--set", "task.reward=nowhere:nothing"], "nowhere"),
+        (["learner", "nowhere.toml"], "nowhere.toml"),
+        (["generate", "nowhere", "--prompt", "x"], "nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(arguments, said, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("rollahead: ") and captured.err.count("\n") == 1
+    assert said in captured.err
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy():
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", "--help"], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - began)
+        assert "examples:" in done.stdout
+    assert min(seconds) < 1.0

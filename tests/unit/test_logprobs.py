@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+import torch
+from learner_samples import VOCABULARY, batch, tiny_policy, trajectory
+
+from learner.logprobs import pack_logprobs, token_logprobs
+from learner.packing import pack
+from learner.policy import load_policy, policy_state
+from pipeline.errors import UsageError
+
+
+def direct(hidden, weight, target, temperature):
+    """log Z and expectation written out, in float64."""
+    logits = hidden.double() @ weight.double().T / temperature
+    log_z = logits.logsumexp(-1)
+    logp = logits[torch.arange(len(target)), target] - log_z
+    entropy = log_z - (logits.softmax(-1) * logits).sum(-1)
+    return logp, entropy
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, None])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_chunked_log_probs_and_gradients_equal_the_direct_computation(chunk, temperature):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(30, 16, generator=generator).requires_grad_()
+    weight = torch.randn(50, 16, generator=generator).requires_grad_()
+    target = torch.randint(0, 50, (30,), generator=generator)
+    mix = torch.randn(2, 30, generator=generator)
+
+    logp, entropy = token_logprobs(hidden, weight, target, temperature, entropy_gradient=True, chunk_tokens=chunk)
+    gradients = torch.autograd.grad((logp * mix[0] + entropy * mix[1]).sum(), (hidden, weight))
+    expected_logp, expected_entropy = direct(hidden, weight, target, temperature)
+    expected = torch.autograd.grad((expected_logp * mix[0] + expected_entropy * mix[1]).sum(), (hidden, weight))
+
+    torch.testing.assert_close(logp, expected_logp.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, expected_entropy.float(), atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_entropy_is_not_differentiated_unless_asked():
+    hidden = torch.randn(4, 8, requires_grad=True)
+    logp, entropy = token_logprobs(hidden, torch.randn(10, 8), torch.zeros(4, dtype=torch.int64), 1.0)
+    assert logp.requires_grad
+    assert not entropy.requires_grad
+
+
+def test_entropies_of_nearly_certain_tokens_are_accurate_and_not_negative():
+    # one logit above the rest by `gap`: H is known in closed form, and log Z - E[logit] would lose it in rounding
+    gap = torch.tensor([8.0, 12.0, 16.0, 20.0, 30.0])
+    weight = torch.zeros(50, 1)
+    weight[3] = 1.0
+    _, entropy = token_logprobs(gap[:, None], weight, torch.full((5,), 3), 1.0)
+    rest = 49 * torch.exp(-gap.double())
+    expected = torch.log1p(rest) + rest / (1 + rest) * gap.double()
+    assert (entropy >= 0).all()
+    torch.testing.assert_close(entropy, expected.float(), atol=2e-7, rtol=1e-3)
+
+
+def test_backward_holds_no_logits_of_the_whole_batch():
+    hidden = torch.randn(64, 8, requires_grad=True)
+    weight = torch.randn(1000, 8, requires_grad=True)
+    kept = []
+
+    def record(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        logp, _ = token_logprobs(hidden, weight, torch.zeros(64, dtype=torch.int64), 1.0, chunk_tokens=4)
+    logp.sum().backward()
+    assert max(kept) <= weight.numel()
+    assert hidden.grad is not None
+
+
+def test_no_token_gives_no_log_prob():
+    logp, entropy = token_logprobs(torch.zeros(0, 8), torch.zeros(10, 8), torch.zeros(0, dtype=torch.int64), 1.0)
+    assert logp.shape == entropy.shape == (0,)
+
+
+def test_a_packs_log_probs_equal_the_stock_models_logits(tmp_path):
+    model = tiny_policy(tmp_path / "model", tied=False)
+    samples = [sample for group in batch(groups=2, size=2) for sample in group]
+    (row,) = pack(samples, range(4), 1000, "cpu")
+    logp, entropy = pack_logprobs(model, row, temperature=0.7)
+    for index, sample in enumerate(samples):
+        ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.token_ids]).astype(np.int64))[None]
+        logits = model(ids, use_cache=False).logits[0].double() / 0.7
+        trained = np.flatnonzero(sample.roles == 0)
+        for position, value, h in zip(trained, logp[row.sequence == index], entropy[row.sequence == index], strict=True):
+            distribution = torch.distributions.Categorical(logits=logits[len(sample.prompt_ids) + position - 1])
+            expected = distribution.log_prob(torch.tensor(int(sample.token_ids[position])))
+            assert float(value) == pytest.approx(float(expected), abs=1e-5)
+            assert float(h) == pytest.approx(float(distribution.entropy()), abs=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_policy_state_has_the_names_of_a_saved_checkpoint(tmp_path, tied):
+    from safetensors.torch import load_file
+
+    model = tiny_policy(tmp_path / "model", tied=tied)
+    state, saved = policy_state(model), load_file(tmp_path / "model" / "model.safetensors")
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+
+
+def test_a_folder_without_a_usable_checkpoint_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        load_policy(tmp_path, "cpu")
+    tiny_policy(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    state = load_file(weights)
+    state.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_policy(tmp_path / "model", "cpu")
+    weights.write_bytes(b"not safetensors")
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_policy(tmp_path / "model", "cpu")
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    tiny_policy(tmp_path / "model")
+    for device in ("cuda:7", "toaster"):
+        with pytest.raises(UsageError, match=device):
+            load_policy(tmp_path / "model", device)
+
+
+def test_the_samples_of_these_tests_are_deterministic():
+    rows = [pack([trajectory(np.random.default_rng(1))], [0], 100, "cpu")[0] for _ in range(2)]
+    assert torch.equal(rows[0].input_ids, rows[1].input_ids)
+    assert int(rows[0].target.max()) < VOCABULARY
