@@ -87,7 +87,11 @@ class Verified:
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Implement these; `drafters.base.BaseDrafter` gives empty bodies for the ones you do not need."""
+    """Implement these; `drafters.base.BaseDrafter` gives empty bodies for the ones you do not need.
+
+    A class with options declares them as a nested `Options`, a `msgspec.Struct` with a default for every field, and
+    takes one as its constructor's only argument; a class without `Options` is made without arguments.
+    """
 
     name: str
     needs: Needs

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from drafters.base import Drafter, Needs
+from drafters.base import Drafter
 from pipeline.errors import UsageError
 
 GROUP = "rollahead.drafters"
@@ -17,20 +17,18 @@ GROUP = "rollahead.drafters"
 
 @dataclass(frozen=True, slots=True)
 class DrafterInfo:
-    """An installed drafter."""
+    """An installed drafter, as `rollahead drafters` shows it."""
 
     name: str
+    source: str
+    """distribution and version it comes from"""
+    needs: str
+    """what it asks of the generator, in words"""
+    summary: str
+    """first line of its documentation; for one that cannot be imported, why"""
     target: str
     """module:Class"""
-    distribution: str
-    version: str
-    needs: Needs | None
-    """None where it cannot be imported"""
-    summary: str
-    """first line of its documentation"""
-    options: tuple[str, ...]
-    error: str = ""
-    """why it cannot be imported"""
+    options: tuple[str, ...] = ()
 
 
 def available() -> list[DrafterInfo]:
@@ -66,20 +64,19 @@ def _installed() -> dict[str, EntryPoint]:
 
 
 def _describe(point: EntryPoint) -> DrafterInfo:
-    distribution = point.dist.name if point.dist else "unknown"
-    version = point.dist.version if point.dist else "unknown"
+    source = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
     try:
         kind = point.load()
     except Exception as error:  # whatever a stranger's module raises on import must not hide the other drafters
-        return DrafterInfo(point.name, point.value, distribution, version, None, "", (), f"{error!r}")
+        return DrafterInfo(point.name, source, "unknown", f"cannot be imported: {error!r}", point.value)
     declared = getattr(kind, "Options", None)
+    needs = ", ".join((need.name or "").lower().replace("_", " ") for need in kind.needs) or "nothing"
     return DrafterInfo(
         name=point.name,
-        target=point.value,
-        distribution=distribution,
-        version=version,
-        needs=kind.needs,
+        source=source,
+        needs=needs,
         summary=(kind.__doc__ or "").strip().partition("\n")[0],
+        target=point.value,
         options=declared.__struct_fields__ if declared else (),
     )
 

@@ -112,8 +112,8 @@ class SuffixAutomatonDrafter(BaseDrafter):
     class Options(Struct, kw_only=True, forbid_unknown_fields=True):
         """The draft has `base + factor * match` tokens, at most `max_tokens`, from a match of `min_match` on."""
 
-        min_match: Annotated[int, Meta(ge=1)] = 2
-        base: Annotated[float, Meta(ge=0)] = 0.0
+        min_match: Annotated[int, Meta(ge=1)] = 1
+        base: Annotated[float, Meta(ge=0)] = 1.0
         factor: Annotated[float, Meta(ge=0)] = 1.0
         max_tokens: Annotated[int, Meta(ge=1)] = 128
 

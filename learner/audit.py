@@ -1,4 +1,4 @@
-"""trained.jsonl: which samples each optimiser batch was made of, for anybody who wants to check that none came twice."""
+"""trained.jsonl: which samples each optimiser batch was made of, so that anybody can check that none came twice."""
 
 import json
 import os

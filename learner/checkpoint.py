@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import torch
@@ -26,7 +26,6 @@ from pipeline.errors import RunFailed
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-T = TypeVar("T")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 _log = logging.getLogger(__name__)
@@ -51,30 +50,6 @@ class Restored:
     step: int
     state: Any
     """as given to `save`: of the type asked for, or plain JSON values"""
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoints:
-    """The checkpoints of one run: where they are, how many are kept, whose tokenizer they carry."""
-
-    root: Path
-    keep: int
-    model_folder: Path
-
-    def save(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: Any) -> Path:
-        """As `save`, in this run."""
-        return save(self.root, step, model, optimizer, state, keep=self.keep, tokenizer_folder=self.model_folder)
-
-    def restore(
-        self,
-        model: PreTrainedModel,
-        optimizer: torch.optim.Optimizer,
-        state_type: type[T],
-        on_event: Callable[[str], None] = _log.warning,
-    ) -> T | None:
-        """As `restore`, in this run; the state alone."""
-        restored = restore(self.root, model, optimizer, state_type, on_event)
-        return restored.state if restored else None
 
 
 def save(
@@ -129,11 +104,11 @@ def restore(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     state_type: Any = Any,
-    on_event: Callable[[str], None] = _log.warning,
+    warn: Callable[[str], None] = _log.warning,
 ) -> Restored | None:
     """Put back the newest intact checkpoint: weights, optimiser state, torch's random generators.
 
-    A damaged checkpoint is renamed to `step-N.corrupt`, reported through `on_event`, and the one before it is tried.
+    A damaged checkpoint is renamed to `step-N.corrupt`, reported through `warn`, and the one before it is tried.
 
     Returns:
         Its step and state, or None if there has never been a checkpoint.
@@ -151,7 +126,7 @@ def restore(
             )
         except (CorruptCheckpoint, SafetensorError) as error:
             damaged = folder.rename(folder.with_name(folder.name + ".corrupt"))
-            on_event(f"checkpoint {folder} is damaged ({error}); moved to {damaged.name}, trying the one before")
+            warn(f"checkpoint {folder} is damaged ({error}); moved to {damaged.name}, trying the one before")
             continue
         except msgspec.ValidationError as error:
             raise RunFailed(f"{folder / 'state.json'} was written by another version of rollahead: {error}") from error

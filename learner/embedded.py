@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
-PAD, BOS, EOS, UNKNOWN = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
-SPECIAL = (PAD, BOS, EOS, UNKNOWN)
-PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+PAD, EOS, UNKNOWN = "<|pad|>", "<|eos|>", "<|unk|>"
+SPECIAL = (PAD, EOS, UNKNOWN)
+PAD_ID, EOS_ID = 0, 1
 CHARACTERS = "\n " + string.digits + string.ascii_letters + string.punctuation
 MAX_POSITIONS = 1024
 
@@ -44,7 +44,7 @@ def build_model(architecture: Architecture) -> Qwen3ForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         pad_token_id=PAD_ID,
-        bos_token_id=BOS_ID,
+        bos_token_id=None,  # texts start with their first character
         eos_token_id=EOS_ID,
     )
     model = Qwen3ForCausalLM(config)
@@ -70,13 +70,10 @@ def save_model(model: Qwen3ForCausalLM, folder: Path) -> None:
     finally:
         if bars_shown:
             logging.enable_progress_bar()
-    GenerationConfig(
-        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=True, temperature=1.0
-    ).save_pretrained(folder)
+    GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=True, temperature=1.0).save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_object=build_tokenizer(),
         pad_token=PAD,
-        bos_token=BOS,
         eos_token=EOS,
         unk_token=UNKNOWN,
         model_max_length=MAX_POSITIONS,

@@ -75,7 +75,7 @@ class Journal:
             ) from error
         self._wake = threading.Condition()
         self._queue: deque[tuple[Record, Callable[[], None] | None]] = deque()
-        self._drop_before = 0
+        self._drop_before: int | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._thread.start()
@@ -119,7 +119,7 @@ class Journal:
     def drop_before(self, offset: int) -> None:
         """Whole segments before an offset are not needed any more; the writer deletes them."""
         with self._wake:
-            self._drop_before = max(self._drop_before, offset)
+            self._drop_before = offset
             self._wake.notify()
 
     def close(self) -> None:
@@ -132,27 +132,28 @@ class Journal:
             self._log.close()
 
     def _write(self) -> None:
-        dropped_before = 0
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._queue or self._closing or self._drop_before > dropped_before)
-                batch = list(self._queue)
+                self._wake.wait_for(lambda: self._queue or self._closing or self._drop_before is not None)
+                batch, drop_before = list(self._queue), self._drop_before
                 self._queue.clear()
-                drop_before, closing = self._drop_before, self._closing
+                self._drop_before = None
+                done = self._closing and not batch
             try:
                 if batch:
                     # Grants alone need no sync: one that a crash loses is granted again, under the same number.
-                    self._log.append([_encoder.encode(record) for record, _ in batch], any(done for _, done in batch))
-                if drop_before > dropped_before:
+                    self._log.append(
+                        [_encoder.encode(record) for record, _ in batch], any(durable for _, durable in batch)
+                    )
+                if drop_before is not None:
                     self._log.drop_before(drop_before)
-                    dropped_before = drop_before
             except OSError as error:
                 self._fail(error)
                 return
             for _, on_durable in batch:
                 if on_durable is not None:
                     on_durable()
-            if closing and not batch:
+            if done:
                 return
 
     def _fail(self, error: OSError) -> None:

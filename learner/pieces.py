@@ -81,7 +81,7 @@ def _load(kind: str, target: str) -> type:
         raise UsageError(
             f"the {kind} {target!r} is not a piece: give its class a nested Options(pipeline.config.types.Section)"
         )
-    if not (callable(cls) and "__call__" in dir(cls) and hasattr(cls, "needs") and hasattr(cls, "name")):
+    if not {"__call__", "name", "needs"} <= set(dir(cls)):
         raise UsageError(f"the {kind} {target!r} is not a piece: give its class name, needs and __call__")
     return cls
 

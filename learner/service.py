@@ -243,7 +243,7 @@ def _model_folder(config: Config) -> Path:
         return Path(config.model.path)
     view = WarmStartView()
     try:
-        return ensure_embedded_model(config, lambda p: view.show(p.fraction, p.loss, p.reward, p.seconds))
+        return ensure_embedded_model(config, lambda p: view.show(p.fraction, p.loss, p.reward, p.seconds, p.message))
     finally:
         view.close()
 

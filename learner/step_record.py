@@ -1,7 +1,9 @@
 """Builds a line of metrics.jsonl from what the trainer measured and what the transport counted."""
 
+import math
 from collections import defaultdict
 from statistics import fmean
+from typing import Any
 
 from msgspec import structs
 
@@ -27,23 +29,22 @@ def step_metrics(
     wall_seconds: float,
 ) -> StepMetrics:
     """The row of one step; `before` are the transport's counters at the end of the step before."""
-    values = {key: value for key, value in measured.items() if key in _KNOWN}
+    values: dict[str, Any] = {key: value for key, value in measured.items() if key in _KNOWN}
     values |= {key: int(values[key] or 0) for key in _COUNTS}
-    tokens = int(values["tokens_trained"] or 0)
-    drafting = _drafting(batch)
+    values |= {key: math.nan for key, value in values.items() if value is None and key != "mismatch_k3"}
     return StepMetrics(
-        **{key: float("nan") if value is None and key != "mismatch_k3" else value for key, value in values.items()},
+        **values,
         step=step,
         policy_version=policy_version,
         reward_mean_unfiltered=fmean(batch.unfiltered_rewards) if batch.unfiltered_rewards else float("nan"),
-        tokens_per_second=tokens / wall_seconds,
+        tokens_per_second=values["tokens_trained"] / wall_seconds,
         dropped={
             reason: count - before.dropped.get(reason, 0)
             for reason, count in now.dropped.items()
             if count > before.dropped.get(reason, 0)
         },
         dropped_total=dict(now.dropped),
-        **drafting,
+        **_drafting(batch),
         engine_seconds=now.busy_seconds - before.busy_seconds,
         learner_seconds=learner_seconds,
         wait_seconds=wait_seconds,
@@ -54,7 +55,7 @@ def step_metrics(
     )
 
 
-def _drafting(batch: Batch) -> dict:
+def _drafting(batch: Batch) -> dict[str, Any]:
     """acceptance_rate, tokens_per_verification and drafters over the batch's samples."""
     drafters: dict[str, dict[str, int]] = defaultdict(lambda: {"drafted": 0, "accepted": 0})
     tokens = verifications = 0

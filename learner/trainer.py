@@ -4,6 +4,7 @@ A batch is packed, the policy at its start (pi_old) is evaluated once, correctio
 then each of its mini-batches gives one optimiser step.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -182,7 +183,7 @@ class Trainer:
             return
         loss = sum(self._backward(micro, denominator, sums) for micro in minibatch)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.learner.max_grad_norm))
-        if torch.isfinite(torch.tensor(norm)):
+        if math.isfinite(norm):
             self.optimizer.step()
             sums.grad_norms.append(norm)
         else:

@@ -8,13 +8,13 @@ everything it depends on.
 import fcntl
 import hashlib
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import torch
@@ -115,40 +115,33 @@ def ensure_embedded_model(config: Config, on_progress: OnProgress) -> Path:
     Raises:
         UsageError: the cache folder cannot be written.
     """
-    return ensure_model(Recipe.from_config(config), on_progress)
+    return ensure_model(Recipe.from_config(config), on_progress, config.learner.threads)
 
 
-def ensure_model(recipe: Recipe, on_progress: OnProgress) -> Path:
-    """As `ensure_embedded_model`, for any recipe."""
+def ensure_model(recipe: Recipe, on_progress: OnProgress, threads: int = 0) -> Path:
+    """As `ensure_embedded_model`, for any recipe; `threads` torch threads, 0 for all cores."""
     root = cache_folder()
     folder = root / recipe.digest()
-    try:
+    with _writing(root):
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{folder.name}.lock", on_progress):
-            if not (folder / RECORD).exists():
-                _train_into(folder, recipe, on_progress)
-    except OSError as error:
-        raise UsageError(
-            f"the embedded model cannot be kept in {str(root)!r} ({error.strerror or error}); "
-            "set XDG_CACHE_HOME to a folder that can be written"
-        ) from error
+        lock = (root / f"{folder.name}.lock").open("w")
+    with lock:
+        _wait_for(lock, on_progress)
+        if not (folder / RECORD).exists():
+            _train_into(folder, recipe, on_progress, threads)
     on_progress(_closing(folder))
     return folder
 
 
-def _train_into(folder: Path, recipe: Recipe, on_progress: OnProgress) -> None:
-    """Train and rename into place, so that a folder of that name is always whole."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
-    try:
-        with _threads(), torch.random.fork_rng(devices=[]):
-            model, record = WarmStart(recipe).run(on_progress)
-        save_model(model, temporary)
-        (temporary / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _train_into(folder: Path, recipe: Recipe, on_progress: OnProgress, threads: int) -> None:
+    """Train, save beside `folder` and rename, so that a folder of that name is always whole."""
+    with _threads(threads), torch.random.fork_rng(devices=[]):
+        model, record = WarmStart(recipe).run(on_progress)
+    with _writing(folder.parent), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as temporary:
+        unnamed = Path(temporary) / "model"
+        save_model(model, unnamed)
+        (unnamed / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+        os.rename(unnamed, folder)
 
 
 class WarmStart:
@@ -241,27 +234,35 @@ def _closing(folder: Path) -> WarmStartProgress:
 
 
 @contextmanager
-def _locked(path: Path, on_progress: OnProgress) -> Iterator[None]:
-    """Hold the lock file, so that two processes that want the same model train it once."""
-    with path.open("w") as file:
-        began = time.perf_counter()
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waited = time.perf_counter() - began
-                on_progress(WarmStartProgress(0.0, 0, 0.0, 0.0, waited, "waiting for another process's warm start"))
-                time.sleep(_POLL_SECONDS)
+def _writing(root: Path) -> Iterator[None]:
+    try:
         yield
+    except OSError as error:
+        raise UsageError(
+            f"the embedded model cannot be kept in {str(root)!r} ({error.strerror or error}); "
+            "set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+
+
+def _wait_for(lock: IO[str], on_progress: OnProgress) -> None:
+    """Take the lock, held until the file is closed: two processes that want the same model train it once."""
+    began = time.perf_counter()
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            waited = time.perf_counter() - began
+            on_progress(WarmStartProgress(0.0, 0, 0.0, 0.0, waited, "waiting for another process's warm start"))
+            time.sleep(_POLL_SECONDS)
 
 
 @contextmanager
-def _threads() -> Iterator[None]:
-    """All cores while nothing else of the run computes yet."""
+def _threads(wanted: int) -> Iterator[None]:
+    """As many torch threads as asked for; else all cores, because nothing else of the run computes yet."""
     before = torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    torch.set_num_threads(min(cores, _MAX_THREADS))
+    torch.set_num_threads(wanted or min(cores, _MAX_THREADS))
     try:
         yield
     finally:

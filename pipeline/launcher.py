@@ -67,7 +67,7 @@ def _warm_start(config: Config) -> None:
 
     view = WarmStartView()
     try:
-        ensure_embedded_model(config, lambda p: view.show(p.fraction, p.loss, p.reward, p.seconds))
+        ensure_embedded_model(config, lambda p: view.show(p.fraction, p.loss, p.reward, p.seconds, p.message))
     finally:
         view.close()
 

@@ -65,7 +65,7 @@ class DraftCounts(Struct, kw_only=True, frozen=True):
 # ---- engine -> learner -------------------------------------------------------------------------------------------
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, tag="hello", kw_only=True, frozen=True):
     schema: Small
     producer: Name
     incarnation: Id
@@ -79,7 +79,7 @@ class Hello(Message, tag="hello"):
     """Publication loaded, -1 before the first."""
 
 
-class Progress(Message, tag="progress"):
+class Progress(Message, tag="progress", kw_only=True, frozen=True):
     """Sent every heartbeat: renews leases, grants credit, reports counters since start."""
 
     running: tuple[Id, ...]
@@ -91,7 +91,7 @@ class Progress(Message, tag="progress"):
     spooled_bytes: Id = 0
 
 
-class TrajectoryHeader(Message, tag="trajectory"):
+class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):
     """One finished sample. Frames: prompt ids u32, token ids u32, log-probs f32, entropies f32 or empty, versions u32,
     samplers u8, roles u8; all but the prompt have one entry a response token."""
 
@@ -116,7 +116,7 @@ class TrajectoryHeader(Message, tag="trajectory"):
     text: Text = ""
 
 
-class SampleFailed(Message, tag="sample-failed"):
+class SampleFailed(Message, tag="sample-failed", kw_only=True, frozen=True):
     """The sample will not arrive: its reward failed, say. Counted by reason; the lease can close without it."""
 
     lease: Id
@@ -125,7 +125,7 @@ class SampleFailed(Message, tag="sample-failed"):
     detail: Text
 
 
-class Leaving(Message, tag="leaving"):
+class Leaving(Message, tag="leaving", kw_only=True, frozen=True):
     """The engine leaves in order; the leases it names go back to the learner."""
 
     handed_back: tuple[Id, ...] = ()
@@ -134,7 +134,7 @@ class Leaving(Message, tag="leaving"):
 # ---- learner -> engine -------------------------------------------------------------------------------------------
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, tag="welcome", kw_only=True, frozen=True):
     schema: Small
     run: Name
     version: int
@@ -143,7 +143,7 @@ class Welcome(Message, tag="welcome"):
     """Of the samples in HELLO, those that need not be sent again."""
 
 
-class Refused(Message, tag="refused"):
+class Refused(Message, tag="refused", kw_only=True, frozen=True):
     reason: Text
     keys: tuple[Name, ...] = ()
 
@@ -167,44 +167,44 @@ class Lease(Struct, kw_only=True, frozen=True):
     """The engine must have loaded this publication, or a later one, before it starts."""
 
 
-class Grant(Message, tag="grant"):
+class Grant(Message, tag="grant", kw_only=True, frozen=True):
     """Leases that are to start together."""
 
     leases: tuple[Lease, ...]
 
 
-class Received(Message, tag="received"):
+class Received(Message, tag="received", kw_only=True, frozen=True):
     """In the learner's memory: need not be resent on this connection."""
 
     samples: tuple[SampleId, ...]
 
 
-class Committed(Message, tag="committed"):
+class Committed(Message, tag="committed", kw_only=True, frozen=True):
     """In the learner's journal, synced to disk, or deliberately not wanted: the spool may forget them."""
 
     samples: tuple[SampleId, ...]
 
 
-class Published(Message, tag="published"):
+class Published(Message, tag="published", kw_only=True, frozen=True):
     """A hint that a newer publication exists; WELCOME repeats the state."""
 
     version: int
 
 
-class Revoke(Message, tag="revoke"):
+class Revoke(Message, tag="revoke", kw_only=True, frozen=True):
     """Leases whose samples are no longer wanted; the engine may stop them."""
 
     leases: tuple[Id, ...]
 
 
-class Drain(Message, tag="drain"):
+class Drain(Message, tag="drain", kw_only=True, frozen=True):
     """The run is over: stop generating, flush, leave."""
 
 
 # ---- both ways ---------------------------------------------------------------------------------------------------
 
 
-class Fatal(Message, tag="fatal"):
+class Fatal(Message, tag="fatal", kw_only=True, frozen=True):
     """The sender ends with an error; the peer shows it."""
 
     message: Text

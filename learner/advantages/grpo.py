@@ -33,7 +33,7 @@ class GRPO:
         for group in samples.groups.unique():
             members = samples.groups == group
             reward = rewards[members]
-            # Equal rewards must give exactly 0: rounding of the mean over a tiny epsilon would not.
+            # Equal rewards have no deviation to divide by; without an epsilon that would be 0 / 0.
             if reward.numel() < 2 or bool(reward.min() == reward.max()):
                 continue
             advantage = reward - reward.mean()

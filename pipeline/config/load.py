@@ -88,7 +88,9 @@ def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
 
 
 def _expand_piece_names(tree: dict[str, Any]) -> None:
-    """`drafter = "none"` is short for `drafter = {name = "none"}`, also inside lists of pieces."""
+    """`drafter = "none"` is short for `drafter = {name = "none"}`, also inside lists of pieces; options given without a
+    name are those of the default piece."""
+    defaults = Config()
     for section, keys in (
         ("engine", ("drafter",)),
         ("objective", ("advantage", "correction", "surrogate", "gates", "regularisers")),
@@ -98,6 +100,8 @@ def _expand_piece_names(tree: dict[str, Any]) -> None:
             value = table.get(key)
             if isinstance(value, str):
                 table[key] = {"name": value}
+            elif isinstance(value, dict):
+                table[key] = {"name": getattr(getattr(defaults, section), key)["name"], **value}
             elif isinstance(value, list):
                 table[key] = [{"name": item} if isinstance(item, str) else item for item in value]
 

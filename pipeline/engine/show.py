@@ -1,5 +1,6 @@
 """`rollahead generate`: one response, with the tokens a drafter guessed right marked."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -67,4 +68,4 @@ def _print(sample: FinishedSample, tokenizer: Tokenizer) -> None:
 def _stretches(origins: np.ndarray) -> list[tuple[int, int]]:
     """[begin, end) of runs of equal origin."""
     borders = [0, *(np.flatnonzero(np.diff(origins)) + 1).tolist(), len(origins)]
-    return [(a, b) for a, b in zip(borders, borders[1:], strict=False) if b > a]
+    return [(a, b) for a, b in itertools.pairwise(borders) if b > a]

@@ -20,9 +20,7 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def load_decoder(
-    folder: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
-) -> Decoder:
+def load_decoder(folder: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto") -> Decoder:
     """The decoder of a Hugging Face checkpoint directory.
 
     Raises:

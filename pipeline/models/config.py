@@ -176,7 +176,9 @@ def _rope(file: _ConfigFile, path: Path) -> RopeParameters:
     kind = fields.rope_type or fields.type or "default"
     if kind not in ("default", "linear", "llama3") or fields.partial_rotary_factor != 1.0:
         what = kind if fields.partial_rotary_factor == 1.0 else f"partial_rotary_factor {fields.partial_rotary_factor}"
-        raise UsageError(f"{path}: rope {what} is not supported; supported are default, linear, llama3 over whole heads")
+        raise UsageError(
+            f"{path}: rope {what} is not supported; supported are default, linear, llama3 over whole heads"
+        )
     return RopeParameters(
         theta=fields.rope_theta or file.rope_theta or 10_000.0,
         kind=kind,

@@ -87,7 +87,7 @@ class Decoder:
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
-        """Hidden states [N, H] after the final norm of the packed tokens int64 [N]; their keys and values are cached."""
+        """Hidden states [N, H] after the final norm of packed tokens int64 [N]; their keys and values are cached."""
         x = self.embedding[token_ids]
         cos, sin = self._rope.at(plan.positions, plan.keys)
         for index, layer in enumerate(self.layers):

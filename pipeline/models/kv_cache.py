@@ -51,9 +51,7 @@ class KVCache:
     def _allocate(self, slots: int, capacity: int) -> Tensor:
         c = self._config
         # Zeros, not garbage: a masked key still meets its value as 0 * value, and 0 * NaN is NaN.
-        return torch.zeros(
-            c.layers, 2, slots, capacity, c.kv_heads, c.head_dim, dtype=self._dtype, device=self._device
-        )
+        return torch.zeros(c.layers, 2, slots, capacity, c.kv_heads, c.head_dim, dtype=self._dtype, device=self._device)
 
     @property
     def bytes(self) -> int:
@@ -72,9 +70,9 @@ class KVCache:
         grown[:, :, :have_slots, :have_length] = self._store
         self._store = grown
 
-    def copy(self, source: int, target: int, count: int, length: int) -> None:
-        """The first `length` tokens of slot `source` into `count` slots from `target` on."""
-        self._store[:, :, target : target + count, :length] = self._store[:, :, source : source + 1, :length]
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` tokens of slot `source` into slot `target`."""
+        self._store[:, :, target, :length] = self._store[:, :, source, :length]
 
     def plan(self, first: int, cached: np.ndarray, counts: np.ndarray) -> AttentionPlan:
         """For `counts` [B] new tokens after `cached` [B] ones in the slots from `first` on."""

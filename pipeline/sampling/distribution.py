@@ -19,7 +19,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     """The token [N] at which the running sum of non-negative `weights` [N, V] passes `uniform` [N] of their total.
 
-    Sums are float64, so a token's chance is its weight over the total to 2^-52, and a token of weight 0 never comes out.
+    Sums are float64: a token comes out with its share of the total to 2^-52, one of weight 0 never.
     """
     running = weights.cumsum(dim=-1, dtype=torch.float64)
     total = running[:, -1:].contiguous()

@@ -26,7 +26,8 @@ class Stream(IntEnum):
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> np.ndarray:
     """float64 in the open interval (0, 1), of the broadcast shape of integer `seeds` and `positions`."""
-    keys = _mix(np.atleast_1d(seeds).astype(np.uint64) + np.uint64(stream + 1) * _INCREMENT)
+    offset = np.uint64((stream + 1) * int(_INCREMENT) % 2**64)
+    keys = _mix(np.atleast_1d(seeds).astype(np.uint64) + offset)
     # Hashed twice: with one hash, seeds a multiple of the increment apart would be one stream shifted.
     bits = _mix(_mix(keys ^ _INCREMENT) + np.atleast_1d(positions).astype(np.uint64) * _INCREMENT)
     # 52 bits and a half keep the largest value below 1 after rounding, and the smallest above 0.

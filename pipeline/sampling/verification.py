@@ -65,6 +65,11 @@ def packed_rows(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return row, np.arange(len(row)) - first[row]
 
 
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """What the target wants beyond the draft distribution, unnormalised: max(p - q, 0)."""
+    return (p - q).clamp_min(0)
+
+
 def verify(
     logits: Tensor,
     token_ids: np.ndarray,
@@ -155,10 +160,10 @@ def _verify_sampled(
     end = layout.first + accepted
     rejected = accepted < layout.lengths
     q_end = q[torch.arange(len(q), device=p.device), accepted.clamp_max(last_column)]
-    residual = (p[end] - q_end).clamp_min(0)
+    rest = residual(p[end], q_end)
     # p = q leaves no residual; a rejection there has probability 0 but for rounding, and p is the law to fall back on.
-    use_residual = rejected & (residual.sum(-1) > 0)
-    weights = torch.where(use_residual.unsqueeze(-1), residual, p[end])
+    use_residual = rejected & (rest.sum(-1) > 0)
+    weights = torch.where(use_residual.unsqueeze(-1), rest, p[end])
     drawn = inverse_cdf(weights, torch.where(rejected, draws.residual[end], draws.sample[end]))
     tokens = x.index_copy(0, end, torch.where(greedy[end], best[end], drawn))
     return tokens, accepted

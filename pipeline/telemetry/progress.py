@@ -1,5 +1,6 @@
 """Progress for people: rich on a terminal, plain lines elsewhere."""
 
+import itertools
 import sys
 from collections import deque
 from typing import Any
@@ -21,7 +22,7 @@ class StepView:
         self.steps, self.done = steps, done
         self.rewards: deque[float] = deque(maxlen=400)
         self._live: Live | None = None
-        self._progress = _bar("training")
+        self._progress = _bar(self.console, "training")
         self._task = self._progress.add_task("training", total=steps, completed=done)
 
     def show(self, row: dict[str, Any]) -> None:
@@ -73,7 +74,7 @@ def sparkline(values: list[float], width: int = 40) -> str:
         return ""
     width = min(width, len(values))
     bounds = [round(index * len(values) / width) for index in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
     top = max(max(means), 1e-9)
     return "".join(SPARKS[min(len(SPARKS) - 1, int(max(mean, 0.0) / top * (len(SPARKS) - 1)))] for mean in means)
 
@@ -83,31 +84,34 @@ class WarmStartView:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stderr)
-        self._progress = _bar("warm start", TextColumn("reward {task.fields[reward]}"))
-        self._task = self._progress.add_task("warm start", total=1.0, reward="-")
         self._shown = -1
-        if self.console.is_terminal:
-            self._progress.start()
+        self._progress: Progress | None = None
 
-    def show(self, fraction: float, loss: float, reward: float | None, seconds: float) -> None:
-        text = "-" if reward is None else f"{reward:.2f}"
-        self._progress.update(self._task, completed=fraction, reward=text)
-        tenth = int(fraction * 10)
-        if not self.console.is_terminal and tenth > self._shown:
-            self._shown = tenth
-            self.console.print(
-                f"warm start {fraction:4.0%}  loss {loss:.3f}  reward {text}  {seconds:.0f} s",
-                highlight=False,
-                soft_wrap=True,
-            )
+    def show(self, fraction: float, loss: float, reward: float, seconds: float, message: str) -> None:
+        """One step of it; `message` is a sentence for the user, where there is one."""
+        if self.console.is_terminal:
+            self._draw(fraction, reward)
+        elif int(fraction * 10) > self._shown:
+            self._shown = int(fraction * 10)
+            self._print(f"warm start {fraction:4.0%}  loss {loss:.3f}  reward {reward:.2f}  {seconds:.0f} s")
+        if message:
+            self._print(message)
 
     def close(self) -> None:
-        self._progress.stop()
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _draw(self, fraction: float, reward: float) -> None:
+        if self._progress is None:
+            self._progress = _bar(self.console, "warm start", TextColumn("reward {task.fields[reward]}"))
+            self._task = self._progress.add_task("warm start", total=1.0, reward="-")
+            self._progress.start()
+        self._progress.update(self._task, completed=fraction, reward=f"{reward:.2f}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
-def _bar(name: str, *extra: ProgressColumn) -> Progress:
-    console = Console(file=sys.stderr)
-    return Progress(
-        TextColumn(name), BarColumn(), TextColumn("{task.percentage:.0f}%"), *extra, TimeElapsedColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
+def _bar(console: Console, name: str, *extra: ProgressColumn) -> Progress:
+    columns = (TextColumn(name), BarColumn(), TextColumn("{task.percentage:.0f}%"), *extra, TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)

@@ -61,7 +61,7 @@ class ZmqLearnerSocket(SocketThread):
         super().__init__("learner-socket", tick_seconds)
         self.address = address
         self.sends_lost = 0
-        self._options = _socket_options(max_message_bytes, heartbeat_seconds) | {zmq.ROUTER_MANDATORY: 1}
+        self._options = _socket_options(address, max_message_bytes, heartbeat_seconds) | {zmq.ROUTER_MANDATORY: 1}
         self._lock = threading.Lock()
         self._backlogs: dict[bytes, deque[list[bytes]]] = {}
         self._disconnected: OrderedDict[bytes, None] = OrderedDict()
@@ -177,7 +177,7 @@ class ZmqEngineSocket(SocketThread):
         super().__init__("engine-socket", tick_seconds)
         self.address = address
         # IMMEDIATE: nothing is queued for a learner that is not there; the spool is the queue.
-        self._options = _socket_options(max_message_bytes, heartbeat_seconds) | {
+        self._options = _socket_options(address, max_message_bytes, heartbeat_seconds) | {
             zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL: 100, zmq.RECONNECT_IVL_MAX: 1000,
         }  # fmt: skip
         self._lock = threading.Lock()
@@ -277,10 +277,10 @@ class ZmqEngineSocket(SocketThread):
             self._handler.on_disconnect()
 
 
-def _socket_options(max_message_bytes: int, heartbeat_seconds: float) -> dict[int, int]:
+def _socket_options(address: str, max_message_bytes: int, heartbeat_seconds: float) -> dict[int, int]:
     interval = max(1, int(heartbeat_seconds * 1000))
     return {
-        zmq.IPV6: 1, zmq.SNDHWM: _HIGH_WATER_MARK, zmq.RCVHWM: _HIGH_WATER_MARK, zmq.MAXMSGSIZE: max_message_bytes,
+        zmq.IPV6: "[" in address, zmq.SNDHWM: _HIGH_WATER_MARK, zmq.RCVHWM: _HIGH_WATER_MARK, zmq.MAXMSGSIZE: max_message_bytes,
         zmq.HEARTBEAT_IVL: interval, zmq.HEARTBEAT_TIMEOUT: 5 * interval, zmq.HEARTBEAT_TTL: 5 * interval,
         zmq.LINGER: 0,
     }  # fmt: skip

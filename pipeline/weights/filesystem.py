@@ -1,7 +1,8 @@
 """Versions as folders of a shared file system: weights/vN/{model.safetensors, publication.json, config.json, ...}.
 
-Each is a complete Hugging Face checkpoint directory: an engine, or anybody, can load it as it is. A version is written under a temporary name, synced, and renamed; so a folder named vN is complete, and its checksum says
-whether it is still intact. The newest number ever used is kept in weights/newest, so that numbers survive deletion.
+Each is a complete Hugging Face checkpoint directory: an engine, or anybody, can load it as it is. A version is written
+under a temporary name, synced, and renamed; so a folder named vN is complete, and its checksum says whether it is still
+intact. The newest number ever used is kept in weights/newest, so that numbers survive deletion.
 """
 
 import hashlib

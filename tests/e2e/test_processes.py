@@ -60,7 +60,7 @@ def test_a_killed_learner_continues_from_checkpoint_and_journal(configuration):
 
 
 def test_an_engine_without_a_learner_says_so_and_gives_up(configuration, tmp_path):
-    run, begin = configuration
+    _, begin = configuration
     assert begin("engine", "--connect-timeout", "2").wait(30) == 1
     log = (tmp_path / "engine.log").read_text()
     assert "waiting" in log and "Traceback" not in log

@@ -28,6 +28,7 @@ def test_a_piece_may_be_given_by_its_name_alone():
     config = load_config(None, ["engine.drafter=none", 'objective.gates=["erc"]', "objective.surrogate.clip_low=0.1"])
     assert config.engine.drafter == {"name": "none"}
     assert config.objective.gates == [{"name": "erc"}]
+    assert config.objective.surrogate == {"name": "ppo-clip", "clip_low": 0.1}
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,11 @@ def test_grpo_groups_do_not_touch_each_other_and_need_not_be_contiguous():
     assert mixed[[1, 3]].tolist() == pytest.approx(grpo(group_rewards([7.0, 3.0], [0, 0])).tolist())
 
 
-def test_grpo_gives_exactly_zero_to_a_group_of_one_and_to_equal_rewards():
-    advantages = build("advantage", {"name": "grpo"})(group_rewards([0.3, 0.1, 0.1, 0.1], [0, 1, 1, 1]))
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6])
+def test_grpo_gives_exactly_zero_to_a_group_of_one_and_to_equal_rewards(epsilon):
+    advantages = build("advantage", {"name": "grpo", "epsilon": epsilon})(
+        group_rewards([0.3, 0.1, 0.1, 0.1], [0, 1, 1, 1])
+    )
     assert advantages.tolist() == [0.0, 0.0, 0.0, 0.0]
 
 
@@ -183,7 +186,9 @@ def test_the_composed_objective_equals_loops_over_tokens():
     loss, sums = Objective.from_config(section).loss(tokens, denominator)
     (gradient,) = torch.autograd.grad(loss, tokens.logp)
 
-    columns = zip(*(column.double().tolist() for column in (ratio, advantage, weight, entropy, entropy_old)), strict=True)
+    columns = zip(
+        *(column.double().tolist() for column in (ratio, advantage, weight, entropy, entropy_old)), strict=True
+    )
     expected = [one_token(*row, coefficient) for row in columns]
     assert loss.item() == pytest.approx(sum(value for value, _ in expected) / denominator, rel=1e-5)
     assert gradient.tolist() == pytest.approx([slope / denominator for _, slope in expected], abs=1e-7)
@@ -191,7 +196,7 @@ def test_the_composed_objective_equals_loops_over_tokens():
     assert float(sums["entropy_ratio_kept"]) == kept
     assert 0 < kept < count
     assert 0 < float(sums["clip_fraction"]) < count
-    assert float(sums["ppo-clip/dual"]) == 2
+    assert float(sums["ppo-clip/dual"]) == int(((ratio > 10) & (advantage < 0)).sum()) >= 2
 
 
 def test_shares_of_micro_batches_add_up_to_the_loss_of_the_mini_batch():
@@ -199,9 +204,10 @@ def test_shares_of_micro_batches_add_up_to_the_loss_of_the_mini_batch():
     ratio, advantage = torch.linspace(0.5, 1.5, 12), torch.linspace(-1, 1, 12)
     whole, _ = objective.loss(micro_batch(ratio, advantage), 12)
     parts = [
-        objective.loss(micro_batch(ratio[cut], advantage[cut]), 12)[0] for cut in (slice(0, 1), slice(1, 8), slice(8, 12))
+        objective.loss(micro_batch(ratio[cut], advantage[cut]), 12)[0]
+        for cut in (slice(0, 1), slice(1, 8), slice(8, 12))
     ]
-    assert float(sum(parts)) == pytest.approx(float(whole), abs=1e-7)
+    assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-7)
 
 
 def test_the_entropy_bonus_moves_entropy_up():

@@ -1,0 +1,147 @@
+"""The engines that are connected to the learner: who is who, what each can take, what all have done so far."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pipeline.messages import Progress
+
+
+def short_name(producer: str) -> str:
+    """Enough of a producer's id to tell engines apart."""
+    return producer[:8]
+
+
+@dataclass(slots=True)
+class Engine:
+    """One connected engine process."""
+
+    peer: bytes
+    producer: str
+    incarnation: int
+    heard: float
+    """time of its last message"""
+    credit: int = 0
+    """samples it said it could start"""
+    unseen: dict[int, int] = field(default_factory=dict)
+    """leases granted that no progress message listed yet -> their samples; the credit does not know of them"""
+    draining: bool = False
+    """told, or has said, that it gets nothing new"""
+    idle: bool = True
+    """listed no lease in its last progress message"""
+    spooled_bytes: int = 0
+
+    @property
+    def free(self) -> int:
+        """Samples that can be granted to it now."""
+        return 0 if self.draining else max(0, self.credit - sum(self.unseen.values()))
+
+    def takes(self, samples: int) -> bool:
+        """Whether it has room for a group; an idle engine takes one that is larger than all of its room."""
+        return self.free >= samples or (self.free > 0 and self.idle and not self.unseen)
+
+
+@dataclass(slots=True)
+class _Counters:
+    """Of one incarnation, from its first progress message on, so that a learner's restart counts nothing twice."""
+
+    first_tokens: int
+    first_seconds: float
+    tokens: int
+    seconds: float
+
+
+class Roster:
+    """Not for several threads; the hub guards it."""
+
+    def __init__(self) -> None:
+        self._engines: dict[bytes, Engine] = {}
+        self._incarnations: dict[str, int] = {}
+        self._counters: dict[tuple[str, int], _Counters] = {}
+        self._expected: set[str] = set()
+        """producers that said HELLO and did not leave in order"""
+        self._failures: dict[str, str] = {}
+        """producers that ended by an error -> the error"""
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(list(self._engines.values()))
+
+    def get(self, peer: bytes) -> Engine | None:
+        return self._engines.get(peer)
+
+    def peer_of(self, producer: str) -> bytes | None:
+        return next((engine.peer for engine in self._engines.values() if engine.producer == producer), None)
+
+    def newest_incarnation(self, producer: str) -> int:
+        """Highest incarnation that ever said HELLO; -1 for an unknown producer."""
+        return self._incarnations.get(producer, -1)
+
+    def add(self, engine: Engine) -> Engine | None:
+        """An engine said HELLO; returns the one of the same producer on another connection that it replaces."""
+        before = self.peer_of(engine.producer)
+        replaced = self._engines.pop(before) if before is not None else None
+        self._engines[engine.peer] = engine
+        self._incarnations[engine.producer] = engine.incarnation
+        self._expected.add(engine.producer)
+        self._failures.pop(engine.producer, None)
+        return replaced if replaced is not None and replaced.peer != engine.peer else None
+
+    def remove(self, peer: bytes) -> Engine | None:
+        """An engine is not connected any more; it may come back."""
+        return self._engines.pop(peer, None)
+
+    def left(self, engine: Engine) -> None:
+        """An engine left in order."""
+        self.remove(engine.peer)
+        self._expected.discard(engine.producer)
+
+    def failed(self, engine: Engine, error: str) -> None:
+        """An engine ended by an error."""
+        self.remove(engine.peer)
+        self._failures[engine.producer] = error
+
+    def all_failed(self) -> list[str]:
+        """The errors, when every engine that did not leave in order ended by one; else nothing."""
+        if self._engines or not self._expected <= self._failures.keys():
+            return []
+        return [f"{short_name(producer)} {error}" for producer, error in self._failures.items()]
+
+    def progress(self, engine: Engine, message: Progress) -> None:
+        engine.credit = message.credit
+        engine.idle = not message.running
+        engine.spooled_bytes = message.spooled_bytes
+        for lease in message.running:
+            engine.unseen.pop(lease, None)
+        counters = self._counters.setdefault(
+            (engine.producer, engine.incarnation),
+            _Counters(message.generated_tokens, message.busy_seconds, 0, 0.0),
+        )
+        counters.tokens = message.generated_tokens - counters.first_tokens
+        counters.seconds = message.busy_seconds - counters.first_seconds
+
+    def freest(self, samples: int) -> Engine | None:
+        """The engine with most credit of those that take a group of so many samples."""
+        takers = (engine for engine in self._engines.values() if engine.takes(samples))
+        return max(takers, key=lambda engine: engine.free, default=None)
+
+    def silent(self, before: float) -> list[Engine]:
+        """Engines not heard of since a time."""
+        return [engine for engine in self._engines.values() if engine.heard < before]
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(counters.tokens for counters in self._counters.values())
+
+    @property
+    def busy_seconds(self) -> float:
+        return sum(counters.seconds for counters in self._counters.values())
+
+    @property
+    def credit(self) -> int:
+        return sum(engine.free for engine in self._engines.values())
+
+    @property
+    def spooled_bytes(self) -> int:
+        return sum(engine.spooled_bytes for engine in self._engines.values())

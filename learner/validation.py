@@ -1,0 +1,77 @@
+"""What the learner checks before it believes an engine."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.messages import SCHEMA, BadMessage, Hello, Lease, Refused, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest sample the configuration allows."""
+
+    prompt_tokens: int
+    response_tokens: int
+    vocab_size: int
+
+
+def refusal(hello: Hello, digest: dict[str, str], needs_entropy: bool) -> Refused | None:
+    """Why an engine cannot serve this learner; None when it can."""
+    if hello.schema != SCHEMA:
+        return Refused(
+            reason=f"the engine speaks message schema {hello.schema}, the learner {SCHEMA}; install the same version",
+            keys=("schema",),
+        )
+    keys = tuple(sorted(k for k in digest.keys() | hello.digest.keys() if digest.get(k) != hello.digest.get(k)))
+    if keys:
+        differences = "; ".join(
+            f"{key}: learner {digest.get(key, 'none')}, engine {hello.digest.get(key, 'none')}" for key in keys
+        )
+        return Refused(
+            reason=f"engine and learner disagree on {differences}; start the engine with the learner's configuration",
+            keys=keys,
+        )
+    if needs_entropy and not hello.capabilities.entropy:
+        return Refused(
+            reason="the objective needs per-token entropies, which this engine cannot give; choose gates and "
+            "corrections without them or another generator",
+            keys=("capabilities.entropy",),
+        )
+    return None
+
+
+def check_sample(lease_id: int, sample: int, group_size: int) -> None:
+    """Raises BadMessage for a sample index that no lease has."""
+    if sample >= group_size:
+        raise BadMessage(f"sample {sample} of lease {lease_id} in groups of {group_size}")
+
+
+def check_trajectory(
+    trajectory: Trajectory, producer: str, lease: Lease | None, limits: Limits, needs_entropy: bool
+) -> None:
+    """A decoded trajectory against the limits and against what was leased.
+
+    Args:
+        lease: None when the lease is not known or done with; the content is not compared then.
+
+    Raises:
+        BadMessage: it says what is wrong.
+    """
+    header = trajectory.header
+    name = f"sample {header.sample} of lease {header.lease}"
+    if header.producer != producer:
+        raise BadMessage(f"{name} of producer {header.producer} from engine {producer}")
+    if header.prompt_tokens > limits.prompt_tokens:
+        raise BadMessage(f"{name}: prompt of {header.prompt_tokens} tokens, at most {limits.prompt_tokens} are allowed")
+    if not 1 <= header.response_tokens <= limits.response_tokens:
+        raise BadMessage(f"{name}: response of {header.response_tokens} tokens, 1 to {limits.response_tokens} allowed")
+    for ids in (trajectory.prompt_ids, trajectory.token_ids):
+        if ids.size and ids.max() >= limits.vocab_size:
+            raise BadMessage(f"{name}: token id {ids.max()} in a vocabulary of {limits.vocab_size}")
+    if needs_entropy and trajectory.entropies is None:
+        raise BadMessage(f"{name} has no entropies, which the objective needs")
+    if lease is not None and not np.array_equal(trajectory.prompt_ids, np.asarray(lease.prompt_ids, np.uint32)):
+        raise BadMessage(f"{name} answers another prompt than was leased")
+    if lease is not None and header.sampling != lease.sampling:
+        raise BadMessage(f"{name} was sampled with {header.sampling} instead of {lease.sampling}")

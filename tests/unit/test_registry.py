@@ -1,0 +1,95 @@
+import sys
+from typing import Annotated
+
+import pytest
+from msgspec import Meta, Struct
+
+from drafters.base import BaseDrafter, Drafter
+from drafters.none import NoDrafter
+from drafters.registry import available, build
+from drafters.suffix_automaton import SuffixAutomatonDrafter
+from pipeline.errors import UsageError
+
+
+class OwnDrafter(BaseDrafter):
+    """A stranger's drafter."""
+
+    name = "own"
+
+    class Options(Struct, forbid_unknown_fields=True):
+        depth: Annotated[int, Meta(ge=1)] = 4
+
+    def __init__(self, options):
+        self.options = options
+
+
+class NotADrafter:
+    pass
+
+
+def test_installed_drafters_are_listed_with_where_they_come_from():
+    by_name = {info.name: info for info in available()}
+    assert {"none", "suffix-automaton"} <= set(by_name)
+    info = by_name["suffix-automaton"]
+    assert info.target == "drafters.suffix_automaton:SuffixAutomatonDrafter"
+    assert info.source.startswith("rollahead ")
+    assert info.needs == "nothing" and "min_match" in info.options and info.summary
+
+
+def test_drafters_are_built_by_entry_point_with_their_options():
+    assert isinstance(build({"name": "none"}), NoDrafter)
+    drafter = build({"name": "suffix-automaton", "min_match": 3, "factor": 2})
+    assert isinstance(drafter, SuffixAutomatonDrafter) and isinstance(drafter, Drafter)
+    assert (drafter.options.min_match, drafter.options.factor) == (3, 2.0)
+
+
+def test_a_strangers_class_is_built_by_module_and_name():
+    drafter = build({"name": f"{__name__}:OwnDrafter", "depth": 7})
+    assert isinstance(drafter, OwnDrafter) and drafter.options.depth == 7
+
+
+@pytest.mark.parametrize(
+    ("piece", "message"),
+    [
+        ({"name": "sufix-automaton"}, "did you mean suffix-automaton.*installed are none, suffix-automaton"),
+        ({"name": "suffix-automaton", "min_macth": 3}, "no option 'min_macth'; did you mean min_match"),
+        ({"name": "suffix-automaton", "min_match": 0}, "min_match"),
+        ({"name": "suffix-automaton", "factor": "much"}, "factor"),
+        ({"name": "none", "depth": 3}, "takes no options; remove depth"),
+        ({"name": f"{__name__}:NotADrafter"}, "is not a drafter"),
+        ({"name": f"{__name__}:Absent"}, "cannot be imported"),
+        ({"name": "no_such_module:Drafter"}, "cannot be imported.*no_such_module"),
+        ({"depth": 3}, "needs a name"),
+        ({"name": 3}, "needs a name"),
+    ],
+)
+def test_mistakes_are_named_with_their_remedy(piece, message):
+    with pytest.raises(UsageError, match=message):
+        build(piece)
+
+
+def install(tmp_path, monkeypatch, name, target):
+    info = tmp_path / "strange_plugin-1.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: strange-plugin\nVersion: 1.5\n")
+    (info / "entry_points.txt").write_text(f"[rollahead.drafters]\n{name} = {target}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+
+def test_an_installed_plug_in_is_found_and_a_broken_one_does_not_hide_the_rest(tmp_path, monkeypatch):
+    (tmp_path / "strange_plugin.py").write_text(
+        "from drafters.base import BaseDrafter, Needs\n\n\nclass Strange(BaseDrafter):\n"
+        "    name = 'strange'\n    needs = Needs.HIDDEN_STATES | Needs.LOGITS\n"
+    )
+    install(tmp_path, monkeypatch, "strange", "strange_plugin:Strange")
+    info = next(i for i in available() if i.name == "strange")
+    assert (info.source, info.needs) == ("strange-plugin 1.5", "hidden states, logits")
+    assert build({"name": "strange"}).name == "strange"
+
+    (tmp_path / "strange_plugin-1.5.dist-info" / "entry_points.txt").write_text(
+        "[rollahead.drafters]\nbroken = absent_module:Strange\n"
+    )
+    by_name = {i.name: i for i in available()}
+    assert "absent_module" in by_name["broken"].summary and "none" in by_name
+    with pytest.raises(UsageError, match=r"drafter broken \(absent_module:Strange\) cannot be imported"):
+        build({"name": "broken"})
