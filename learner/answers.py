@@ -72,8 +72,11 @@ class ProbeSet:
         self._examples = [held_out[index % len(held_out)] for index in range(size)]
         self._tokenizer = tokenizer
         self._prompts = [tokenizer.encode(example.prompt).ids for example in self._examples]
+        lengths = [len(worked_answer(example)) + 1 for example in self._examples]
+        self.answer_length = sum(lengths) / size
+        """mean over the right answers, in tokens"""
         # A right answer fits; a rambling one is cut off and earns nothing.
-        self._max_new_tokens = max(len(worked_answer(example)) for example in self._examples) + 1
+        self._max_new_tokens = max(lengths)
 
     def reward(self, sampler: AnswerSampler, generator: torch.Generator) -> float:
         """Mean reward of one sampled answer a prompt."""

@@ -5,9 +5,9 @@ import string
 from pathlib import Path
 
 from msgspec import Struct
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-from transformers.utils import logging
 
 PAD, EOS, UNKNOWN = "<|pad|>", "<|eos|>", "<|unk|>"
 SPECIAL = (PAD, EOS, UNKNOWN)
@@ -44,7 +44,8 @@ def build_model(architecture: Architecture) -> Qwen3ForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         pad_token_id=PAD_ID,
-        bos_token_id=None,  # texts start with their first character
+        bos_token_id=None,
+        dtype="float32",
         eos_token_id=EOS_ID,
     )
     model = Qwen3ForCausalLM(config)
@@ -62,14 +63,12 @@ def build_tokenizer() -> Tokenizer:
 
 
 def save_model(model: Qwen3ForCausalLM, folder: Path) -> None:
-    """Write model and tokenizer as a Hugging Face checkpoint directory."""
-    bars_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(folder)
-    finally:
-        if bars_shown:
-            logging.enable_progress_bar()
+    """Write model and tokenizer as a Hugging Face checkpoint directory; the head is the embedding and not written."""
+    folder.mkdir()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=True, temperature=1.0).save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_object=build_tokenizer(),

@@ -81,9 +81,9 @@ class Hub:
             RunFailed: the journal is of another version.
         """
         state = state or LedgerState()
-        records = self._journal.replay(state.journal_offset)
         try:
-            self._ledger.restore(state, records, self._source, time.monotonic(), self._journal.position)
+            # All of it: leases that the checkpoint has consumed are skipped, and an older checkpoint finds more.
+            self._ledger.restore(state, self._journal.replay(), self._source, time.monotonic(), self._journal.position)
         except BadMessage as error:
             raise RunFailed(f"the journal was written by another version ({error}); resume with that one") from error
         if self._journal.corrupt:

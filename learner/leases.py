@@ -288,7 +288,7 @@ class Ledger:
     def restore(
         self, state: LedgerState, records: Iterable[tuple[int, Record]], source: Source, now: float, floor: int
     ) -> None:
-        """Continue from a checkpoint and the journal's records from `state.journal_offset` on, before anything else.
+        """Continue from a checkpoint and the journal's records, before anything else.
 
         Leases that are not consumed and not complete stay with the producer they were granted to until their
         deadline, so that an engine that lived through the learner's restart can claim them.

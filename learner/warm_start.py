@@ -54,8 +54,8 @@ class Recipe(Struct, kw_only=True, frozen=True):
     max_grad_norm: float = 1.0
     probe_prompts: int = 256
     probe_every: int = 15
-    probe_below_loss: float = 0.25
-    """nats a character; a probe before that costs time and finds nothing"""
+    probe_below_loss: float = 5.0
+    """nats an answer; a probe before that costs time and finds nothing"""
     max_steps: int = 1 << 30
     revision: int = 1
     """raised when the code changes what comes out"""
@@ -170,7 +170,7 @@ class WarmStart:
             latest = self._train_step(step)
             loss = latest if step == 1 else loss + 0.1 * (latest - loss)
             self._first_loss = self._first_loss or loss
-            if step % recipe.probe_every == 0 and loss < recipe.probe_below_loss:
+            if step % recipe.probe_every == 0 and loss * self._probe.answer_length < recipe.probe_below_loss:
                 reward = self._measure(step)
                 curve.append((step, time.perf_counter() - began, loss, reward))
             seconds = time.perf_counter() - began

@@ -25,4 +25,5 @@ def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     total = running[:, -1:].contiguous()
     token = torch.searchsorted(running, uniform.unsqueeze(-1) * total, right=True)
     # uniform * total may round up to the total; the last token of positive weight is where the total is first reached.
-    return torch.minimum(token, torch.searchsorted(running, total)).squeeze(-1)
+    # The clamp matters only for weights that are not numbers: some token comes out, and its log-prob tells.
+    return torch.minimum(token, torch.searchsorted(running, total)).squeeze(-1).clamp_max(weights.shape[-1] - 1)

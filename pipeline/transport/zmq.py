@@ -280,7 +280,8 @@ class ZmqEngineSocket(SocketThread):
 def _socket_options(address: str, max_message_bytes: int, heartbeat_seconds: float) -> dict[int, int]:
     interval = max(1, int(heartbeat_seconds * 1000))
     return {
-        zmq.IPV6: "[" in address, zmq.SNDHWM: _HIGH_WATER_MARK, zmq.RCVHWM: _HIGH_WATER_MARK, zmq.MAXMSGSIZE: max_message_bytes,
+        zmq.IPV6: "[" in address, zmq.MAXMSGSIZE: max_message_bytes,
+        zmq.SNDHWM: _HIGH_WATER_MARK, zmq.RCVHWM: _HIGH_WATER_MARK,
         zmq.HEARTBEAT_IVL: interval, zmq.HEARTBEAT_TIMEOUT: 5 * interval, zmq.HEARTBEAT_TTL: 5 * interval,
         zmq.LINGER: 0,
     }  # fmt: skip

@@ -77,7 +77,9 @@ def test_ragged_batch_equals_each_sequence_alone(tmp_path):
     texts = [tokens(seed, n) for seed, n in enumerate((40, 7, 23, 12))]
     expected = [reference_logits(model, t) for t in texts]
     prompts = [30, 3, 23 - 9, 12 - 1]
-    for actual, want, n in zip(run([t[:n] for t, n in zip(texts, prompts, strict=True)], [0] * 4), expected, prompts):
+    for actual, want, n in zip(
+        run([t[:n] for t, n in zip(texts, prompts, strict=True)], [0] * 4), expected, prompts, strict=True
+    ):
         assert_close(actual, want[:n])
     rest = run([t[n:] for t, n in zip(texts, prompts, strict=True)], prompts)
     for actual, want, n in zip(rest, expected, prompts, strict=True):

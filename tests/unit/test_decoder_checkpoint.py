@@ -110,7 +110,7 @@ def test_missing_files_are_named(folder, tmp_path):
         load_decoder(folder)
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UsageError, match="model-00001-of-00002.safetensors is missing"):
+    with pytest.raises(UsageError, match=r"model-00001-of-00002\.safetensors is missing"):
         load_decoder(folder)
     (folder / "config.json").unlink()
     with pytest.raises(UsageError, match=r"config\.json is missing"):

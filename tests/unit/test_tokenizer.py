@@ -16,7 +16,9 @@ def folder(tmp_path):
     builder.pre_tokenizer = pre_tokenizers.Whitespace()
     builder.add_special_tokens(["<bos>", "<eos>"])
     builder.save(str(tmp_path / "tokenizer.json"))
-    write(tmp_path, "config.json", SHAPE | {"architectures": ["Qwen3ForCausalLM"], "bos_token_id": 6, "eos_token_id": 7})
+    write(
+        tmp_path, "config.json", SHAPE | {"architectures": ["Qwen3ForCausalLM"], "bos_token_id": 6, "eos_token_id": 7}
+    )
     return tmp_path
 
 

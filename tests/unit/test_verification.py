@@ -157,7 +157,9 @@ def test_greedy_rows_emit_the_argmax_and_accept_only_it(sampled):
     logp = torch.log_softmax(logits, -1)
     emitted = depth <= out.accepted.numpy()[row]
     assert out.tokens[row, depth].numpy()[emitted].tolist() == best[emitted].tolist()
-    np.testing.assert_allclose(out.logprobs[row, depth].numpy()[emitted], logp.max(-1).values.numpy()[emitted], atol=1e-6)
+    np.testing.assert_allclose(
+        out.logprobs[row, depth].numpy()[emitted], logp.max(-1).values.numpy()[emitted], atol=1e-6
+    )
 
 
 def test_entropies_are_left_out_when_not_wanted():

@@ -29,7 +29,7 @@ TINY = Recipe(
     warmup_steps=5,
     probe_prompts=16,
     probe_every=5,
-    probe_below_loss=100.0,
+    probe_below_loss=1e4,
     max_steps=12,
 )
 
@@ -154,7 +154,7 @@ def test_training_reaches_its_target() -> None:
     architecture = Architecture(hidden_size=64, layers=2, heads=2, kv_heads=1, head_dim=32, intermediate_size=128)
     recipe = changed(
         TINY, architecture=architecture, target_reward=0.2, batch_size=16, learning_rate=4e-3, max_steps=1000,
-        probe_prompts=128, probe_every=20, probe_below_loss=0.5,
+        probe_prompts=128, probe_every=20, probe_below_loss=5.0,
     )  # fmt: skip
     record = record_of(ensure_model(recipe, ignore))
     assert record.reached

@@ -14,14 +14,14 @@ SHAPE = {
 }  # fmt: skip
 
 
-def save_tiny(folder: Path, family: str = "Qwen3", seed: int = 0, sharpness: float = 4.0, **overrides: Any) -> Path:
+def save_tiny(folder: Path, family: str = "Qwen3", seed: int = 0, sharpness: float = 2.0, **overrides: Any) -> Path:
     """A checkpoint whose next-token entropy is like a language's: every weight random, norms and biases included."""
     shape = {key: value for key, value in {**SHAPE, **overrides}.items() if value is not None}
     config = getattr(transformers, f"{family}Config")(**shape)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.dim() == 1:
                 weight.add_(0.2 * torch.randn_like(weight))
             else:

@@ -1,0 +1,135 @@
+"""The wire schema carries what it is given and refuses everything else with BadMessage."""
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import messages
+from pipeline.messages import SCHEMA, BadMessage, DraftCounts, SamplingParams, Trajectory, TrajectoryHeader
+
+
+def make_trajectory(tokens: int = 5, entropies: bool = True, **header) -> Trajectory:
+    generator = np.random.default_rng(tokens)
+    fields = dict(
+        schema=SCHEMA, producer="producer", incarnation=2, sequence=9, lease=4, sample=1, prompt_tokens=3,
+        response_tokens=tokens, has_entropy=entropies, reward=0.5, reward_parts={"right": 0.5}, finish_reason="stop",
+        sampling=SamplingParams(temperature=0.7, stop_token_ids=(2,)), verifications=4,
+        drafters={"suffix-automaton": DraftCounts(drafted=6, accepted=2)},
+    )  # fmt: skip
+    return Trajectory(
+        header=TrajectoryHeader(**(fields | header)),
+        prompt_ids=np.array([1, 2, 3], np.uint32),
+        token_ids=generator.integers(0, 1000, tokens).astype(np.uint32),
+        logprobs=-generator.random(tokens).astype(np.float32),
+        entropies=generator.random(tokens).astype(np.float32) if entropies else None,
+        versions=np.arange(tokens, dtype=np.uint32),
+        samplers=np.arange(tokens, dtype=np.uint8) % 3,
+        roles=np.arange(tokens, dtype=np.uint8) % 2,
+    )
+
+
+ARRAYS = ("prompt_ids", "token_ids", "logprobs", "versions", "samplers", "roles")
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+@pytest.mark.parametrize("entropies", [False, True])
+def test_trajectory_arrives_as_it_left(tokens, entropies):
+    sent = make_trajectory(tokens, entropies)
+    got = messages.decode_from_engine(messages.encode_trajectory(sent))
+    assert isinstance(got, Trajectory)
+    assert got.header == sent.header and got.id == (4, 1)
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(got, name), getattr(sent, name))
+        assert getattr(got, name).dtype == getattr(sent, name).dtype
+    assert (got.entropies is None) == (not entropies)
+    if entropies:
+        np.testing.assert_array_equal(got.entropies, sent.entropies)
+
+
+def test_arrays_travel_little_endian_whatever_their_type_was():
+    sent = make_trajectory(2)
+    sent.token_ids = np.array([1, 258], dtype=">i8")
+    assert messages.encode_trajectory(sent)[2] == bytes([1, 0, 0, 0, 2, 1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("array", "value", "complaint"),
+    [
+        ("logprobs", np.nan, "log-prob"),
+        ("logprobs", 0.5, "log-prob"),
+        ("logprobs", -np.inf, "log-prob"),
+        ("entropies", -1.0, "entropy"),
+        ("entropies", np.nan, "entropy"),
+        ("samplers", 7, "unknown sampler 7"),
+        ("roles", 9, "unknown role 9"),
+    ],
+)
+def test_impossible_values_are_refused(array, value, complaint):
+    sent = make_trajectory()
+    getattr(sent, array)[2] = value
+    with pytest.raises(BadMessage, match=complaint):
+        messages.decode_from_engine(messages.encode_trajectory(sent))
+
+
+@pytest.mark.parametrize(
+    ("header", "complaint"),
+    [
+        ({"schema": SCHEMA + 1}, "schema"),
+        ({"response_tokens": 6}, "array frame"),
+        ({"prompt_tokens": 2}, "array frame"),
+        ({"has_entropy": False}, "array frame"),
+        ({"reward": float("nan")}, "reward"),
+    ],
+)
+def test_header_that_contradicts_the_arrays_is_refused(header, complaint):
+    with pytest.raises(BadMessage, match=complaint):
+        messages.decode_from_engine(messages.encode_trajectory(make_trajectory(**header)))
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [b""],
+        [b"\xc1"],
+        messages.encode(messages.Drain()),
+        messages.encode_trajectory(make_trajectory())[:-1],
+        [*messages.encode(messages.Leaving()), b"body"],
+        [msgspec.msgpack.encode({"type": "leaving", "handed_back": [-1]})],
+        [msgspec.msgpack.encode({"type": "progress", "running": [], "credit": 1 << 40, "version": 0})],
+        [msgspec.msgpack.encode({"type": "sample-failed", "lease": 0, "sample": 0, "reason": b"\xff", "detail": ""})],
+    ],
+)
+def test_malformed_engine_messages_are_refused(frames):
+    with pytest.raises(BadMessage):
+        messages.decode_from_engine(frames)
+
+
+@given(st.lists(st.binary(max_size=60), max_size=9))
+def test_arbitrary_bytes_raise_nothing_but_bad_message(frames):
+    for decode in (messages.decode_from_engine, messages.decode_from_learner):
+        try:
+            decode(frames)
+        except BadMessage:
+            continue
+
+
+@given(position=st.integers(0, 10_000), value=st.integers(0, 255), frame=st.integers(0, 7))
+def test_damaged_trajectories_raise_nothing_but_bad_message(position, value, frame):
+    frames = messages.encode_trajectory(make_trajectory())
+    damaged = bytearray(frames[frame])
+    damaged[position % len(damaged)] = value
+    frames[frame] = bytes(damaged)
+    try:
+        got = messages.decode_from_engine(frames)
+    except BadMessage:
+        return
+    if isinstance(got, Trajectory):
+        assert got.header.response_tokens == len(got.token_ids) and np.isfinite(got.logprobs).all()
+
+
+def test_messages_of_a_later_version_with_new_fields_are_understood():
+    later = msgspec.msgpack.encode({"type": "leaving", "handed_back": [3], "mood": "fine"})
+    assert messages.decode_from_engine([later]) == messages.Leaving(handed_back=(3,))
