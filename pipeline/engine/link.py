@@ -22,7 +22,8 @@ from pipeline.transport.spool import Spool
 __all__ = ["Drained", "Event", "Failed", "Granted", "Link", "LinkStats", "Revoked", "VersionHint"]
 
 _SILENT_HEARTBEATS = 5
-_NOTICE_SECONDS = 5.0
+_NOTICE_SECONDS, _NOTICE_SECONDS_MOST = 1.0, 30.0
+"""between lines about waiting; longer the longer it lasts"""
 _LINGER_SECONDS = 2.0
 
 
@@ -63,7 +64,7 @@ class Link:
         self._socket, self._spool = socket, spool
         self._digest, self._capabilities = digest, capabilities
         self._heartbeat_seconds, self._connect_timeout, self._on_event = heartbeat_seconds, connect_timeout, on_event
-        self._outbox = Outbox(socket, spool, lambda reason: self._fail(reason, refused=False))
+        self._outbox = Outbox(socket, spool, self._spool_failed)
         self._changed = threading.Condition(threading.RLock())
         self._events: deque[Event] = deque()
         self._unpolled: set[int] = set()
@@ -130,10 +131,9 @@ class Link:
                 self._send_progress()
 
     def submit(self, trajectory: Trajectory) -> None:
-        """Send a sample; producer, incarnation and sequence of its header are filled in. Waits while the spool is full.
+        """Send a sample; producer, incarnation and sequence of its header are filled in.
 
-        Raises:
-            RunFailed: the link is dead.
+        Waits while the spool is full. On a dead link it does not, as `Failed` is about to be polled.
         """
         with self._changed:
             header = structs.replace(
@@ -144,7 +144,7 @@ class Link:
         self._outbox.put(trajectory.id, encode_trajectory(structs.replace(trajectory, header=header)))
 
     def fail_sample(self, lease: int, sample: int, reason: str, detail: str) -> None:
-        """A sample will not come; the learner counts it as dropped for `reason`. Raises as `submit`."""
+        """A sample will not come; the learner counts it as dropped for `reason`. Waits as `submit`."""
         message = messages.SampleFailed(lease=lease, sample=sample, reason=reason, detail=detail)
         self._outbox.put((lease, sample), encode(message))
 
@@ -284,7 +284,7 @@ class Link:
                 f"no learner at {self._socket.address} for {waited:.0f} s; start it or raise transport.connect_timeout",
                 refused=False,
             )
-        elif now - self._noticed_at >= _NOTICE_SECONDS:
+        elif now - self._noticed_at >= min(max(_NOTICE_SECONDS, waited / 2), _NOTICE_SECONDS_MOST):
             self._noticed_at = now
             self._on_event(f"waiting for the learner at {self._socket.address}, {waited:.0f} s")
 
@@ -323,10 +323,14 @@ class Link:
         self._events.append(event)
         self._changed.notify_all()
 
+    def _spool_failed(self, reason: str) -> None:
+        self.fatal(reason)
+        self._fail(reason, refused=False)
+
     def _fail(self, message: str, refused: bool) -> None:
         with self._changed:
             if self._failed:
                 return
             self._failed = True
-            self._outbox.fail(message)
+            self._outbox.fail()
             self._emit(Failed(message, refused))

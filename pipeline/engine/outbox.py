@@ -9,7 +9,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import RunFailed
 from pipeline.messages import SampleId
 from pipeline.transport.base import EngineSocket
 from pipeline.transport.spool import Spool
@@ -48,7 +47,7 @@ class Outbox:
         self._uncommitted: set[SampleId] = set()
         self._open = False
         self._forgotten = False
-        self._failure = ""
+        self._failed = False
         self._stopping = False
         self._blocked_seconds = 0.0
         self._thread = threading.Thread(target=self._write, name="spool", daemon=True)
@@ -57,17 +56,12 @@ class Outbox:
         self._thread.start()
 
     def put(self, sample: SampleId, frames: Sequence[bytes]) -> None:
-        """Queue a message for a sample; waits while the queue is full.
-
-        Raises:
-            RunFailed: the outbox failed or was stopped.
-        """
+        """Queue a message for a sample; waits while the queue is full, unless the link is dead: what is queued then is
+        spooled at `stop`."""
         began = time.monotonic()
         with self._changed:
-            self._changed.wait_for(lambda: len(self._queue) < _QUEUE or self._failure or self._stopping)
+            self._changed.wait_for(lambda: len(self._queue) < _QUEUE or self._failed or self._stopping)
             self._blocked_seconds += time.monotonic() - began
-            if self._failure or self._stopping:
-                raise RunFailed(self._failure or "the engine is stopping")
             self._queue.append((sample, frames))
             self._changed.notify_all()
 
@@ -102,13 +96,13 @@ class Outbox:
     def wait_until_empty(self, timeout: float) -> bool:
         """Until everything put so far is committed; False after `timeout` seconds, or when it cannot happen."""
         with self._changed:
-            self._changed.wait_for(lambda: self._empty() or self._failure or self._stopping, timeout)
+            self._changed.wait_for(lambda: self._empty() or self._failed or self._stopping, timeout)
             return self._empty()
 
-    def fail(self, reason: str) -> None:
-        """Whoever waits here is told that the link is dead."""
+    def fail(self) -> None:
+        """The link is dead: nobody needs to wait here any more."""
         with self._changed:
-            self._failure = self._failure or reason
+            self._failed = True
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -139,7 +133,7 @@ class Outbox:
                 self._send_spooled()
         except OSError as error:
             reason = f"the spool {self._spool.folder} cannot be written ({error.strerror or error}); free space there"
-            self.fail(reason)
+            self.fail()
             self._on_error(reason)
 
     def _has_work(self) -> bool:

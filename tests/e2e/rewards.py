@@ -21,5 +21,10 @@ def fails_on_some(prompts, completions, **columns):
     return [1.0] * len(completions)
 
 
+def digits(prompts, completions, **columns):
+    """The share of digits: differs between any two samples, however little the policy can do."""
+    return [sum(map(str.isdigit, completion)) / (1 + len(completion)) for completion in completions]
+
+
 def constant(prompts, completions, **columns):
     return [1.0] * len(completions)

@@ -12,10 +12,11 @@ pytestmark = pytest.mark.slow
 SYNCHRONOUS = SMALL | {
     "learner__max_staleness": 0,
     "learner__checkpoint_every": 3,
-    "learner__learning_rate": 1e-3,
+    "learner__learning_rate": 1e-4,
     "engine__threads": 1,
     "learner__threads": 1,
     "transport__lease_seconds": 3,
+    "task__reward": "tests.e2e.rewards:digits",
 }
 STEPS = 8
 CURVE = ("loss", "grad_norm", "reward_mean", "entropy", "clip_fraction", "tokens_trained")
@@ -40,7 +41,7 @@ def _assert_same(run, reference):
 
 def test_the_uninterrupted_run_moves_and_is_on_policy(uninterrupted):
     table = rows(uninterrupted)
-    assert len({row["loss"] for row in table}) > 1
+    assert len({row["loss"] for row in table}) > STEPS // 2 and all(row["grad_norm"] > 0 for row in table)
     assert all(row["staleness_max"] == 0 for row in table)
     assert all(row["mismatch_k3"] < 1e-6 for row in table)
 

@@ -36,16 +36,16 @@ def source(lease: int, version: int) -> Lease:
     )  # fmt: skip
 
 
-def trajectory(lease: Lease, sample: int, version: int = 0, **header) -> Trajectory:
+def trajectory(lease: Lease, sample: int, version: int = 0, /, **header) -> Trajectory:
     """Tokens are a function of the lease's seed; the reward tells the samples of a group apart."""
     tokens = 3 + lease.seeds[sample] % 5
-    fields = dict(
+    plain = TrajectoryHeader(
         schema=SCHEMA, producer="", incarnation=0, sequence=0, lease=lease.id, sample=sample,
         prompt_tokens=len(lease.prompt_ids), response_tokens=tokens, has_entropy=True, reward=float(sample),
         reward_parts={}, finish_reason="stop", sampling=lease.sampling, drafters={}, verifications=tokens,
     )  # fmt: skip
     return Trajectory(
-        header=TrajectoryHeader(**(fields | header)),
+        header=msgspec.structs.replace(plain, **header),
         prompt_ids=np.asarray(lease.prompt_ids, np.uint32),
         token_ids=np.full(tokens, lease.seeds[sample] % 1000, np.uint32),
         logprobs=np.full(tokens, -0.5, np.float32),
@@ -57,33 +57,31 @@ def trajectory(lease: Lease, sample: int, version: int = 0, **header) -> Traject
 
 
 def make_link(address: str, spool: Path, **options) -> Link:
-    settings = dict(
-        digest=DIGEST, capabilities=Capabilities(entropy=True), heartbeat_seconds=HEARTBEAT, connect_timeout=20.0,
-        on_event=lambda line: print(line, file=sys.stderr),
-    )  # fmt: skip
+    settings = {
+        "digest": DIGEST,
+        "capabilities": Capabilities(entropy=True),
+        "heartbeat_seconds": HEARTBEAT,
+        "connect_timeout": 20.0,
+        "on_event": lambda line: print(line, file=sys.stderr),
+    }
     limit = options.pop("limit_bytes", 1 << 20)
-    return Link(
-        ZmqEngineSocket(address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05),
-        Spool.acquire(spool, limit), **(settings | options),
-    )  # fmt: skip
+    socket = ZmqEngineSocket(address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05)
+    return Link(socket, Spool.acquire(spool, limit), **(settings | options))
 
 
 def make_hub(folder: Path, address: str = "tcp://127.0.0.1:*", *, events=None, ledger=None, **options) -> Hub:
-    settings = dict(
-        run_id="run", digest=DIGEST, needs_entropy=True, heartbeat_seconds=HEARTBEAT, lease_seconds=2.0, limits=LIMITS,
-        on_event=events.append if events is not None else lambda line: print(line, file=sys.stderr),
-    )  # fmt: skip
-    settings |= options
-    ledger = ledger or {}
-    return Hub(
-        ZmqLearnerSocket(address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05),
-        Journal(folder),
-        Ledger(**(
-            dict(batch_size=BATCH, group_size=GROUP, max_staleness=1, lease_seconds=settings["lease_seconds"]) | ledger
-        )),
-        source,
-        **settings,
-    )  # fmt: skip
+    settings = {
+        "run_id": "run",
+        "digest": DIGEST,
+        "needs_entropy": True,
+        "heartbeat_seconds": HEARTBEAT,
+        "lease_seconds": 2.0,
+        "limits": LIMITS,
+        "on_event": events.append if events is not None else lambda line: print(line, file=sys.stderr),
+    } | options
+    sizes = {"batch_size": BATCH, "group_size": GROUP, "max_staleness": 1, "lease_seconds": settings["lease_seconds"]}
+    socket = ZmqLearnerSocket(address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05)
+    return Hub(socket, Journal(folder), Ledger(**(sizes | (ledger or {}))), source, **settings)
 
 
 def start_engine(address: str, spool: Path, **options) -> subprocess.Popen:
@@ -96,10 +94,8 @@ def start_learner(folder: Path, **options) -> subprocess.Popen:
 
 def _start(role: str, **options) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, __file__, role, json.dumps(options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment,
-    )  # fmt: skip
+    command = [sys.executable, __file__, role, json.dumps(options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def run_engine(

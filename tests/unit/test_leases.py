@@ -224,7 +224,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def snapshot(self) -> tuple:
         state = self.ledger.state(len(self.records))
-        mine = {lease for lease in self.consumed}
+        mine = set(self.consumed)
         return (
             msgspec.json.encode(state), dict(self.consumed),
             {sample: reward for sample, reward in self.arrived.items() if sample[0] in mine},

@@ -12,14 +12,14 @@ from pipeline.messages import SCHEMA, BadMessage, DraftCounts, SamplingParams, T
 
 def make_trajectory(tokens: int = 5, entropies: bool = True, **header) -> Trajectory:
     generator = np.random.default_rng(tokens)
-    fields = dict(
+    plain = TrajectoryHeader(
         schema=SCHEMA, producer="producer", incarnation=2, sequence=9, lease=4, sample=1, prompt_tokens=3,
         response_tokens=tokens, has_entropy=entropies, reward=0.5, reward_parts={"right": 0.5}, finish_reason="stop",
         sampling=SamplingParams(temperature=0.7, stop_token_ids=(2,)), verifications=4,
         drafters={"suffix-automaton": DraftCounts(drafted=6, accepted=2)},
     )  # fmt: skip
     return Trajectory(
-        header=TrajectoryHeader(**(fields | header)),
+        header=msgspec.structs.replace(plain, **header),
         prompt_ids=np.array([1, 2, 3], np.uint32),
         token_ids=generator.integers(0, 1000, tokens).astype(np.uint32),
         logprobs=-generator.random(tokens).astype(np.float32),
