@@ -21,9 +21,9 @@ class Architecture(Struct, kw_only=True, frozen=True):
 
     hidden_size: int = 256
     layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 64
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 32
     intermediate_size: int = 704
 
 

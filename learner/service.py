@@ -81,7 +81,7 @@ class Learner:
 
     def __init__(self, config: Config, run: RunDirectory, objective: Objective, stop: StopSignal, log: Log) -> None:
         self.config, self.run, self.stop, self.log = config, run, stop, log
-        self.model_folder = _model_folder(config)
+        self.model_folder = _model_folder(config, stop)
         tokenizer = Tokenizer(self.model_folder)
         model_config = ModelConfig.from_folder(self.model_folder)
         check_against_model(config, model_config.max_positions)
@@ -237,15 +237,12 @@ class Learner:
         self.view.show(structs.asdict(row))
 
 
-def _model_folder(config: Config) -> Path:
+def _model_folder(config: Config, stop: StopSignal) -> Path:
     """The checkpoint the run starts from; the embedded model is built on first use."""
     if config.model.path:
         return Path(config.model.path)
-    view = WarmStartView()
-    try:
-        return ensure_embedded_model(config, lambda p: view.show(p.fraction, p.loss, p.reward, p.seconds, p.message))
-    finally:
-        view.close()
+    with WarmStartView() as view:
+        return ensure_embedded_model(config, lambda p: view.show(p, stop))
 
 
 def _lease_source(config: Config, tokenizer: Tokenizer) -> LeaseSource:

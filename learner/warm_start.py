@@ -228,7 +228,7 @@ def _closing(folder: Path) -> WarmStartProgress:
         message = (
             f"the warm start ended at reward {record.reward:.2f}, below model.warm_start_reward = "
             f"{record.recipe.target_reward:g}, after {record.seconds:.0f} s; it is used as it is: "
-            "raise model.warm_start_seconds or lower task.digits or task.operands for a better start"
+            f"to train it anew, raise model.warm_start_seconds, or delete {str(folder)!r} when the machine is less busy"
         )
     return WarmStartProgress(1.0, record.steps, record.loss, record.reward, record.seconds, message)
 

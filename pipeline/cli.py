@@ -93,16 +93,19 @@ def _configuration_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pipeline.config import load_config
+    from pipeline.config import EMBEDDED, load_config
 
     config = load_config(options.config, options.set)
+    demo = options.config is None and not config.model.path
+    if demo:
+        config = load_config(EMBEDDED, options.set)
     if options.out:
         config.run.out = options.out
     if options.dry_run:
         return _dry_run(config, ("learner", "engine"))
     from pipeline.launcher import run
 
-    return run(config, demo=options.config is None and not config.model.path)
+    return run(config, demo=demo)
 
 
 def _learner(options: argparse.Namespace) -> int:

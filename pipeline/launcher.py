@@ -28,14 +28,14 @@ STOP_SECONDS = 60.0
 def run(config: Config, demo: bool) -> int:
     """Run to the end; returns the exit code."""
     check_config(config)
+    # The processes share the cores: threads that spin while they wait for one another would take them from the others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _choose_address(config)
     directory = RunDirectory(Path(config.run.out))
     directory.prepare(config)
     stop = StopSignal()
     if not config.model.path:
-        _warm_start(config)
-    if stop.requested:
-        return stop.exit_code
+        _warm_start(config, stop)
     group = ProcessGroup(config, directory, stop)
     stop.before_exit = group.kill
     began = time.monotonic()
@@ -43,11 +43,11 @@ def run(config: Config, demo: bool) -> int:
         code = group.watch()
     finally:
         group.close()
-    if code == 0:
+    if code == 0 and not stop.requested:
         from pipeline.summary import print_summary
 
         print_summary(config, directory, time.monotonic() - began, demo=demo)
-    elif code == INTERRUPTED:
+    else:
         Log("run")(f"interrupted; state is kept in {directory.root}, the same command goes on from it")
     return code
 
@@ -61,15 +61,12 @@ def _choose_address(config: Config) -> None:
         config.transport.address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def _warm_start(config: Config) -> None:
+def _warm_start(config: Config, stop: StopSignal) -> None:
     from learner.warm_start import ensure_embedded_model
     from pipeline.telemetry.progress import WarmStartView
 
-    view = WarmStartView()
-    try:
-        ensure_embedded_model(config, lambda p: view.show(p.fraction, p.loss, p.reward, p.seconds, p.message))
-    finally:
-        view.close()
+    with WarmStartView() as view:
+        ensure_embedded_model(config, lambda p: view.show(p, stop))
 
 
 class Child:

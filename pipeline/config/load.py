@@ -12,9 +12,12 @@ import tomli_w
 from pipeline.config.types import Config
 from pipeline.errors import UsageError
 
+EMBEDDED = Path(__file__).with_name("embedded.toml")
+"""What is trained when neither a configuration nor a model is given."""
+
 
 def load_config(path: Path | None, overrides: list[str]) -> Config:
-    """The configuration of `path` (None: the embedded default) with overrides applied.
+    """The configuration of `path` (None: all defaults) with overrides applied.
 
     Raises:
         UsageError: the file is missing or not TOML, a key is unknown, a value has the wrong type or is out of bounds.

@@ -15,6 +15,7 @@ from msgspec import structs
 from pipeline import messages
 from pipeline.engine.link_events import Drained, Event, Failed, Granted, Revoked, VersionHint
 from pipeline.engine.outbox import Outbox
+from pipeline.errors import UsageError
 from pipeline.messages import SCHEMA, BadMessage, Capabilities, Trajectory, encode, encode_trajectory
 from pipeline.transport.base import EngineSocket
 from pipeline.transport.spool import Spool
@@ -134,6 +135,9 @@ class Link:
         """Send a sample; producer, incarnation and sequence of its header are filled in.
 
         Waits while the spool is full. On a dead link it does not, as `Failed` is about to be polled.
+
+        Raises:
+            UsageError: the sample is too large to be sent.
         """
         with self._changed:
             header = structs.replace(
@@ -141,7 +145,13 @@ class Link:
                 sequence=self._sequence,
             )  # fmt: skip
             self._sequence += 1
-        self._outbox.put(trajectory.id, encode_trajectory(structs.replace(trajectory, header=header)))
+        frames = encode_trajectory(structs.replace(trajectory, header=header))
+        if (largest := max(map(len, frames))) > self._socket.max_message_bytes:
+            raise UsageError(
+                f"sample {trajectory.id} takes {largest} bytes, more than transport.max_message_bytes "
+                f"{self._socket.max_message_bytes}; raise it"
+            )
+        self._outbox.put(trajectory.id, frames)
 
     def fail_sample(self, lease: int, sample: int, reason: str, detail: str) -> None:
         """A sample will not come; the learner counts it as dropped for `reason`. Waits as `submit`."""

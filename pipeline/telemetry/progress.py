@@ -3,13 +3,15 @@
 import itertools
 import sys
 from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from pipeline.stop import StopSignal
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -79,27 +81,56 @@ def sparkline(values: list[float], width: int = 40) -> str:
     return "".join(SPARKS[min(len(SPARKS) - 1, int(max(mean, 0.0) / top * (len(SPARKS) - 1)))] for mean in means)
 
 
+class WarmStartState(Protocol):
+    """What `learner.warm_start` reports once a step."""
+
+    @property
+    def fraction(self) -> float: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def reward(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def message(self) -> str: ...
+
+
 class WarmStartView:
     """The supervised warm start of the embedded model."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stderr)
-        self._shown = -1
+        self._shown, self._said = -1, ""
         self._progress: Progress | None = None
 
-    def show(self, fraction: float, loss: float, reward: float, seconds: float, message: str) -> None:
-        """One step of it; `message` is a sentence for the user, where there is one."""
-        if self.console.is_terminal:
-            self._draw(fraction, reward)
-        elif int(fraction * 10) > self._shown:
-            self._shown = int(fraction * 10)
-            self._print(f"warm start {fraction:4.0%}  loss {loss:.3f}  reward {reward:.2f}  {seconds:.0f} s")
-        if message:
-            self._print(message)
+    def __enter__(self) -> "WarmStartView":
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+    def show(self, now: WarmStartState, stop: StopSignal) -> None:
+        """One step of it.
+
+        Raises:
+            KeyboardInterrupt: a stop was asked for; nothing of a warm start that is not finished is kept.
+        """
+        if stop.requested:
+            raise KeyboardInterrupt
+        if self.console.is_terminal:
+            self._draw(now.fraction, now.reward)
+        elif now.step and int(now.fraction * 10) > self._shown and not now.message:
+            self._shown = int(now.fraction * 10)
+            self._print(
+                f"warm start {now.fraction:4.0%}  loss {now.loss:.3f}  reward {now.reward:.2f}  {now.seconds:.0f} s"
+            )
+        if now.message and now.message != self._said:
+            self._said = now.message
+            self._print(now.message)
 
     def _draw(self, fraction: float, reward: float) -> None:
         if self._progress is None:

@@ -69,6 +69,8 @@ class EngineSocket(Protocol):
     """The side that connects, and keeps trying to."""
 
     address: str
+    max_message_bytes: int
+    """a larger frame would end the connection, again and again"""
 
     def start(self, handler: EngineHandler) -> None: ...
 

@@ -176,6 +176,7 @@ class ZmqEngineSocket(SocketThread):
     ) -> None:  # fmt: skip
         super().__init__("engine-socket", tick_seconds)
         self.address = address
+        self.max_message_bytes = max_message_bytes
         # IMMEDIATE: nothing is queued for a learner that is not there; the spool is the queue.
         self._options = _socket_options(address, max_message_bytes, heartbeat_seconds) | {
             zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL: 100, zmq.RECONNECT_IVL_MAX: 1000,

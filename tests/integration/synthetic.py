@@ -65,7 +65,8 @@ def make_link(address: str, spool: Path, **options) -> Link:
         "on_event": lambda line: print(line, file=sys.stderr),
     }
     limit = options.pop("limit_bytes", 1 << 20)
-    socket = ZmqEngineSocket(address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05)
+    largest = options.pop("max_message_bytes", 1 << 20)
+    socket = ZmqEngineSocket(address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05, max_message_bytes=largest)
     return Link(socket, Spool.acquire(spool, limit), **(settings | options))
 
 

@@ -392,4 +392,4 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=100, stateful_step_count=80, deadline=None)
+TestLedger.settings = settings(max_examples=60, stateful_step_count=80, deadline=None)

@@ -146,7 +146,7 @@ def test_time_limit_keeps_what_there_is_and_says_so() -> None:
     record = record_of(folder)
     assert not record.reached
     assert record.steps < 10_000
-    assert "below model.warm_start_reward = 1" in seen[-1].message
+    assert "below model.warm_start_reward = 1, after" in seen[-1].message
     AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -1,0 +1,237 @@
+"""What the learner does with what engines say: HELLO, progress, samples, farewells, and everything malformed.
+
+Messages are handled in the socket's thread. A sample is answered twice: Received when the ledger has it, Committed when
+the journal has synced it, or at once when it is not wanted.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+from learner.acknowledgements import Acknowledgements
+from learner.journal import Arrived, Failed, Granted, Journal
+from learner.leases import Ledger, Source
+from learner.roster import Engine, Roster, short_name
+from learner.validation import Limits, check_sample, check_trajectory, refusal
+from pipeline import messages
+from pipeline.errors import RunFailed
+from pipeline.messages import BadMessage, Trajectory
+from pipeline.transport.base import LearnerSocket
+
+_TAKEN_OVER = "another engine process works as producer {} (incarnation {}); give each engine a spool of its own"
+
+
+class Reception:
+    """The handler of the learner's socket. Its state is guarded by `changed`, which is notified when a batch may have
+    become possible, or impossible."""
+
+    def __init__(
+        self,
+        socket: LearnerSocket,
+        journal: Journal,
+        ledger: Ledger,
+        source: Source,
+        *,
+        run_id: str,
+        digest: dict[str, str],
+        needs_entropy: bool,
+        lease_seconds: float,
+        limits: Limits,
+        on_event: Callable[[str], None],
+    ) -> None:
+        """Arguments as of `learner.hub.Hub`."""
+        self._socket, self._journal, self._ledger, self._source = socket, journal, ledger, source
+        self._run_id, self._digest, self._needs_entropy, self._limits = run_id, digest, needs_entropy, limits
+        self._lease_seconds, self._on_event = lease_seconds, on_event
+        self.changed = threading.Condition(threading.RLock())
+        self.roster = Roster()
+        self.version = -1
+        """newest publication"""
+        self.draining = False
+        """nothing more is granted"""
+        self.bad_messages = 0
+        self._error: RunFailed | None = None
+        self._acknowledgements = Acknowledgements(self.changed, self.roster, journal, self._send)
+        journal.on_error = self._journal_failed
+
+    # ---- for the hub, which holds `changed` ----------------------------------------------------------------------
+
+    def grant(self) -> None:
+        """Grant all that admission and credit allow, in one message an engine, so that they can start together."""
+        if self.draining or self._error is not None:
+            return
+        grants: dict[bytes, list[messages.Lease]] = {}
+        now = time.monotonic()
+        while (engine := self.roster.freest(self._ledger.group_size)) is not None:
+            lease = self._ledger.grant(engine.producer, self._source, now, self._journal.position)
+            if lease is None:
+                break
+            self._journal.append(Granted(lease.id, lease.epoch, lease.version, engine.producer))
+            engine.unseen[lease.id] = lease.group_size
+            grants.setdefault(engine.peer, []).append(lease)
+        for peer, leases in grants.items():
+            self._send(peer, messages.Grant(leases=tuple(leases)))
+
+    def broadcast(self, message: messages.LearnerMessage) -> None:
+        """Send a message to every engine."""
+        for engine in self.roster:
+            self._send(engine.peer, message)
+
+    def remove_silent(self, seconds: float) -> None:
+        """Take engines that were silent for so long for gone."""
+        for engine in self.roster.silent(time.monotonic() - seconds):
+            self.roster.remove(engine.peer)
+            self._gone(engine, f"silent for {seconds:.0f} s")
+
+    def raise_failure(self) -> None:
+        """Raises RunFailed when no batch can come together any more."""
+        if self._error is not None:
+            raise self._error
+        if failures := self.roster.all_failed():
+            raise RunFailed(f"every engine failed: {'; '.join(failures)}")
+
+    # ---- called by the socket ------------------------------------------------------------------------------------
+
+    def on_message(self, peer: bytes, frames: list[bytes]) -> None:
+        try:
+            message = messages.decode_from_engine(frames)
+            with self.changed:
+                if isinstance(message, messages.Hello):
+                    self._hello(peer, message)
+                elif (engine := self.roster.get(peer)) is not None:
+                    engine.heard = time.monotonic()
+                    self._handle(engine, message, frames)
+                # Without HELLO a peer is a stranger, or an engine that does not know yet that the learner restarted:
+                # hearing nothing it connects anew, and sends again what was not acknowledged.
+        except BadMessage as error:
+            self._reject(peer, error)
+
+    def on_disconnect(self, peer: bytes) -> None:
+        with self.changed:
+            if (engine := self.roster.remove(peer)) is not None:
+                self._gone(engine, "disconnected")
+
+    def on_tick(self) -> None:
+        with self.changed:
+            self._ledger.expire(time.monotonic())
+            self.remove_silent(self._lease_seconds)
+            self.grant()
+
+    def on_error(self, error: Exception) -> None:
+        with self.changed:
+            self._error = RunFailed(f"the learner's socket failed: {type(error).__name__}: {error}")
+            self.changed.notify_all()
+
+    # ---- what engines say ----------------------------------------------------------------------------------------
+
+    def _hello(self, peer: bytes, hello: messages.Hello) -> None:
+        refused = refusal(hello, self._digest, self._needs_entropy)
+        newest = self.roster.newest_incarnation(hello.producer)
+        if refused is None and hello.incarnation < newest:
+            refused = messages.Refused(reason=_TAKEN_OVER.format(hello.producer, newest))
+        if refused is not None:
+            self._on_event(f"engine {short_name(hello.producer)} refused: {refused.reason}")
+            self._send(peer, refused)
+            self._socket.disconnect(peer)
+            return
+        now = time.monotonic()
+        engine = Engine(peer, hello.producer, hello.incarnation, now, draining=self.draining)
+        self._replace(self.roster.add(engine), engine)
+        received = self._ledger.hello(hello.producer, hello.running, hello.spooled, hello.version, now)
+        self._send(peer, messages.Welcome(
+            schema=messages.SCHEMA, run=self._run_id, version=self.version, received=tuple(received)
+        ))  # fmt: skip
+        self._acknowledgements.repeat(engine, received)
+        if self.draining:
+            self._send(peer, messages.Drain())
+        self._on_event(f"engine {short_name(hello.producer)} connected, {len(self.roster)} in all")
+
+    def _handle(self, engine: Engine, message: messages.EngineMessage | Trajectory, frames: list[bytes]) -> None:
+        match message:
+            case Trajectory():
+                self._trajectory(engine, message, frames)
+            case messages.SampleFailed():
+                self._sample_failed(engine, message)
+            case messages.Progress():
+                self._progress(engine, message)
+            case messages.Leaving():
+                self.roster.left(engine)
+                self._ledger.hand_back(engine.producer, message.handed_back)
+                self._gone(engine, "left")
+            case messages.Fatal():
+                self._end(engine, message.message, f"failed: {message.message}\n{message.traceback}".rstrip())
+
+    def _trajectory(self, engine: Engine, trajectory: Trajectory, frames: list[bytes]) -> None:
+        header = trajectory.header
+        check_sample(header.lease, header.sample, self._ledger.group_size)
+        lease = self._ledger.lease(header.lease)
+        check_trajectory(trajectory, engine.producer, lease, self._limits, self._needs_entropy)
+        outcome = self._ledger.arrive(trajectory)
+        self._acknowledgements.give(engine, trajectory.id, outcome, Arrived(*trajectory.id, frames))
+        self._sample_settled(engine, header.lease)
+
+    def _sample_failed(self, engine: Engine, message: messages.SampleFailed) -> None:
+        sample = message.lease, message.sample
+        check_sample(*sample, self._ledger.group_size)
+        outcome = self._ledger.fail(*sample, message.reason)
+        self._acknowledgements.give(engine, sample, outcome, Failed(*sample, message.reason, message.detail))
+        self._sample_settled(engine, message.lease)
+
+    def _sample_settled(self, engine: Engine, lease: int) -> None:
+        engine.unseen.pop(lease, None)
+        self.grant()
+        self.changed.notify_all()
+
+    def _progress(self, engine: Engine, message: messages.Progress) -> None:
+        self.roster.progress(engine, message)
+        unwanted = self._ledger.progress(engine.producer, message.running, message.version, engine.heard)
+        if unwanted:
+            self._send(engine.peer, messages.Revoke(leases=tuple(unwanted)))
+        # The answer that tells an idle engine that the learner is alive.
+        self._send(engine.peer, messages.Published(version=self.version))
+        self.grant()
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    def _replace(self, before: Engine | None, engine: Engine) -> None:
+        """The same producer was connected elsewhere: the connection is an old one, or its process is."""
+        if before is None:
+            return
+        if before.incarnation < engine.incarnation:
+            reason = _TAKEN_OVER.format(engine.producer, engine.incarnation)
+            self._send(before.peer, messages.Refused(reason=reason))
+        self._socket.disconnect(before.peer)
+
+    def _reject(self, peer: bytes, error: BadMessage) -> None:
+        """A peer that breaks the protocol is told why and not listened to any more; the others are not concerned."""
+        with self.changed:
+            self.bad_messages += 1
+            self._send(peer, messages.Fatal(message=f"the learner refuses what this engine sent: {error}"))
+            self._socket.disconnect(peer)
+            engine = self.roster.get(peer)
+            if engine is None:
+                self._on_event(f"a peer that is no engine sent a bad message: {error}")
+            else:
+                self._end(engine, f"its messages were refused: {error}", f"sent a bad message: {error}")
+
+    def _end(self, engine: Engine, error: str, how: str) -> None:
+        """An engine that will not come back as it is."""
+        self.roster.failed(engine, error)
+        self._ledger.lost(engine.producer)
+        self._gone(engine, how)
+
+    def _gone(self, engine: Engine, how: str) -> None:
+        self._ledger.gone(engine.producer)
+        self._on_event(f"engine {short_name(engine.producer)} {how}, {len(self.roster)} connected")
+        self.grant()
+        self.changed.notify_all()
+
+    def _journal_failed(self, error: OSError) -> None:
+        with self.changed:
+            self._error = RunFailed(
+                f"the journal cannot be written ({error.strerror or error}); free space on its disk and resume the run"
+            )
+            self.changed.notify_all()
+
+    def _send(self, peer: bytes, message: messages.LearnerMessage) -> None:
+        self._socket.send(peer, messages.encode(message))

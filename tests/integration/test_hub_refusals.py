@@ -1,0 +1,166 @@
+"""What the learner does not take, from whom, and that nobody else suffers."""
+
+import pytest
+
+from pipeline import messages
+from pipeline.engine.link import Failed, Granted
+from pipeline.errors import UsageError
+from pipeline.messages import Capabilities
+from tests.integration.running import (
+    answer,
+    eventually,
+    hello,
+    raw_peer,
+    running,
+    running_hub,
+    train,
+    wait_for,
+    wait_for_failure,
+)
+from tests.integration.synthetic import BATCH, DIGEST, GROUP, make_link, source, start_engine, trajectory
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"digest": DIGEST | {"model": "another"}}, "model: learner synthetic, engine another"),
+        ({"digest": {"model": "synthetic", "extra": "1"}}, "extra: learner none, engine 1; task: learner none"),
+        ({"capabilities": Capabilities(entropy=False)}, "entropies"),
+    ],
+)
+def test_engine_that_does_not_fit_is_refused_with_the_reason(tmp_path, options, complaint):
+    events = []
+    with running_hub(tmp_path, events=events) as hub:
+        link = make_link(hub.address, tmp_path / "spool", **options)
+        link.start()
+        (event,) = link.poll(5.0)
+        assert isinstance(event, Failed) and event.refused and complaint in event.message
+        for number in range(300):  # more than the queue holds; a dead link must not hold its engine
+            link.submit(trajectory(source(number, 0), 0))
+        link.stop()
+        assert hub.stats().engines == 0 and complaint in events[-1]
+
+
+def test_spool_of_another_run_is_refused(tmp_path):
+    with running_hub(tmp_path / "a") as hub:
+        link = make_link(hub.address, tmp_path / "spool")
+        link.start()
+        link.update((), BATCH, 0, 0, 0.0)
+        lease = wait_for(link, Granted).leases[0]
+    link.submit(trajectory(lease, 0))
+    assert not link.flush(0.3)
+    link.stop()
+    with running_hub(tmp_path / "b", run_id="another") as hub:
+        link = make_link(hub.address, tmp_path / "spool")
+        link.start()
+        event = link.poll(5.0)[0]
+        assert isinstance(event, Failed) and "serves run another" in event.message
+        link.stop()
+        assert hub.stats().dropped == {}
+
+
+def test_newer_incarnation_takes_over_from_an_older_one(tmp_path):
+    with running_hub(tmp_path) as hub:
+        link = make_link(hub.address, tmp_path / "spool")
+        link.start()
+        eventually(lambda: hub.stats().engines == 1)
+        (folder,) = (tmp_path / "spool").iterdir()
+        peer = raw_peer(hub.address)
+        hello(peer, folder.name, incarnation=7)
+        assert isinstance(answer(peer), messages.Welcome)
+        event = wait_for_failure(link)
+        assert event.refused and "incarnation 7" in event.message
+        assert hub.stats().engines == 1
+        late = raw_peer(hub.address)
+        hello(late, folder.name, incarnation=6)
+        assert isinstance(answer(late), messages.Refused)
+        link.stop()
+        for socket_ in (peer, late):
+            socket_.close(linger=0)
+
+
+ORDINARY = (messages.Welcome, messages.Published, messages.Grant, messages.Received, messages.Committed)
+
+
+def bad_messages() -> dict[str, list[bytes]]:
+    """What an engine should not send about lease 0, by what the learner says to it."""
+    lease = source(0, 0)
+
+    def changed(header: dict | None = None, **arrays) -> list[bytes]:
+        sample = trajectory(lease, 0, **({"producer": "peer"} | (header or {})))
+        for name, array in arrays.items():
+            setattr(sample, name, array)
+        return messages.encode_trajectory(sample)
+
+    good = trajectory(lease, 0)
+    empty = {name: getattr(good, name)[:0] for name in ("token_ids", "logprobs", "entropies", "versions", "samplers")}
+    return {
+        "response of 0 tokens": changed({"response_tokens": 0}, **empty, roles=good.roles[:0]),
+        "of producer other": changed({"producer": "other"}),
+        "in groups of 4": changed({"sample": GROUP}),
+        "sampled with": changed({"sampling": messages.SamplingParams(temperature=0.5)}),
+        "another prompt": changed(prompt_ids=good.prompt_ids + 1),
+        "vocabulary of 1000": changed(token_ids=good.token_ids + 5000),
+        "no entropies": changed({"has_entropy": False}, entropies=None),
+        "array frame": [*changed()[:-1], b"x"],
+        "malformed": [b"\xc1garbage"],
+    }
+
+
+def test_bad_messages_end_their_sender_and_nobody_else(tmp_path):
+    events, trained = [], []
+    with running_hub(tmp_path, events=events, lease_seconds=60.0) as hub:
+        holder = raw_peer(hub.address)
+        hello(holder, "holder")
+        holder.send_multipart(messages.encode(messages.Progress(running=(), credit=GROUP, version=0)))
+        grant = answer(holder, messages.Welcome, messages.Published)
+        assert [lease.id for lease in grant.leases] == [0], (
+            "which stays open, so that answers to it are compared with it"
+        )
+        engine = start_engine(hub.address, tmp_path / "spool")
+        with running(engine):
+            train(hub, 1, trained)
+            for number, (complaint, frames) in enumerate(bad_messages().items(), start=1):
+                peer = raw_peer(hub.address)
+                hello(peer, "peer", running=(0,))
+                peer.send_multipart(frames)
+                fatal = answer(peer, *ORDINARY)
+                assert isinstance(fatal, messages.Fatal), fatal
+                assert complaint == "malformed" or complaint in fatal.message
+                assert hub.stats().bad_messages == number
+                hello(peer, "peer")  # not listened to any more
+                peer.close(linger=1000)
+                train(hub, 1, trained)
+            stranger = raw_peer(hub.address)
+            stranger.send_multipart([b"GET / HTTP/1.1"])
+            assert isinstance(answer(stranger), messages.Fatal)
+            stranger.close(linger=0)
+            train(hub, 2, trained)
+            assert hub.stats().engines == 2
+            hub._ledger.check()
+            holder.close(linger=0)
+    assert len(trained) == len(set(trained))
+    assert any("no engine" in event for event in events)
+
+
+def test_sample_larger_than_a_message_is_refused_where_it_is_made(tmp_path):
+    with running_hub(tmp_path) as hub:
+        link = make_link(hub.address, tmp_path / "spool", max_message_bytes=200)
+        with pytest.raises(UsageError, match=r"transport\.max_message_bytes 200"):
+            link.submit(trajectory(source(0, 0), 0))
+        link.stop()
+
+
+def test_message_larger_than_allowed_ends_the_connection_and_not_the_learner(tmp_path):
+    trained = []
+    with running_hub(tmp_path) as hub:
+        engine = start_engine(hub.address, tmp_path / "spool")
+        with running(engine):
+            peer = raw_peer(hub.address)
+            hello(peer, "peer")
+            assert isinstance(answer(peer), messages.Welcome)
+            peer.send_multipart([bytes((64 << 20) + 1)])
+            train(hub, 3, trained)
+            peer.close(linger=0)
+            assert hub.stats().bad_messages == 0
+    assert len(trained) == len(set(trained))
