@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 
@@ -105,16 +106,18 @@ def test_killed_engine_loses_nothing_that_it_had_spooled(tmp_path):
 
 
 def test_silent_engines_leases_go_to_another(tmp_path):
-    """The first engine stops for good without a word, with leases in its hands."""
+    """The first engine is stopped with leases in its hands, and goes on later."""
     trained = []
     with running_hub(tmp_path, lease_seconds=0.8) as hub:
-        stopped = start_engine(hub.address, tmp_path / "a", sample_seconds=0.02)
-        other = start_engine(hub.address, tmp_path / "b", sample_seconds=0.02)
-        with running(stopped, other):
-            eventually(lambda: hub.stats().engines == 2 and hub.stats().in_flight > BATCH)
+        stopped = start_engine(hub.address, tmp_path / "a", sample_seconds=0.1)
+        with ExitStack() as processes:
+            processes.enter_context(running(stopped))
+            eventually(lambda: hub.stats().in_flight > BATCH)
             os.kill(stopped.pid, signal.SIGSTOP)
+            processes.enter_context(running(start_engine(hub.address, tmp_path / "b")))
             train(hub, 5, trained)
-            eventually(lambda: hub.stats().reissued >= 1 and hub.stats().engines == 1)
+            assert hub.stats().reissued >= 1
+            eventually(lambda: hub.stats().engines == 1)
             # Back again it claims nothing that others have done meanwhile, and what it still sends is counted.
             os.kill(stopped.pid, signal.SIGCONT)
             eventually(lambda: hub.stats().engines == 2)

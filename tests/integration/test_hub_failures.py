@@ -4,6 +4,7 @@ import resource
 import time
 
 import pytest
+import zmq
 
 from learner.journal import Arrived, Journal
 from pipeline import messages
@@ -134,3 +135,18 @@ def test_engine_waits_for_a_learner_that_starts_late_and_loses_it_only_for_so_lo
     assert "no learner" in event.message
     assert any("lost the learner" in line for line in events)
     link.stop()
+
+
+def test_engine_tries_anew_when_the_learner_accepts_it_and_says_nothing(tmp_path):
+    listener = zmq.Context.instance().socket(zmq.ROUTER)
+    listener.setsockopt(zmq.RCVTIMEO, 5000)
+    port = listener.bind_to_random_port("tcp://127.0.0.1")
+    link = make_link(f"tcp://127.0.0.1:{port}", tmp_path / "spool")
+    link.start()
+    peers = set()
+    while len(peers) < 3:
+        peer, *frames = listener.recv_multipart()
+        assert isinstance(messages.decode_from_engine(frames), messages.Hello)
+        peers.add(peer)
+    link.stop()
+    listener.close(linger=0)
