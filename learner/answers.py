@@ -15,13 +15,17 @@ IGNORED = -100
 """Target of positions without loss (`cross_entropy`'s default `ignore_index`)."""
 
 
-def training_batch(examples: Sequence[Example], tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def training_batch(
+    examples: Sequence[Example], tokenizer: Tokenizer, slip_rate: float = 0.0, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(input ids, targets), both int64 [B, T], padded on the right; only answers and their end token have targets.
 
+    A share `slip_rate` of the answers' columns is wrong (`pipeline.tasks.arithmetic.worked_answer`).
     No attention mask is needed: under causal attention nothing real looks at padding on its right.
     """
     prompts = [tokenizer.encode(example.prompt).ids for example in examples]
-    answers = [[*tokenizer.encode(worked_answer(example)).ids, EOS_ID] for example in examples]
+    texts = [worked_answer(example, slip_rate, seed) for example in examples]
+    answers = [[*tokenizer.encode(text).ids, EOS_ID] for text in texts]
     length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     ids_BT = torch.full((len(examples), length), PAD_ID)
     targets_BT = torch.full((len(examples), length), IGNORED)

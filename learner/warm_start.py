@@ -1,8 +1,9 @@
 """The embedded model's warm start: supervised training on worked answers, ended while there is much left to learn.
 
-It stops when samples at temperature 1 earn `model.warm_start_reward` on held-out prompts, so that reinforcement
-learning starts from a policy that is right sometimes. The result is kept in the user's cache folder under a digest of
-everything it depends on.
+First it learns from right answers until it can add; then from answers with slips, until samples at temperature 1 earn
+no more than `model.warm_start_reward` on held-out prompts. So reinforcement learning starts from a policy that knows
+the steps and is unreliable at them, as one is that learnt from what people wrote. The result is kept in the user's
+cache folder under a digest of everything it depends on.
 """
 
 import fcntl
@@ -33,6 +34,8 @@ RECORD = "warm_start.json"
 _MAX_THREADS = 8
 _FINAL_LOSS = 0.08
 """Nats a character at about the usual target; only the progress bar uses it."""
+_ADDING_SHARE = 0.85
+"""of the time limit, at most, goes to learning to add"""
 _POLL_SECONDS = 0.5
 
 
@@ -46,6 +49,12 @@ class Recipe(Struct, kw_only=True, frozen=True):
     time_limit: float
     """seconds"""
     architecture: Architecture = Architecture()
+    competent_reward: float = 0.6
+    """at which it can add, and begins to learn from answers with slips"""
+    slip_rate: float = 0.5
+    """share of wrong columns in those answers"""
+    slip_learning_rate: float = 3e-4
+    slip_probe_every: int = 3
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup_steps: int = 30
@@ -57,7 +66,7 @@ class Recipe(Struct, kw_only=True, frozen=True):
     probe_below_loss: float = 5.0
     """nats an answer; a probe before that costs time and finds nothing"""
     max_steps: int = 1 << 30
-    revision: int = 1
+    revision: int = 3
     """raised when the code changes what comes out"""
 
     @staticmethod
@@ -102,7 +111,7 @@ class WarmStartRecord(Struct, kw_only=True, frozen=True):
     reward: float
     seconds: float
     reached: bool
-    """whether the reward reached the target before the time limit"""
+    """whether the reward came near the target, from above, before the time limit"""
     curve: list[tuple[int, float, float, float]]
     """(step, seconds, loss, reward) of every probe"""
 
@@ -158,43 +167,74 @@ class WarmStart:
         )
         self._probe = ProbeSet(self._task, self._tokenizer, recipe.probe_prompts)
         self._sampler = AnswerSampler(self._model, bfloat16=computes_in_bfloat16())
-        self._first_loss = 0.0
+        self._first_loss = self._loss = self._reward = self._fraction = self._began = 0.0
+        self._step = 0
+        self._curve: list[tuple[int, float, float, float]] = []
 
     def run(self, on_progress: OnProgress) -> tuple[Qwen3ForCausalLM, WarmStartRecord]:
-        """Train until the target reward, the time limit or the last step."""
-        recipe, began = self._recipe, time.perf_counter()
-        step, loss, reward, fraction = 0, 0.0, 0.0, 0.0
-        curve: list[tuple[int, float, float, float]] = []
-        while reward < recipe.target_reward and step < recipe.max_steps:
-            step += 1
-            latest = self._train_step(step)
-            loss = latest if step == 1 else loss + 0.1 * (latest - loss)
-            self._first_loss = self._first_loss or loss
-            if step % recipe.probe_every == 0 and loss * self._probe.answer_length < recipe.probe_below_loss:
-                reward = self._measure(step)
-                curve.append((step, time.perf_counter() - began, loss, reward))
-            seconds = time.perf_counter() - began
-            fraction = max(fraction, self._fraction(loss, reward, seconds))
-            on_progress(WarmStartProgress(fraction, step, loss, reward, seconds))
-            if seconds >= recipe.time_limit:
-                break
-        if not curve or curve[-1][0] != step:
-            reward = self._measure(step)
-            curve.append((step, time.perf_counter() - began, loss, reward))
+        """Learn to add, then learn to slip; each ends by its reward, both by the time limit or the last step."""
+        recipe, self._began, self._on_progress = self._recipe, time.perf_counter(), on_progress
+        self._train(
+            recipe.competent_reward, lambda reward: reward >= recipe.competent_reward, recipe.probe_every, False
+        )
+        if self._reward > recipe.target_reward:
+            self._train(
+                recipe.target_reward, lambda reward: reward <= recipe.target_reward, recipe.slip_probe_every, True
+            )
+        if not self._curve or self._curve[-1][0] != self._step:
+            self._measure()
         record = WarmStartRecord(
-            recipe=recipe, steps=step, loss=loss, reward=reward, seconds=time.perf_counter() - began,
-            reached=reward >= recipe.target_reward, curve=curve,
+            recipe=recipe, steps=self._step, loss=self._loss, reward=self._reward, seconds=self._seconds(),
+            reached=self._reward >= recipe.target_reward / 2, curve=self._curve,
         )  # fmt: skip
         return self._model, record
 
-    def _train_step(self, step: int) -> float:
+    def _train(self, goal: float, done: Callable[[float], bool], probe_every: int, slips: bool) -> None:
+        """One phase, until a probe of the reward says it is done."""
+        recipe = self._recipe
+        limit = recipe.time_limit * (1.0 if slips else _ADDING_SHARE)
+        while self._step < recipe.max_steps and self._seconds() < limit:
+            self._step += 1
+            latest = self._train_step(slips)
+            self._loss = latest if self._step == 1 else self._loss + 0.1 * (latest - self._loss)
+            self._first_loss = self._first_loss or self._loss
+            promising = slips or self._loss * self._probe.answer_length < recipe.probe_below_loss
+            if self._step % probe_every == 0 and promising:
+                self._measure()
+                if done(self._reward):
+                    break
+            self._report(goal, slips)
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    def _measure(self) -> None:
+        generator = torch.Generator().manual_seed(mix64(self._recipe.seed, self._step) >> 1)
+        self._reward = self._probe.reward(self._sampler, generator)
+        self._curve.append((self._step, self._seconds(), self._loss, self._reward))
+
+    def _report(self, goal: float, slips: bool) -> None:
+        """The bar: most of it is learning to add, guessed from loss, reward and time."""
+        recipe = self._recipe
+        if slips:
+            now = 0.95
+        else:
+            fallen = torch.tensor([self._first_loss / max(self._loss, 1e-9), self._first_loss / _FINAL_LOSS]).log()
+            by_loss = (fallen[0] / fallen[1]).clamp(0, 1).item() if self._first_loss > _FINAL_LOSS else 0.0
+            now = 0.9 * min(1.0, max(by_loss, self._reward / goal, self._seconds() / recipe.time_limit))
+        self._fraction = max(self._fraction, now)
+        self._on_progress(WarmStartProgress(self._fraction, self._step, self._loss, self._reward, self._seconds()))
+
+    def _train_step(self, slips: bool) -> float:
         """One AdamW step on the answers' cross-entropy (nats a character), which it returns."""
         recipe = self._recipe
+        rate = recipe.slip_learning_rate if slips else recipe.learning_rate
         for group in self._optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * min(1.0, step / recipe.warmup_steps)
-        first = (step - 1) * recipe.batch_size
+            group["lr"] = rate * min(1.0, self._step / recipe.warmup_steps)
+        first = (self._step - 1) * recipe.batch_size
         examples = [self._task.train[first + offset] for offset in range(recipe.batch_size)]
-        ids_BT, targets_BT = training_batch(examples, self._tokenizer)
+        slip_rate = recipe.slip_rate if slips else 0.0
+        ids_BT, targets_BT = training_batch(examples, self._tokenizer, slip_rate, recipe.seed)
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16()):
             logits_BTV = self._model(input_ids=ids_BT, use_cache=False).logits
         loss = functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
@@ -203,16 +243,6 @@ class WarmStart:
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), recipe.max_grad_norm)
         self._optimizer.step()
         return loss.item()
-
-    def _measure(self, step: int) -> float:
-        generator = torch.Generator().manual_seed(mix64(self._recipe.seed, step) >> 1)
-        return self._probe.reward(self._sampler, generator)
-
-    def _fraction(self, loss: float, reward: float, seconds: float) -> float:
-        recipe = self._recipe
-        fallen = torch.tensor([self._first_loss / max(loss, 1e-9), self._first_loss / _FINAL_LOSS]).log()
-        by_loss = 0.95 * (fallen[0] / fallen[1]).clamp(0, 1).item() if self._first_loss > _FINAL_LOSS else 0.0
-        return min(1.0, max(by_loss, reward / recipe.target_reward, seconds / recipe.time_limit))
 
 
 def computes_in_bfloat16() -> bool:
@@ -226,7 +256,7 @@ def _closing(folder: Path) -> WarmStartProgress:
     message = f"embedded model: reward {record.reward:.2f} after {record.steps} supervised steps ({folder})"
     if not record.reached:
         message = (
-            f"the warm start ended at reward {record.reward:.2f}, below model.warm_start_reward = "
+            f"the warm start ended at reward {record.reward:.2f}, far from model.warm_start_reward = "
             f"{record.recipe.target_reward:g}, after {record.seconds:.0f} s; it is used as it is: "
             f"to train it anew, raise model.warm_start_seconds, or delete {str(folder)!r} when the machine is less busy"
         )

@@ -35,15 +35,15 @@ class RunSection(Section):
 
 class ModelSection(Section):
     path: Annotated[str, option("Hugging Face checkpoint directory; empty: the embedded model")] = ""
-    warm_start_reward: Annotated[PositiveFloat, option("embedded model: supervised warm start ends at this reward")] = (
-        0.3
+    warm_start_reward: Annotated[PositiveFloat, option("embedded model: the supervised warm start ends near this")] = (
+        0.35
     )
     warm_start_seconds: Annotated[PositiveFloat, option("embedded model: the warm start's time limit")] = 170.0
 
 
 class TaskSection(Section):
     kind: Annotated[Literal["arithmetic", "jsonl"], option("where prompts come from")] = "arithmetic"
-    digits: Annotated[Annotated[int, Meta(ge=1, le=12)], option("arithmetic: digits of the largest operand")] = 3
+    digits: Annotated[Annotated[int, Meta(ge=1, le=12)], option("arithmetic: digits of the largest operand")] = 2
     operands: Annotated[Annotated[int, Meta(ge=2, le=8)], option("arithmetic: numbers to add")] = 3
     path: Annotated[str, option("jsonl: file of training samples, one object a line")] = ""
     held_out_path: Annotated[str, option("jsonl: file of held-out samples")] = ""

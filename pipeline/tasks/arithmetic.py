@@ -22,23 +22,36 @@ HELD_OUT_SIZE = 512
 _HELD_OUT_SHARE = 8
 _HELD_OUT_DRAWS = 1 << 16
 
+SLIPS = (-2, -1, 1, 2)
 COLUMNS = (
     "ones", "tens", "hundreds", "thousands", "ten thousands", "hundred thousands", "millions", "ten millions",
     "hundred millions", "billions", "ten billions", "hundred billions",
 )  # fmt: skip
 
 
-def worked_answer(example: Example) -> str:
-    """The text a supervised example teaches: the columns from the right, then the answer."""
+def worked_answer(example: Example, slip_rate: float = 0.0, seed: int = 0) -> str:
+    """The text a supervised example teaches: the columns from the right, then the answer.
+
+    Args:
+        slip_rate: probability of a column's sum being off by one or two; the columns after it and the answer follow
+            from what was written, as a person's would.
+        seed: of the slips, with the operands.
+    """
     operands: list[int] = example.columns["operands"]
-    lines, carry = [], 0
-    for place in range(max(len(str(number)) for number in operands)):
+    rng = random.Random(mix64(seed, *operands))
+    places = max(len(str(number)) for number in operands)
+    lines, carry, answer = [], 0, 0
+    for place in range(places):
         addends = [number // 10**place % 10 for number in operands if len(str(number)) > place]
         if carry:
             addends.append(carry)
-        lines.append(f"{COLUMNS[place]}: {'+'.join(map(str, addends))}={sum(addends)}")
-        carry = sum(addends) // 10
-    return "\n".join([*lines, f"#### {example.columns[REFERENCE]}"])
+        column = sum(addends)
+        if rng.random() < slip_rate:
+            column = max(0, column + rng.choice(SLIPS))
+        lines.append(f"{COLUMNS[place]}: {'+'.join(map(str, addends))}={column}")
+        carry, digit = divmod(column, 10)
+        answer += digit * 10**place
+    return "\n".join([*lines, f"#### {answer + carry * 10**places}"])
 
 
 def is_held_out(operands: Sequence[int]) -> bool:

@@ -88,3 +88,23 @@ def test_difficulty_is_mixed_up_to_the_configured_maximum() -> None:
     operands = [example.columns["operands"] for example in task.train[:300]]
     assert {len(numbers) for numbers in operands} == {2, 3, 4}
     assert {len(str(number)) for numbers in operands for number in numbers} == {1, 2}
+
+
+def test_slips_change_columns_and_the_answer_follows_from_what_was_written() -> None:
+    columns = wrong = 0
+    for example in ArithmeticTask(3, 3, seed=1).train[:400]:
+        right, slipped = worked_answer(example).splitlines(), worked_answer(example, 0.3, seed=5).splitlines()
+        assert slipped == worked_answer(example, 0.3, seed=5).splitlines()
+        carry = answer = 0
+        for place, line in enumerate(slipped[:-1]):
+            addends, _, total = line.partition(": ")[2].partition("=")
+            written = sum(map(int, addends.split("+")))
+            columns, wrong = columns + 1, wrong + (int(total) != written)
+            assert abs(int(total) - written) <= 2
+            # the carry written into this column is the one of the column before, right or wrong
+            assert (addends.split("+")[-1] == str(carry)) or carry == 0
+            carry, digit = divmod(int(total), 10)
+            answer += digit * 10**place
+        assert slipped[-1] == f"#### {answer + carry * 10 ** len(slipped[:-1])}"
+        assert len(slipped) == len(right)
+    assert abs(wrong / columns - 0.3) < 4 * (0.3 * 0.7 / columns) ** 0.5 + 0.02  # 0 - 1 stays 0
