@@ -104,6 +104,7 @@ class ProcessGroup:
         self.log = Log("run")
         self.rows_shown = len(read_metrics(directory.metrics))
         self.view = StepView(config.run.steps, self.rows_shown)
+        self.alone_since = time.monotonic()
         self.learner = Child("learner", self._command("learner"), directory.logs / "learner.log")
         self.engines = [
             Child(f"engine-{index}", self._command("engine"), directory.logs / f"engine-{index}.log")
@@ -153,8 +154,12 @@ class ProcessGroup:
         self.rows_shown = len(rows)
 
     def _tend_engines(self) -> None:
-        for engine in self.engines:
-            code = engine.process.poll()
+        codes = [engine.process.poll() for engine in self.engines]
+        if any(code is None for code in codes):
+            self.alone_since = time.monotonic()
+        elif time.monotonic() - self.alone_since > STOP_SECONDS:
+            raise RunFailed(f"no engine is left and the learner still waits; see {self.directory.logs}")
+        for engine, code in zip(self.engines, codes, strict=True):
             if code is None or code == 0 or self._restarted(engine, code):
                 continue
             if self.learner.process.poll() is None:

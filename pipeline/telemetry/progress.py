@@ -46,12 +46,14 @@ class StepView:
 
     def _table(self, row: dict[str, Any]) -> Table:
         table = Table.grid(padding=(0, 2))
-        table.add_row("reward", f"{row['reward_mean']:.3f}", Text(sparkline(list(self.rewards)), style="green"))
-        table.add_row("tokens/s", f"{row['tokens_per_second']:.0f}", f"{row['engines']} engine(s)")
+        table.add_row("reward", number(row["reward_mean"], ".3f"), Text(sparkline(list(self.rewards)), style="green"))
+        table.add_row(
+            "tokens/s", number(row["tokens_per_second"], ".0f"), f"trained on, from {row['engines']} engine(s)"
+        )
         acceptance = row["acceptance_rate"]
         table.add_row(
             "drafting",
-            f"{row['tokens_per_verification']:.2f}",
+            number(row["tokens_per_verification"], ".2f"),
             f"tokens a verification, acceptance {acceptance:.0%}" if acceptance is not None else "nothing drafted",
         )
         table.add_row("staleness", f"{row['staleness_mean']:.2f}", f"publications, at most {row['staleness_max']:.0f}")
@@ -64,10 +66,16 @@ def line(row: dict[str, Any], steps: int) -> str:
     acceptance = row["acceptance_rate"]
     drafting = f"accepted {acceptance:.0%}" if acceptance is not None else "no drafts"
     return (
-        f"step {row['step']}/{steps}  reward {row['reward_mean']:.3f}  {row['tokens_per_second']:.0f} tokens/s  "
-        f"{drafting}  {row['tokens_per_verification']:.2f} tokens/verification  "
-        f"staleness {row['staleness_mean']:.2f}  entropy {row['entropy']:.3f}"
+        f"step {row['step']}/{steps}  reward {number(row['reward_mean'], '.3f')}  "
+        f"{number(row['tokens_per_second'], '.0f')} tokens/s  {drafting}  "
+        f"{number(row['tokens_per_verification'], '.2f')} tokens/verification  "
+        f"staleness {number(row['staleness_mean'], '.2f')}  entropy {number(row['entropy'], '.3f')}"
     )
+
+
+def number(value: float | None, form: str) -> str:
+    """A metric that was not measured is a dash."""
+    return "-" if value is None else format(value, form)
 
 
 def sparkline(values: list[float], width: int = 40) -> str:

@@ -54,6 +54,7 @@ def test_plain_line_copes_with_nothing_drafted():
     row = structs.asdict(_row(3, acceptance_rate=None))
     assert "step 3/9" in line(row, 9) and "no drafts" in line(row, 9)
     assert "accepted 50%" in line(row | {"acceptance_rate": 0.5}, 9)
+    assert "entropy -" in line(row | {"entropy": None}, 9)
 
 
 def test_sparkline_rises_with_its_values():
