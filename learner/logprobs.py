@@ -12,23 +12,30 @@ CHUNK_ELEMENTS = 1 << 22
 
 
 def pack_logprobs(
-    model: PreTrainedModel, pack: Pack, temperature: float, entropy_gradient: bool = False
+    model: PreTrainedModel,
+    pack: Pack,
+    temperature: float,
+    entropy_gradient: bool = False,
+    compute: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob and entropy at the T trained tokens of a pack, at the sampling temperature.
 
     Args:
         model: a causal language model loaded by `learner.policy.load_policy`.
         entropy_gradient: whether the entropy is differentiated too.
+        compute: bfloat16 for the layers' matrix products; logits, log-probs and entropies are float32 in any case,
+            since ratios and entropy ratios near 1 would be lost to rounding.
 
     Returns:
         log-probs, float32 [T], and entropies, float32 [T], in nats.
     """
-    hidden_LH = model.base_model(
-        input_ids=pack.input_ids,
-        position_ids=pack.position_ids,
-        use_cache=False,
-        **segment_arguments(pack.cu_seq_lens),
-    ).last_hidden_state[0]
+    with torch.autocast(model.device.type, compute, enabled=compute != torch.float32):
+        hidden_LH = model.base_model(
+            input_ids=pack.input_ids,
+            position_ids=pack.position_ids,
+            use_cache=False,
+            **segment_arguments(pack.cu_seq_lens),
+        ).last_hidden_state[0].float()  # fmt: skip
     head = model.get_output_embeddings()
     return token_logprobs(
         hidden_LH[pack.predictor], head.weight, pack.target, temperature, head.bias, entropy_gradient=entropy_gradient

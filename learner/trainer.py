@@ -76,6 +76,7 @@ class Trainer:
         self.learner = learner
         self.temperature = temperature
         self.seed = seed
+        self.compute = torch.bfloat16 if learner.dtype == "bfloat16" else torch.float32
         self.step = 0
         self.optimizer = adamw(model, learner)
 
@@ -146,7 +147,7 @@ class Trainer:
     @torch.no_grad()
     def _evaluate(self, row: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         # On the very packs that are trained later: the same arithmetic makes all ratios of the first mini-batch 1.
-        return pack_logprobs(self.model, row, self.temperature)
+        return pack_logprobs(self.model, row, self.temperature, compute=self.compute)
 
     def _batch_tokens(
         self,
@@ -195,7 +196,7 @@ class Trainer:
     def _backward(self, micro: MicroBatch, denominator: int, sums: StepSums) -> float:
         """Accumulate the gradient of one micro-batch; its share of the mini-batch's loss."""
         differentiate_entropy = Needs.ENTROPY_GRADIENT in self.objective.needs
-        logp, entropy = pack_logprobs(self.model, micro.pack, self.temperature, differentiate_entropy)
+        logp, entropy = pack_logprobs(self.model, micro.pack, self.temperature, differentiate_entropy, self.compute)
         tokens = MicroBatchTokens(
             logp=logp,
             entropy=entropy,

@@ -68,7 +68,7 @@ class EngineSection(Section):
     max_sequences: Annotated[PositiveInt, option("sequences generated at once by one engine")] = 64
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("compute type; auto: the checkpoint's")] = "auto"
     device: Annotated[str, option("auto, cpu, cuda or cuda:N")] = "auto"
-    max_draft_tokens: Annotated[Annotated[int, Meta(ge=0, le=128)], option("longest draft a verification")] = 8
+    max_draft_tokens: Annotated[Annotated[int, Meta(ge=0, le=128)], option("longest draft a verification")] = 2
     drafter: Annotated[Piece, option("drafter by name or module:Class, with its options")] = field(
         default_factory=lambda: {"name": "suffix-automaton"}
     )
@@ -96,6 +96,9 @@ class WeightsSection(Section):
 class LearnerSection(Section):
     threads: Annotated[Count, option("torch threads of the learner; 0: chosen from the machine's cores")] = 0
     device: Annotated[str, option("auto, cpu, cuda or cuda:N")] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], option("type of the layers' matrix products; weights stay float32")
+    ] = "float32"
     batch_size: Annotated[PositiveInt, option("samples an optimiser batch; a multiple of group_size")] = 64
     group_size: Annotated[PositiveInt, option("samples a prompt")] = 8
     minibatches: Annotated[PositiveInt, option("optimiser steps a batch")] = 2

@@ -56,8 +56,9 @@ class StepView:
             number(row["tokens_per_verification"], ".2f"),
             f"tokens a verification, acceptance {acceptance:.0%}" if acceptance is not None else "nothing drafted",
         )
-        table.add_row("staleness", f"{row['staleness_mean']:.2f}", f"publications, at most {row['staleness_max']:.0f}")
-        table.add_row("entropy", f"{row['entropy']:.3f}", "nats a token")
+        at_most = f"publications, at most {number(row['staleness_max'], '.0f')}"
+        table.add_row("staleness", number(row["staleness_mean"], ".2f"), at_most)
+        table.add_row("entropy", number(row["entropy"], ".3f"), "nats a token")
         return table
 
 

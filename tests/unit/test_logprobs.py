@@ -136,3 +136,17 @@ def test_the_samples_of_these_tests_are_deterministic():
     rows = [pack([trajectory(np.random.default_rng(1))], [0], 100, "cpu")[0] for _ in range(2)]
     assert torch.equal(rows[0].input_ids, rows[1].input_ids)
     assert int(rows[0].target.max()) < VOCABULARY
+
+
+def test_bfloat16_compute_is_close_and_leaves_float32_results_and_gradients(tmp_path):
+    model = tiny_policy(tmp_path / "model", tied=False)
+    samples = [sample for group in batch(groups=2, size=2) for sample in group]
+    (row,) = pack(samples, range(4), 1000, "cpu")
+    exact, _ = pack_logprobs(model, row, temperature=1.0)
+    rounded, entropy = pack_logprobs(model, row, temperature=1.0, compute=torch.bfloat16)
+    assert rounded.dtype == entropy.dtype == torch.float32
+    difference = (rounded - exact).abs().max().item()
+    assert 0 < difference < 0.2
+    rounded.sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
