@@ -11,6 +11,7 @@ import msgspec
 
 from drafters.base import Drafter
 from pipeline.errors import UsageError
+from pipeline.plugins import search_working_directory
 
 GROUP = "rollahead.drafters"
 
@@ -94,6 +95,7 @@ def _find(name: str) -> Any:
         hint = f"did you mean {near[0]}? " if near else ""
         known = ", ".join(sorted(installed))
         raise UsageError(f"drafter {name!r} is unknown; {hint}installed are {known}; or give module:Class")
+    search_working_directory()
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # as above

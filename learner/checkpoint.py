@@ -6,7 +6,6 @@ file. A folder of that name exists only once all of it is on disk.
 """
 
 import logging
-import os
 import re
 import shutil
 import zlib
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from learner.policy import copy_companion_files, policy_state
+from pipeline.durable import sync
 from pipeline.errors import RunFailed
 
 MANIFEST = "manifest.json"
@@ -89,7 +89,7 @@ def save(
     if final.exists():
         final.rename(root / f".tmp-replaced-{step}")
     temporary.rename(final)
-    _sync(root)
+    sync(root)
     _prune(root, keep)
     return final
 
@@ -243,18 +243,10 @@ def _crc32(path: Path) -> int:
     return checksum
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sync_folder(folder: Path) -> None:
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def _prune(root: Path, keep: int) -> None:

@@ -16,6 +16,7 @@ import msgspec
 
 from pipeline.config.types import Section
 from pipeline.errors import UsageError
+from pipeline.plugins import search_working_directory
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "advantage": {"grpo": "learner.advantages.grpo:GRPO"},
@@ -72,6 +73,7 @@ def build(kind: str, piece: Mapping[str, Any]) -> Any:
 
 def _load(kind: str, target: str) -> type:
     module_name, _, attribute = target.partition(":")
+    search_working_directory()
     try:
         cls = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:

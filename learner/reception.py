@@ -156,7 +156,8 @@ class Reception:
                 self._progress(engine, message)
             case messages.Leaving():
                 self.roster.left(engine)
-                self._ledger.hand_back(engine.producer, message.handed_back)
+                # not only those it names: a grant may have crossed its farewell
+                self._ledger.lost(engine.producer)
                 self._gone(engine, "left")
             case messages.Fatal():
                 self._end(engine, message.message, f"failed: {message.message}\n{message.traceback}".rstrip())

@@ -7,6 +7,8 @@ random state and the ledger of leases together, so a killed learner continues as
 
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ from pipeline.errors import RunFailed
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.run_directory import RunDirectory
-from pipeline.stop import StopSignal
+from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.tasks import load_task
 from pipeline.tasks.prompts import check_prompts
 from pipeline.telemetry import Log, MetricsWriter
@@ -54,14 +56,14 @@ def run_learner(config: Config) -> int:
     objective = Objective.from_config(config.objective)
     stop, log = StopSignal(), Log("learner")
     run = RunDirectory(Path(config.run.out))
-    run.prepare(config)
     run.lock()
+    run.prepare(config)
     torch.set_num_threads(resolve_threads(config.learner.threads, config))
     learner = Learner(config, run, objective, stop, log)
     try:
         learner.start()
         learner.train()
-        return stop.exit_code if stop.requested and not learner.done else 0
+        return 0 if learner.done else INTERRUPTED
     except Exception as error:
         learner.hub.fail(str(error), traceback.format_exc())
         raise
@@ -118,6 +120,7 @@ class Learner:
     def start(self) -> None:
         """Open for engines, with a first version for them to load."""
         self.hub.start()
+        self.log(f"listening on {self.hub.address}, waiting for engines")
         self._publish()
         self.step_ended = time.perf_counter()
 
@@ -192,7 +195,8 @@ class Learner:
 
     def _publish(self) -> None:
         tensors = {name: tensor.to(self.publish_dtype).contiguous() for name, tensor in self._policy_state().items()}
-        publication = self.publisher.publish(tensors, self.step)
+        with _writing(self.run.weights):
+            publication = self.publisher.publish(tensors, self.step)
         self.hub.publish(publication.version)
         self.publisher.retire(self.hub.oldest_loaded_version())
 
@@ -205,15 +209,16 @@ class Learner:
 
     def _checkpoint(self) -> None:
         ledger = self.hub.state()
-        checkpoint.save(
-            self.run.checkpoints,
-            self.step,
-            self.trainer.model,
-            self.trainer.optimizer,
-            LearnerState(step=self.step, ledger=ledger),
-            keep=self.config.learner.keep_checkpoints,
-            tokenizer_folder=self.model_folder,
-        )
+        with _writing(self.run.checkpoints):
+            checkpoint.save(
+                self.run.checkpoints,
+                self.step,
+                self.trainer.model,
+                self.trainer.optimizer,
+                LearnerState(step=self.step, ledger=ledger),
+                keep=self.config.learner.keep_checkpoints,
+                tokenizer_folder=self.model_folder,
+            )
         self.journal.drop_before(ledger.journal_offset)
         self.saved_step = self.step
 
@@ -235,6 +240,16 @@ class Learner:
         self.stats_before = self.hub.stats()
         self.metrics.write(row)
         self.view.show(structs.asdict(row))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"{folder} cannot be written ({error.strerror or error}); free space there, then the same command goes on"
+        ) from error
 
 
 def _model_folder(config: Config, stop: StopSignal) -> Path:

@@ -30,13 +30,16 @@ def reward_metrics(samples: GroupRewards, response_lengths: torch.Tensor) -> Met
     }
 
 
-def off_policy_metrics(tokens: BatchTokens, weight: torch.Tensor) -> Metrics:
+def off_policy_metrics(tokens: BatchTokens, weight: torch.Tensor, kv_kept: torch.Tensor) -> Metrics:
     """How far N tokens are from pi_old: age, importance weights, and the learner-engine mismatch.
 
-    `mismatch_k3` looks only at tokens that the policy itself sampled at the learner's own version: there pi_old and mu
-    are the same weights, and what differs is numerics.
+    `mismatch_k3` looks only at tokens that the policy itself sampled at the learner's own version, in samples without
+    keys and values of an older one: there pi_old and mu are the same weights, and what differs is numerics.
+
+    Args:
+        kv_kept: bool [N], the token's sample went on under new weights with the keys and values of older ones.
     """
-    same = (tokens.age == 0) & (tokens.sampler == int(Sampler.POLICY))
+    same = (tokens.age == 0) & (tokens.sampler == int(Sampler.POLICY)) & ~kv_kept
     return {
         "mismatch_k3": mean(k3(tokens.logp_old[same], tokens.logp_behaviour[same])),
         "importance_weight_mean": mean(weight),

@@ -31,6 +31,7 @@ def step_metrics(
     """The row of one step; `before` are the transport's counters at the end of the step before."""
     values: dict[str, Any] = {key: value for key, value in measured.items() if key in _KNOWN}
     values |= {key: int(values[key] or 0) for key in _COUNTS}
+    values["groups_without_signal"] += batch.filtered_groups
     values |= {key: math.nan for key, value in values.items() if value is None and key != "mismatch_k3"}
     return StepMetrics(
         **values,

@@ -108,10 +108,13 @@ class Trainer:
         self.step += 1
 
         lengths = torch.tensor([len(sample.token_ids) for sample in samples])
+        kv_kept = torch.tensor(
+            [sample.header.kv_kept_across_update for sample in samples], dtype=torch.bool, device=self.model.device
+        )
         entropies = torch.cat([entropy for _, entropy in old]) if old else torch.empty(0)
         return {
             **reward_metrics(rewards, lengths),
-            **off_policy_metrics(tokens, weight),
+            **off_policy_metrics(tokens, weight, kv_kept[tokens.sequence]),
             "entropy": mean(entropies),
             "entropy_ratio_kept": None,
             "clip_fraction": None,

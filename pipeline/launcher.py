@@ -80,6 +80,7 @@ class Child:
     def _start(self) -> subprocess.Popen:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as file:
+            self._log_begin = file.tell()
             # a session of its own: the terminal's Ctrl-C must reach the launcher only
             return subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
@@ -91,7 +92,8 @@ class Child:
 
     def reason(self) -> str:
         """The line by which the process said why it failed, else its last one."""
-        lines = [text for text in self.log.read_text(errors="replace").splitlines() if text.strip()]
+        written = self.log.read_bytes()[self._log_begin :].decode(errors="replace")
+        lines = [text for text in written.splitlines() if text.strip()]
         said = [text.removeprefix("rollahead: ") for text in lines if text.startswith("rollahead: ")]
         return (said or lines or ["it said nothing"])[-1]
 
@@ -106,13 +108,14 @@ class ProcessGroup:
         self.view = StepView(config.run.steps, self.rows_shown)
         self.alone_since = time.monotonic()
         self.learner = Child("learner", self._command("learner"), directory.logs / "learner.log")
+        engine = self._command("engine", "--connect-timeout", "0")  # the launcher watches the learner itself
         self.engines = [
-            Child(f"engine-{index}", self._command("engine"), directory.logs / f"engine-{index}.log")
+            Child(f"engine-{index}", engine, directory.logs / f"engine-{index}.log")
             for index in range(config.run.engines)
         ]
 
-    def _command(self, name: str) -> list[str]:
-        return [sys.executable, "-m", "pipeline.cli", name, str(self.directory.config)]
+    def _command(self, name: str, *options: str) -> list[str]:
+        return [sys.executable, "-m", "pipeline.cli", name, str(self.directory.config), *options]
 
     def watch(self) -> int:
         """Until the learner is done; returns its exit code."""
@@ -191,7 +194,7 @@ class ProcessGroup:
             except subprocess.TimeoutExpired:
                 self.log(f"{child.name} did not stop within {STOP_SECONDS:.0f} s and is killed")
                 child.process.kill()
-        return self.stop.exit_code
+        return INTERRUPTED
 
 
 def _failure(child: Child, code: int) -> RunFailed | UsageError:

@@ -10,6 +10,7 @@ import msgspec
 
 from pipeline.config import Config, changed_keys, render
 from pipeline.config.load import convert
+from pipeline.durable import write_durably
 from pipeline.errors import UsageError
 
 
@@ -34,8 +35,9 @@ class RunDirectory:
         self.trained = root / "trained.jsonl"
         self._lock: TextIO | None = None
 
-    def exists(self) -> bool:
-        return self.config.exists()
+    def holds_a_run(self) -> bool:
+        """Whether a policy was published here; a start that failed before that leaves nothing to agree with."""
+        return self.config.exists() and any(self.weights.glob("v*"))
 
     def check_resumable(self, config: Config) -> None:
         """Refuse to go on with a run whose configuration meant something else.
@@ -43,7 +45,7 @@ class RunDirectory:
         Raises:
             UsageError: names every key that differs, with both values.
         """
-        if not self.exists():
+        if not self.holds_a_run():
             return
         try:
             before = convert(tomllib.loads(self.config.read_text()))
@@ -57,18 +59,31 @@ class RunDirectory:
             )
 
     def prepare(self, config: Config) -> None:
-        """Create the folder and write the resolved configuration into it."""
+        """Create the folder and write the resolved configuration into it; the learner locks it first.
+
+        Raises:
+            UsageError: another run lives there, or a learner is at work in it, or it cannot be written.
+        """
         self.check_resumable(config)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            if self._lock is None:
+                self.lock()
+                self.unlock()
             temporary = self.root / ".config.toml"
             temporary.write_text(render(config))
             os.replace(temporary, self.config)
         except OSError as error:
             raise UsageError(f"run directory {self.root} cannot be written: {error}; choose another run.out") from error
 
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def lock(self) -> None:
         """One learner a run directory; the lock goes with the process, however it ends."""
+        self.root.mkdir(parents=True, exist_ok=True)
         file = (self.root / "learner.lock").open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,9 +94,13 @@ class RunDirectory:
 
     def run_id(self) -> str:
         """Stable identity of the run, made at the first start."""
-        path = self.root / "run.json"
-        if path.exists():
-            return msgspec.json.decode(path.read_bytes(), type=RunState).run_id
-        run_id = os.urandom(8).hex()
-        path.write_bytes(msgspec.json.encode(RunState(run_id=run_id)))
+        run_id = self.known_run_id() or os.urandom(8).hex()
+        write_durably(self.root / "run.json", msgspec.json.encode(RunState(run_id=run_id)))
         return run_id
+
+    def known_run_id(self) -> str | None:
+        """None where no learner has been yet, or the file was lost to a crash."""
+        try:
+            return msgspec.json.decode((self.root / "run.json").read_bytes(), type=RunState).run_id
+        except (OSError, msgspec.MsgspecError):
+            return None

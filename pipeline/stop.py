@@ -35,6 +35,6 @@ class StopSignal:
         return self._event.is_set()
 
     @property
-    def exit_code(self) -> int:
-        """130 after Ctrl-C; 0 when asked to leave by SIGTERM."""
-        return INTERRUPTED if self.signal == signal.SIGINT else 0
+    def left_in_order(self) -> bool:
+        """Whether it was SIGTERM, by which an engine is asked to leave; a run or a learner is interrupted by it."""
+        return self.signal == signal.SIGTERM

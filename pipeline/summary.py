@@ -56,7 +56,10 @@ def _drafting(config: Config, directory: RunDirectory, rows: list[dict[str, Any]
         return "  drafting   off (engine.drafter = none)"
     if not config.run.measure_drafting:
         return f"  drafting   {name}: not measured (run.measure_drafting = false)"
-    measured = _measure(config, directory)
+    try:
+        measured = _measure(config, directory)
+    except Exception as error:  # the run is done: whatever stops the clock must not make it look failed
+        return f"  drafting   {name}: not measured ({type(error).__name__}: {error})"
     ratio = measured["ratio"]
     verdict = "faster" if ratio["median"] > 1.02 else "slower" if ratio["median"] < 0.98 else "as fast"
     acceptance = measured["acceptance_rate"]

@@ -39,6 +39,17 @@ def check_config(config: Config) -> None:
         raise UsageError('task.kind = "jsonl" needs task.path, a file with one JSON object a line')
     if task.kind == "jsonl" and not config.model.path:
         raise UsageError('task.kind = "jsonl" needs model.path: the embedded model knows only the arithmetic task')
+    if 0 < learner.max_age <= learner.max_staleness:
+        raise UsageError(
+            f"learner.max_age = {learner.max_age} drops what learner.max_staleness = {learner.max_staleness} lets run "
+            "ahead; raise learner.max_age above it, or set it to 0"
+        )
+    transport = config.transport
+    if transport.lease_seconds < 3 * transport.heartbeat_seconds:
+        raise UsageError(
+            f"transport.lease_seconds = {transport.lease_seconds} is less than three times "
+            f"transport.heartbeat_seconds = {transport.heartbeat_seconds}; leases would expire between two heartbeats"
+        )
     longest = sampling.max_prompt_tokens + sampling.max_new_tokens
     if learner.micro_batch_tokens < longest:
         raise UsageError(

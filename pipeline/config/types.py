@@ -79,7 +79,7 @@ class EngineSection(Section):
 
 class TransportSection(Section):
     address: Annotated[str, option("where the learner listens")] = "tcp://127.0.0.1:5757"
-    connect_timeout: Annotated[NonNegativeFloat, option("seconds an engine waits for the learner; 0: for ever")] = 60.0
+    connect_timeout: Annotated[NonNegativeFloat, option("seconds an engine waits for the learner; 0: for ever")] = 600.0
     heartbeat_seconds: Annotated[PositiveFloat, option("between an engine's progress messages")] = 1.0
     lease_seconds: Annotated[PositiveFloat, option("a lease without progress is reissued after this")] = 30.0
     journal_bytes: Annotated[PositiveInt, option("journal size that forces a checkpoint, in bytes")] = 1 << 30

@@ -82,6 +82,11 @@ class Link:
         self._leaving: messages.Leaving | None = None
         self._left = False
 
+    @property
+    def run(self) -> str:
+        """Identity of the learner's run; empty before the first WELCOME."""
+        return self._run
+
     # ---- for the main loop ---------------------------------------------------------------------------------------
 
     def start(self) -> None:

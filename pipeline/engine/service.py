@@ -19,7 +19,7 @@ from pipeline.engine.rewarding import FinishedGroup, RewardWorker, ScoredGroup
 from pipeline.errors import RollaheadError, RunFailed, UsageError
 from pipeline.messages import SCHEMA, Capabilities, Lease, Role, Trajectory, TrajectoryHeader
 from pipeline.run_directory import RunDirectory
-from pipeline.stop import StopSignal
+from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.tasks.rewards import load_reward
 from pipeline.telemetry import Log
 from pipeline.transport.spool import Spool
@@ -54,7 +54,7 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
     link.start()
     try:
         engine.run()
-        return stop.exit_code if stop.requested else 0
+        return INTERRUPTED if stop.requested and not stop.left_in_order else 0
     except RollaheadError as error:
         if not isinstance(error, LearnerEnded):
             link.fatal(str(error))
@@ -140,6 +140,8 @@ class Engine:
         loaded = self.generator.version if self.generator is not None else -1
         if self.wanted_version <= loaded:
             return
+        if self.generator is None:
+            self._check_run()
         try:
             folder, publication = self.follower.fetch(self.wanted_version)
         except WeightsError as error:
@@ -152,6 +154,15 @@ class Engine:
             self._build(folder)
         assert self.generator is not None
         self.generator.load_weights(folder, publication.version)
+
+    def _check_run(self) -> None:
+        """The weights in our run directory must be the connected learner's."""
+        found = RunDirectory(Path(self.config.run.out)).known_run_id()
+        if found != self.link.run:
+            raise LearnerRefused(
+                f"the learner serves run {self.link.run}, but run.out = {self.config.run.out!r} holds run {found}; "
+                "give the engine the learner's run directory, or transport.address of the right learner"
+            )
 
     def _build(self, folder: Path) -> None:
         """The first version brings model configuration and tokenizer; from then on only weights change."""

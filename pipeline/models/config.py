@@ -76,8 +76,10 @@ class ModelConfig:
         if not folder.is_dir():
             raise UsageError(f"model folder {folder} does not exist; give a Hugging Face checkpoint directory")
         path = folder / "config.json"
+        # first of all, since files of other families lack the fields of ours
+        family = _family(_read(path, _Architectures).architectures, path)
         file = _read(path, _ConfigFile)
-        family = _family(file, path)
+        _check_feed_forward(file, path)
         heads, kv_heads = file.num_attention_heads, file.num_key_value_heads or file.num_attention_heads
         if heads < 1 or heads % kv_heads:
             raise UsageError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
@@ -103,6 +105,10 @@ class ModelConfig:
             bos_token_id=file.bos_token_id,
             eos_token_ids=_ids(eos) or _ids(file.eos_token_id),
         )
+
+
+class _Architectures(Struct):
+    architectures: list[str] | None = None
 
 
 class _ConfigFile(Struct):
@@ -157,15 +163,18 @@ def _read(path: Path, kind: type[Struct]) -> Any:
         raise UsageError(f"{path} cannot be used: {error}") from None
 
 
-def _family(file: _ConfigFile, path: Path) -> Family:
-    name = file.architectures[0] if file.architectures else "none"
+def _family(architectures: list[str] | None, path: Path) -> Family:
+    name = architectures[0] if architectures else "none"
     if name not in FAMILIES:
         raise UsageError(f"{path}: architecture {name} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]
+
+
+def _check_feed_forward(file: _ConfigFile, path: Path) -> None:
     if file.hidden_act != "silu":
         raise UsageError(f"{path}: hidden_act {file.hidden_act!r} is not supported; supported is 'silu'")
     if file.mlp_bias:
         raise UsageError(f"{path}: mlp_bias true is not supported; use a model without biases in its feed-forward")
-    return FAMILIES[name]
 
 
 def _rope(file: _ConfigFile, path: Path) -> RopeParameters:

@@ -2,15 +2,14 @@
 
 import importlib
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from pipeline.errors import UsageError
+from pipeline.plugins import search_working_directory
 
 RewardFunction = Callable[..., Sequence[float]]
 """`(prompts, completions, **columns) -> list[float]`, called by keyword: every argument a list with one entry a
@@ -78,8 +77,7 @@ def load_reward(name: str) -> RewardFunction:
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
         raise UsageError(f"task.reward = {name!r} is unknown; use {', '.join(_BUILT_IN)} or module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    search_working_directory()
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module is the user's: importing it can raise anything

@@ -17,19 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from struct import Struct
 
+from pipeline.durable import sync
+
 MAGIC = b"\x93RLg"
 _HEADER = Struct("<4sII")
 _CHECKED = Struct("<QI")
 _SUFFIX = ".log"
-
-
-def sync_folder(folder: Path) -> None:
-    """Make creations, renames and deletions in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -169,7 +162,7 @@ class SegmentLog:
     def _create(self, base: int) -> None:
         descriptor = os.open(self._path(base), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.close(descriptor)
-        sync_folder(self._folder)
+        sync(self._folder)
         self._sizes[base] = 0
 
     def _rotate(self) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import msgspec
 
+from pipeline.durable import sync
 from pipeline.errors import UsageError
 from pipeline.messages import SampleId
-from pipeline.transport.segments import SegmentLog, sync_folder, write_all
+from pipeline.transport.segments import SegmentLog, write_all
 
 _LARGEST_SEGMENT = 16 << 20
 _SEGMENTS = 16
@@ -200,4 +201,4 @@ class Spool:
         finally:
             os.close(descriptor)
         temporary.replace(path)
-        sync_folder(self.folder)
+        sync(self.folder)

@@ -6,7 +6,6 @@ intact. The newest number ever used is kept in weights/newest, so that numbers s
 """
 
 import hashlib
-import os
 import re
 import shutil
 import time
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from pipeline.durable import sync, write_durably
 from pipeline.weights.base import Publication, WeightsError
 
 if TYPE_CHECKING:
@@ -34,15 +34,6 @@ def _versions(root: Path) -> list[int]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class FilesystemPublisher:
@@ -70,9 +61,7 @@ class FilesystemPublisher:
         try:
             weights = folder / "model.safetensors"
             save_file(tensors, weights, metadata={"format": "pt"})
-            for name in COMPANIONS:
-                if (self.model_folder / name).exists():
-                    shutil.copyfile(self.model_folder / name, folder / name)
+            self._write_companions(folder, str(next(iter(tensors.values())).dtype).removeprefix("torch."))
             publication = Publication(
                 version=version,
                 timeline=self.timeline,
@@ -81,9 +70,12 @@ class FilesystemPublisher:
                 bytes=weights.stat().st_size,
             )
             (folder / "publication.json").write_bytes(msgspec.json.encode(publication))
-            self._record(version)
+            for path in (*folder.iterdir(), folder):
+                sync(path)
+            # before the rename: a number that was ever visible is never given out again
+            write_durably(self.root / "newest", str(version).encode())
             folder.rename(self.root / f"v{version}")
-            sync_folder(self.root)
+            sync(self.root)
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -96,17 +88,19 @@ class FilesystemPublisher:
             if oldest_in_use is None or version < oldest_in_use:
                 shutil.rmtree(self.root / f"v{version}", ignore_errors=True)
 
+    def _write_companions(self, folder: Path, dtype: str) -> None:
+        for name in COMPANIONS:
+            if (self.model_folder / name).exists():
+                shutil.copyfile(self.model_folder / name, folder / name)
+        config = msgspec.json.decode((folder / "config.json").read_bytes())
+        config.pop("torch_dtype", None)
+        (folder / "config.json").write_bytes(msgspec.json.encode(config | {"dtype": dtype}))
+
     def _recorded(self) -> int:
         try:
             return int((self.root / "newest").read_text())
         except (FileNotFoundError, ValueError):
             return -1
-
-    def _record(self, version: int) -> None:
-        # before the rename: a number that was ever visible is never given out again
-        temporary = self.root / ".newest"
-        temporary.write_text(str(version))
-        temporary.replace(self.root / "newest")
 
     def _newest_timeline(self) -> int:
         for version in reversed(_versions(self.root)):

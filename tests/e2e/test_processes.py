@@ -77,7 +77,7 @@ def test_a_second_learner_in_the_same_run_and_a_taken_address_are_refused(config
     other = rollahead("learner", str(path), "--set", f"run.out={tmp_path / 'other'}", cache=cache)
     assert other.returncode == 2 and "transport.address" in other.stderr
     learner.terminate()
-    assert learner.wait(60) == 0
+    assert learner.wait(60) == 130
 
 
 def test_an_engine_with_another_configuration_is_refused_by_name(configuration, tmp_path, cache):

@@ -64,6 +64,8 @@ def test_errors_name_key_value_and_remedy(override, parts):
         (["task.kind=jsonl", "task.path=x"], ["model.path"]),
         (["learner.micro_batch_tokens=100"], ["learner.micro_batch_tokens = 100", "512"]),
         (["learner.minibatches=65"], ["learner.minibatches = 65"]),
+        (["learner.max_age=2", "learner.max_staleness=2"], ["learner.max_age = 2", "learner.max_staleness = 2"]),
+        (["transport.lease_seconds=2"], ["transport.lease_seconds = 2", "heartbeat_seconds = 1.0"]),
     ],
 )
 def test_impossible_combinations_are_refused(overrides, parts):

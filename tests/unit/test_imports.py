@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = {"pipeline.errors", "pipeline.config", "pipeline.messages", "pipeline.digest", "pipeline.stop"}
+BASE = {f"pipeline.{name}" for name in ("errors", "config", "messages", "digest", "stop", "plugins", "durable")}
 STORES = BASE | {
     "pipeline.transport",
     "pipeline.weights",

@@ -1,6 +1,7 @@
 """What the README shows is what runs."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -24,7 +25,6 @@ def example(tmp_path, monkeypatch):
         (block,) = re.findall(rf"```python\n# {name}\.py\n(.*?)```", README, re.DOTALL)
         (tmp_path / f"{name}.py").write_text(block)
         monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, name, raising=False)
 
     return write
@@ -53,5 +53,5 @@ def test_every_command_shown_is_one_the_parser_knows():
     shown = re.findall(r"^    (rollahead .*?)(?:\s{2,}#.*)?$", README, re.MULTILINE)
     assert len(shown) >= 5
     for line in shown:
-        arguments = [word for word in line.replace('"..."', "text").split()[1:] if word != "..."]
+        arguments = [word for word in shlex.split(line)[1:] if word != "..."]
         build_parser().parse_args(arguments)

@@ -1,5 +1,6 @@
 """Published versions: complete or invisible, checked, numbered once."""
 
+import json
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from pipeline.weights import FilesystemFollower, FilesystemPublisher, WeightsErr
 def model_folder(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"vocab_size": 3, "torch_dtype": "bfloat16"}')
     return folder
 
 
@@ -28,7 +29,7 @@ def test_a_follower_reads_what_was_published(tmp_path, model_folder):
     folder, found = FilesystemFollower(tmp_path / "weights").fetch(publication.version)
     assert found == publication and (found.version, found.timeline, found.step) == (0, 1, 7)
     assert torch.equal(load_file(folder / "model.safetensors")["w"], tensors["w"])
-    assert (folder / "config.json").read_text() == "{}"
+    assert json.loads((folder / "config.json").read_text()) == {"vocab_size": 3, "dtype": "float32"}
 
 
 def test_numbers_are_never_reused_even_after_every_version_is_gone(tmp_path, model_folder):
