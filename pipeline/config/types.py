@@ -58,8 +58,8 @@ class TaskSection(Section):
 
 class SamplingSection(Section):
     temperature: Annotated[NonNegativeFloat, option("softmax temperature of rollouts; 0 is greedy")] = 1.0
-    max_prompt_tokens: Annotated[PositiveInt, option("longest prompt, in tokens")] = 256
-    max_new_tokens: Annotated[PositiveInt, option("longest response, in tokens")] = 256
+    max_prompt_tokens: Annotated[PositiveInt, option("longest prompt, in tokens")] = 512
+    max_new_tokens: Annotated[PositiveInt, option("longest response, in tokens")] = 512
 
 
 class EngineSection(Section):

@@ -62,7 +62,7 @@ def test_errors_name_key_value_and_remedy(override, parts):
         (["sampling.temperature=0"], ["sampling.temperature = 0"]),
         (["task.kind=jsonl", "model.path=x"], ["task.path"]),
         (["task.kind=jsonl", "task.path=x"], ["model.path"]),
-        (["learner.micro_batch_tokens=100"], ["learner.micro_batch_tokens = 100", "512"]),
+        (["learner.micro_batch_tokens=100"], ["learner.micro_batch_tokens = 100", "1024"]),
         (["learner.minibatches=65"], ["learner.minibatches = 65"]),
         (["learner.max_age=2", "learner.max_staleness=2"], ["learner.max_age = 2", "learner.max_staleness = 2"]),
         (["transport.lease_seconds=2"], ["transport.lease_seconds = 2", "heartbeat_seconds = 1.0"]),
