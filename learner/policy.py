@@ -11,12 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from learner.attention import PACKED_ATTENTION
 from pipeline.errors import UsageError
-
-COMPANION_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
-"""Files that make a folder of weights and a config.json a complete Hugging Face model, where the source has them."""
+from pipeline.weights import COMPANION_FILES
 
 _UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale")
 

@@ -1,8 +1,9 @@
 """Publishing and following policy versions."""
 
 from pipeline.weights.base import Publication, WeightsError, WeightsFollower, WeightsPublisher
-from pipeline.weights.filesystem import FilesystemFollower, FilesystemPublisher
+from pipeline.weights.filesystem import COMPANION_FILES, FilesystemFollower, FilesystemPublisher
 
 __all__ = [
-    "FilesystemFollower", "FilesystemPublisher", "Publication", "WeightsError", "WeightsFollower", "WeightsPublisher",
+    "COMPANION_FILES", "FilesystemFollower", "FilesystemPublisher", "Publication", "WeightsError", "WeightsFollower",
+    "WeightsPublisher",
 ]  # fmt: skip

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     import torch
 
 _NAME = re.compile(r"^v(\d+)$")
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-"""files beside the weights that make a folder a checkpoint directory"""
+COMPANION_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+"""Files that make a folder of weights and a config.json a complete Hugging Face model, where the source has them."""
 
 
 def _versions(root: Path) -> list[int]:
@@ -89,7 +92,7 @@ class FilesystemPublisher:
                 shutil.rmtree(self.root / f"v{version}", ignore_errors=True)
 
     def _write_companions(self, folder: Path, dtype: str) -> None:
-        for name in COMPANIONS:
+        for name in ("config.json", *COMPANION_FILES):
             if (self.model_folder / name).exists():
                 shutil.copyfile(self.model_folder / name, folder / name)
         config = msgspec.json.decode((folder / "config.json").read_bytes())

@@ -25,6 +25,5 @@ def test_reward_rises_with_the_reward_and_not_when_it_is_shuffled(tmp_path):
         done = rollahead("run", *settings(**short, task__reward=name), "--out", str(run), cache=tmp_path, timeout=900)
         assert done.returncode == 0, done.stderr
         gains[name] = _gain(run)
-    print(gains)
     assert gains["numeric-answer"] >= 0.15
     assert gains["tests.e2e.rewards:shuffled"] < 0.1
