@@ -71,6 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
 
     _command(commands, "drafters", "list the drafters that are installed", _drafters)
+
+    bench = _command(commands, "bench", "measure or prove something; `rollahead bench WHAT --help` tells more", _bench)
+    bench.add_argument("what", help="name of the benchmark; `rollahead bench list` shows them")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="the benchmark's own options")
     return parser
 
 
@@ -149,6 +153,15 @@ def _drafters(options: argparse.Namespace) -> int:
     for info in available():
         print(f"{info.name:<20} {info.source:<40} needs {info.needs}")
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from pipeline.bench import bench, overview
+
+    if options.what == "list":
+        print(overview())
+        return 0
+    return bench(options.what, options.arguments)
 
 
 def _dry_run(config: object, parts: tuple[str, ...]) -> int:

@@ -16,6 +16,7 @@ COMMAND_LINE = {
     "engine": ["config", "--connect", "--connect-timeout", "--set", "--dry-run"],
     "generate": ["model", "--prompt", "--drafter", "--max-new-tokens", "--temperature", "--seed"],
     "drafters": [],
+    "bench": ["what", "arguments"],
 }
 
 
@@ -53,6 +54,7 @@ def test_dry_run_prints_the_resolved_configuration(capsys):
         (["run", "--dry-run", "--set", "task.reward=nowhere:nothing"], "nowhere"),
         (["learner", "nowhere.toml"], "nowhere.toml"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere"),
+        (["bench", "nonsense"], "benchmark"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(arguments, said, capsys):
