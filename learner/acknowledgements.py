@@ -7,7 +7,8 @@ from functools import partial
 from learner.journal import Arrived, Failed, Journal
 from learner.lease_state import Outcome
 from learner.roster import Engine, Roster
-from pipeline.messages import Committed, LearnerMessage, Received, SampleId
+from pipeline.failpoints import failpoint
+from pipeline.messages import IDS_A_MESSAGE, Committed, LearnerMessage, Received, SampleId
 
 
 class Acknowledgements:
@@ -23,13 +24,18 @@ class Acknowledgements:
         self._lock, self._roster, self._journal, self._send = lock, roster, journal, send
         self._awaiting: dict[SampleId, set[str]] = {}
         """samples the journal has not synced yet -> producers that wait for it"""
+        self.unjournaled_bytes = 0
+        """of those samples"""
 
     def give(self, engine: Engine, sample: SampleId, outcome: Outcome, record: Arrived | Failed) -> None:
         """Answer a sample that the ledger has judged; one it does not want is committed at once."""
         self._send(engine.peer, Received(samples=(sample,)))
         if outcome is Outcome.ACCEPTED:
+            size = sum(map(len, record.frames)) if isinstance(record, Arrived) else 0
             self._awaiting[sample] = {engine.producer}
-            self._journal.append(record, partial(self._durable, sample))
+            engine.unjournaled_bytes += size
+            self.unjournaled_bytes += size
+            self._journal.append(record, partial(self._durable, sample, engine, size))
         else:
             self.repeat(engine, [sample])
 
@@ -41,11 +47,14 @@ class Acknowledgements:
                 self._awaiting[sample].add(engine.producer)
             else:
                 durable.append(sample)
-        if durable:
-            self._send(engine.peer, Committed(samples=tuple(durable)))
+        for begin in range(0, len(durable), IDS_A_MESSAGE):
+            self._send(engine.peer, Committed(samples=tuple(durable[begin : begin + IDS_A_MESSAGE])))
 
-    def _durable(self, sample: SampleId) -> None:
+    def _durable(self, sample: SampleId, engine: Engine, size: int) -> None:
         with self._lock:
+            engine.unjournaled_bytes -= size
+            self.unjournaled_bytes -= size
             for producer in self._awaiting.pop(sample, ()):
                 if (peer := self._roster.peer_of(producer)) is not None:
                     self._send(peer, Committed(samples=(sample,)))
+        failpoint("ack.sent")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import learner.journal as journal
-from learner.lease_state import ConsumedLeases, LeaseEntry, LedgerState, Outcome, Status
+from learner.lease_state import Account, ConsumedLeases, LeaseEntry, LedgerState, Outcome, Status
 from pipeline.messages import Lease, Trajectory, decode_from_engine
 
 Source = Callable[[int, int], Lease]
@@ -83,12 +83,18 @@ class LeaseTable:
     def in_flight(self) -> int:
         return sum(len(entry.missing) for entry in self.entries.values())
 
+    def account(self) -> Account:
+        """Where every leased sample is."""
+        failed = Counter(reason for entry in self.entries.values() for reason in entry.failed.values())
+        return Account(
+            leased=self.next_lease * self.group_size, trained=self.trained_samples,
+            dropped=dict(self._dropped + failed), buffered=self.buffered(), in_flight=self.in_flight(),
+        )  # fmt: skip
+
     def check(self) -> None:
         """Raises AssertionError when a counter or a state contradicts another."""
-        failed = sum(len(entry.failed) for entry in self.entries.values())
-        accounted = self.trained_samples + self._dropped.total() + self.buffered() + failed + self.in_flight()
-        leased = self.next_lease * self.group_size
-        assert leased == accounted, f"{leased} samples leased, {accounted} accounted for"
+        account = self.account()
+        assert not account.unaccounted, f"{account.unaccounted} samples are not accounted for: {account}"
         assert len(self.consumed) + len(self.entries) == self.next_lease
         assert not any(lease in self.consumed for lease in self.entries)
         for entry in self.entries.values():

@@ -9,11 +9,11 @@ import threading
 from collections.abc import Collection, Iterable, Sequence
 
 from learner.journal import Record
-from learner.lease_state import Batch, Group, LeaseEntry, LedgerState, Outcome, Status
+from learner.lease_state import Account, Batch, Group, LeaseEntry, LedgerState, Outcome, Status
 from learner.lease_table import LeaseTable, Source
 from pipeline.messages import Lease, SampleId, Trajectory
 
-__all__ = ["Batch", "Group", "Ledger", "LedgerState", "Outcome", "Source"]
+__all__ = ["Account", "Batch", "Group", "Ledger", "LedgerState", "Outcome", "Source"]
 
 
 class Ledger:
@@ -156,12 +156,19 @@ class Ledger:
             held = [lease for lease, entry in self._table.entries.items() if entry.holder == producer]
             self.hand_back(producer, held)
 
-    def expire(self, now: float) -> None:
-        """Free the leases whose deadline is past; what their holders still send is welcome if it is first."""
+    def expire(self, now: float) -> list[int]:
+        """Free the leases whose deadline is past; what their holders still send is welcome if it is first.
+
+        Returns:
+            The leases freed.
+        """
+        freed = []
         with self._lock:
-            for entry in self._table.entries.values():
+            for lease, entry in self._table.entries.items():
                 if entry.status is Status.OPEN and entry.deadline < now:
                     entry.status = Status.ORPHANED
+                    freed.append(lease)
+        return freed
 
     def lease(self, lease: int) -> Lease | None:
         """The content of a lease that is not consumed."""
@@ -176,6 +183,11 @@ class Ledger:
             return entry.holder if entry is not None and entry.status is Status.OPEN else None
 
     # ---- training ------------------------------------------------------------------------------------------------
+
+    def arrived(self) -> list[Trajectory]:
+        """Samples that arrived and are not consumed."""
+        with self._lock:
+            return [sample for entry in self._table.entries.values() for sample in entry.trajectories.values()]
 
     def ready(self) -> list[Group]:
         """Complete groups that no batch has taken, in the order they became complete."""
@@ -264,6 +276,11 @@ class Ledger:
         """Lowest publication that a connected engine has loaded (-1: one has none yet); None without engines."""
         with self._lock:
             return min(self._versions.values(), default=None)
+
+    def account(self) -> Account:
+        """Where every sample ever leased is."""
+        with self._lock:
+            return self._table.account()
 
     def check(self) -> None:
         """Every granted sample is accounted for.

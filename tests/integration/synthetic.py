@@ -18,8 +18,9 @@ from learner.journal import Journal
 from learner.leases import Ledger, LedgerState
 from pipeline.engine.link import Drained, Failed, Granted, Link, Revoked, VersionHint
 from pipeline.messages import SCHEMA, Capabilities, Lease, SamplingParams, Trajectory, TrajectoryHeader
+from pipeline.transport.dealer import ZmqEngineSocket
+from pipeline.transport.router import ZmqLearnerSocket
 from pipeline.transport.spool import Spool
-from pipeline.transport.zmq import ZmqEngineSocket, ZmqLearnerSocket
 
 GROUP = 4
 BATCH = 16
@@ -94,7 +95,8 @@ def start_learner(folder: Path, **options) -> subprocess.Popen:
 
 
 def _start(role: str, **options) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    root = str(Path(__file__).resolve().parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": root}
     command = [sys.executable, __file__, role, json.dumps(options)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
