@@ -320,7 +320,7 @@ class Reception:
         elif len(leases) > 1:
             self._send_grant(peer, leases[: len(leases) // 2])
             self._send_grant(peer, leases[len(leases) // 2 :])
-        else:
+        elif self._error is None:
             self._error = RunFailed(
                 f"lease {leases[0].id} takes {len(frames[0])} bytes, more than transport.max_message_bytes = "
                 f"{self._socket.max_message_bytes}; raise it, or shorten the prompt and its columns"

@@ -67,11 +67,17 @@ def make_link(address: str, spool: Path, **options) -> Link:
     }
     limit = options.pop("limit_bytes", 1 << 20)
     largest = options.pop("max_message_bytes", 1 << 20)
-    socket = ZmqEngineSocket(address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05, max_message_bytes=largest)
-    return Link(socket, Spool.acquire(spool, limit), **(settings | options))
+    keys = options.pop("keys", None)
+    socket = ZmqEngineSocket(
+        address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05, max_message_bytes=largest, keys=keys
+    )
+    owner = options.pop("owner", keys.fingerprint if keys else "")
+    return Link(socket, Spool.acquire(spool, limit, owner=owner), **(settings | options))
 
 
-def make_hub(folder: Path, address: str = "tcp://127.0.0.1:*", *, events=None, ledger=None, **options) -> Hub:
+def make_hub(
+    folder: Path, address: str = "tcp://127.0.0.1:*", *, events=None, ledger=None, sockets=None, **options
+) -> Hub:
     settings = {
         "run_id": "run",
         "digest": DIGEST,
@@ -82,7 +88,7 @@ def make_hub(folder: Path, address: str = "tcp://127.0.0.1:*", *, events=None, l
         "on_event": events.append if events is not None else lambda line: print(line, file=sys.stderr),
     } | options
     sizes = {"batch_size": BATCH, "group_size": GROUP, "max_staleness": 1, "lease_seconds": settings["lease_seconds"]}
-    socket = ZmqLearnerSocket(address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05)
+    socket = ZmqLearnerSocket(address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05, **(sockets or {}))
     return Hub(socket, Journal(folder), Ledger(**(sizes | (ledger or {}))), source, **settings)
 
 
@@ -94,9 +100,10 @@ def start_learner(folder: Path, **options) -> subprocess.Popen:
     return _start("learner", folder=str(folder), **options)
 
 
-def _start(role: str, **options) -> subprocess.Popen:
+def _start(role: str, failpoints: str = "", **options) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": root}
+    environment |= {"ROLLAHEAD_FAILPOINTS": failpoints}
     command = [sys.executable, __file__, role, json.dumps(options)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
