@@ -10,12 +10,12 @@ from pathlib import Path
 
 import zmq
 
+from benchmarks.synthetic import BATCH, DIGEST, GROUP, make_hub
 from learner.hub import Hub
 from pipeline import messages
 from pipeline.engine.link import Failed, Link
 from pipeline.messages import SCHEMA, Capabilities
 from pipeline.transport.integrity import seal, unseal
-from tests.integration.synthetic import BATCH, DIGEST, GROUP, make_hub
 
 GROUPS = BATCH // GROUP
 

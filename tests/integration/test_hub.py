@@ -9,9 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from pipeline.engine.link import Drained, Granted
-from tests.integration.running import GROUPS, ended, eventually, free_port, running, running_hub, train, wait_for
-from tests.integration.synthetic import (
+from benchmarks.synthetic import (
     BATCH,
     GROUP,
     HEARTBEAT,
@@ -22,6 +20,8 @@ from tests.integration.synthetic import (
     start_learner,
     trajectory,
 )
+from pipeline.engine.link import Drained, Granted
+from tests.integration.running import GROUPS, ended, eventually, free_port, running, running_hub, train, wait_for
 
 
 def test_two_engines_serve_a_run_and_leave_when_it_is_over(tmp_path):

@@ -6,6 +6,7 @@ import time
 import pytest
 import zmq
 
+from benchmarks.synthetic import GROUP, make_hub, make_link, start_engine
 from learner.journal import Arrived, Journal
 from pipeline import messages
 from pipeline.engine.link import Failed
@@ -25,7 +26,6 @@ from tests.integration.running import (
     train,
     wait_for_failure,
 )
-from tests.integration.synthetic import GROUP, make_hub, make_link, start_engine
 
 
 def test_sends_to_vanished_peers_are_counted(tmp_path):

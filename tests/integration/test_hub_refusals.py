@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.synthetic import BATCH, DIGEST, GROUP, make_link, source, start_engine, trajectory
 from pipeline import messages
 from pipeline.engine.link import Failed, Granted
 from pipeline.errors import UsageError
@@ -18,7 +19,6 @@ from tests.integration.running import (
     wait_for,
     wait_for_failure,
 )
-from tests.integration.synthetic import BATCH, DIGEST, GROUP, make_link, source, start_engine, trajectory
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,17 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from benchmarks.synthetic import (
+    BATCH,
+    GROUP,
+    LIMITS,
+    make_hub,
+    make_link,
+    source,
+    start_engine,
+    start_learner,
+    trajectory,
+)
 from learner.journal import Arrived, Journal
 from pipeline import messages
 from pipeline.engine.link import Granted
@@ -27,17 +38,6 @@ from tests.integration.running import (
     train,
     wait_for,
     wait_for_failure,
-)
-from tests.integration.synthetic import (
-    BATCH,
-    GROUP,
-    LIMITS,
-    make_hub,
-    make_link,
-    source,
-    start_engine,
-    start_learner,
-    trajectory,
 )
 
 

@@ -5,6 +5,7 @@ import time
 import pytest
 import zmq
 
+from benchmarks.synthetic import BATCH, GROUP, make_link, trajectory
 from pipeline import messages
 from pipeline.engine.link import Granted
 from pipeline.errors import UsageError
@@ -19,7 +20,6 @@ from tests.integration.running import (
     wait_for,
     wait_for_failure,
 )
-from tests.integration.synthetic import BATCH, GROUP, make_link, trajectory
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""An engine and a learner without models, each a real process around the real link and hub.
+"""An engine and a learner without models, each a real process around the real link and hub, for tests and faults.
 
 `python synthetic.py engine|learner '{"...": ...}'`; what they did is printed or written as JSON.
 """
@@ -8,16 +8,20 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
+from learner.audit import TrainedSamples
 from learner.hub import Hub, Limits
 from learner.journal import Journal
 from learner.leases import Ledger, LedgerState
 from pipeline.engine.link import Drained, Failed, Granted, Link, Revoked, VersionHint
 from pipeline.messages import SCHEMA, Capabilities, Lease, SamplingParams, Trajectory, TrajectoryHeader
+from pipeline.stop import StopSignal
 from pipeline.transport.dealer import ZmqEngineSocket
 from pipeline.transport.router import ZmqLearnerSocket
 from pipeline.transport.spool import Spool
@@ -37,9 +41,13 @@ def source(lease: int, version: int) -> Lease:
     )  # fmt: skip
 
 
-def trajectory(lease: Lease, sample: int, version: int = 0, /, **header) -> Trajectory:
-    """Tokens are a function of the lease's seed; the reward tells the samples of a group apart."""
-    tokens = 3 + lease.seeds[sample] % 5
+def trajectory(lease: Lease, sample: int, version: int = 0, /, tokens: int = 0, **header: Any) -> Trajectory:
+    """Its content is a function of the lease's seed; the reward tells the samples of a group apart.
+
+    Args:
+        tokens: of the response; 0: three to seven.
+    """
+    tokens = tokens or 3 + lease.seeds[sample] % 5
     plain = TrajectoryHeader(
         schema=SCHEMA, producer="", incarnation=0, sequence=0, lease=lease.id, sample=sample,
         prompt_tokens=len(lease.prompt_ids), response_tokens=tokens, has_entropy=True, reward=float(sample),
@@ -88,7 +96,7 @@ def make_hub(
         "on_event": events.append if events is not None else lambda line: print(line, file=sys.stderr),
     } | options
     sizes = {"batch_size": BATCH, "group_size": GROUP, "max_staleness": 1, "lease_seconds": settings["lease_seconds"]}
-    socket = ZmqLearnerSocket(address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05, **(sockets or {}))
+    socket = ZmqLearnerSocket(address, **({"heartbeat_seconds": HEARTBEAT, "tick_seconds": 0.05} | (sockets or {})))
     return Hub(socket, Journal(folder), Ledger(**(sizes | (ledger or {}))), source, **settings)
 
 
@@ -101,7 +109,7 @@ def start_learner(folder: Path, **options) -> subprocess.Popen:
 
 
 def _start(role: str, failpoints: str = "", **options) -> subprocess.Popen:
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": root}
     environment |= {"ROLLAHEAD_FAILPOINTS": failpoints}
     command = [sys.executable, __file__, role, json.dumps(options)]
@@ -109,14 +117,20 @@ def _start(role: str, failpoints: str = "", **options) -> subprocess.Popen:
 
 
 def run_engine(
-    address: str, spool: str, sample_seconds: float = 0.002, fail_every: int = 0, connect_timeout: float = 20.0
-) -> None:
-    """Samples each leased group and submits it; ends when drained or failed."""
-    link = make_link(address, Path(spool), connect_timeout=connect_timeout)
+    address: str, spool: str, sample_seconds: float = 0.002, fail_every: int = 0, connect_timeout: float = 20.0,
+    tokens: int = 0, limit_bytes: int = 1 << 20,
+) -> None:  # fmt: skip
+    """Samples each leased group and submits it; ends when drained, failed, or asked to by SIGTERM."""
+    link = make_link(
+        address, Path(spool), connect_timeout=connect_timeout, limit_bytes=limit_bytes, max_message_bytes=4 << 20
+    )
+    stop = StopSignal()
     link.start()
     work: dict[int, Lease] = {}
-    version, tokens, ended = -1, 0, ""
+    version, generated, ended = -1, 0, ""
     while not ended:
+        if stop.requested:
+            ended = "drained"
         for event in link.poll(0.0 if work else 0.02):
             match event:
                 case Granted(leases):
@@ -133,13 +147,14 @@ def run_engine(
         if work and not ended:
             lease = work.pop(next(iter(work)))
             for sample in range(lease.group_size):
-                time.sleep(sample_seconds)
-                tokens += 1
+                if sample_seconds:
+                    time.sleep(sample_seconds)
+                generated += 1
                 if fail_every and (lease.id * GROUP + sample) % fail_every == 0:
                     link.fail_sample(lease.id, sample, "reward_error", "no answer")
                 else:
-                    link.submit(trajectory(lease, sample, max(version, 0)))
-        link.update(tuple(work), max(0, 3 * BATCH - GROUP * len(work)), version, tokens, tokens * 0.01)
+                    link.submit(trajectory(lease, sample, max(version, 0), tokens=tokens))
+        link.update(tuple(work), max(0, 3 * BATCH - GROUP * len(work)), version, generated, generated * 0.01)
     if ended == "drained":
         link.leave(tuple(work))
         ended += " and flushed" if link.flush(5.0) else " with samples left"
@@ -147,49 +162,57 @@ def run_engine(
     print(json.dumps({"ended": ended}))
 
 
-class LearnerState(msgspec.Struct):
-    """A checkpoint as a real learner has it: what was trained, and the ledger, in one atomic file."""
-
-    trained: list[tuple[int, int]]
-    ledger: LedgerState
-
-
-def run_learner(folder: str, address: str, steps: int, checkpoint_every: int = 2, step_seconds: float = 0.05) -> None:
-    """Takes batches, "trains" them, checkpoints; resumes from the last checkpoint."""
+def run_learner(
+    folder: str, address: str, steps: int, checkpoint_every: int = 2, step_seconds: float = 0.05,
+    response_tokens: int = 64, max_staleness: int = 1, take_seconds: float = 30.0,
+) -> None:  # fmt: skip
+    """Takes batches, "trains" them, checkpoints; resumes from the last checkpoint. SIGTERM ends it after a step."""
     root = Path(folder)
     path = root / "checkpoint.json"
-    state = LearnerState([], LedgerState())
-    if path.exists():
-        state = msgspec.json.decode(path.read_bytes(), type=LearnerState)
-    hub = make_hub(root / "journal", address)
-    hub.restore(state.ledger if path.exists() else None)
+    ledger = msgspec.json.decode(path.read_bytes(), type=LedgerState) if path.exists() else LedgerState()
+    stop = StopSignal()
+    hub = make_hub(
+        root / "journal", address, ledger={"max_staleness": max_staleness},
+        limits=replace(LIMITS, response_tokens=response_tokens),
+    )  # fmt: skip
+    hub.restore(ledger if path.exists() else None)
+    trained = TrainedSamples(root / "trained.jsonl", ledger.step)
     version = _next_version(root)
     hub.start()
     hub.publish(version)
-    step = state.ledger.step
-    while step < steps:
-        batch = hub.take(BATCH // GROUP, ordered=False, timeout=30.0)
+    step = ledger.step
+    while step < steps and not stop.requested:
+        batch = hub.take(BATCH // GROUP, ordered=False, timeout=take_seconds)
         assert batch is not None, hub.stats()
-        time.sleep(step_seconds)
-        state.trained += [t.id for group in batch.groups for t in group.trajectories]
+        if step_seconds:
+            time.sleep(step_seconds)
         step += 1
+        trained.write(step, batch)
         version = _next_version(root)
         hub.publish(version)
         hub.trained(batch)
+        hub.check()
         if step % checkpoint_every == 0 or step == steps:
-            state.ledger = hub.state()
+            state = hub.state()
             _write(path, msgspec.json.encode(state))
-            hub._journal.drop_before(state.ledger.journal_offset)
+            hub._journal.drop_before(state.journal_offset)
         _write(root / "step", str(step).encode())
     left = hub.drain(10.0)
-    hub._ledger.check()
+    hub.check()
     stats = hub.stats()
     hub.stop()
     hub._journal.close()
+    trained.close()
     print(json.dumps({
-        "trained": state.trained, "left": left, "dropped": stats.dropped, "trained_samples": stats.trained_samples,
-        "next_lease": hub.state().next_lease, "in_flight": stats.in_flight, "buffered": stats.buffered,
+        "trained": read_trained(root / "trained.jsonl"), "left": left, "dropped": stats.dropped,
+        "trained_samples": stats.trained_samples, "next_lease": hub.state().next_lease,
+        "in_flight": stats.in_flight, "buffered": stats.buffered, "transport": stats.transport(),
     }))  # fmt: skip
+
+
+def read_trained(path: Path) -> list[tuple[int, int]]:
+    """(lease, sample) ids of a trained.jsonl, in the order they were trained on."""
+    return [tuple(sample) for line in path.read_text().splitlines() for sample in json.loads(line)["samples"]]
 
 
 def _next_version(root: Path) -> int:
