@@ -5,6 +5,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -76,11 +77,11 @@ def make_link(address: str, spool: Path, **options) -> Link:
     limit = options.pop("limit_bytes", 1 << 20)
     largest = options.pop("max_message_bytes", 1 << 20)
     keys = options.pop("keys", None)
-    socket = ZmqEngineSocket(
+    dealer = ZmqEngineSocket(
         address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05, max_message_bytes=largest, keys=keys
     )
     owner = options.pop("owner", keys.fingerprint if keys else "")
-    return Link(socket, Spool.acquire(spool, limit, owner=owner), **(settings | options))
+    return Link(dealer, Spool.acquire(spool, limit, owner=owner), **(settings | options))
 
 
 def make_hub(
@@ -96,8 +97,8 @@ def make_hub(
         "on_event": events.append if events is not None else lambda line: print(line, file=sys.stderr),
     } | options
     sizes = {"batch_size": BATCH, "group_size": GROUP, "max_staleness": 1, "lease_seconds": settings["lease_seconds"]}
-    socket = ZmqLearnerSocket(address, **({"heartbeat_seconds": HEARTBEAT, "tick_seconds": 0.05} | (sockets or {})))
-    return Hub(socket, Journal(folder), Ledger(**(sizes | (ledger or {}))), source, **settings)
+    router = ZmqLearnerSocket(address, **({"heartbeat_seconds": HEARTBEAT, "tick_seconds": 0.05} | (sockets or {})))
+    return Hub(router, Journal(folder), Ledger(**(sizes | (ledger or {}))), source, **settings)
 
 
 def start_engine(address: str, spool: Path, **options) -> subprocess.Popen:
@@ -208,6 +209,13 @@ def run_learner(
         "trained_samples": stats.trained_samples, "next_lease": hub.state().next_lease,
         "in_flight": stats.in_flight, "buffered": stats.buffered, "transport": stats.transport(),
     }))  # fmt: skip
+
+
+def free_address() -> str:
+    """A loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def read_trained(path: Path) -> list[tuple[int, int]]:

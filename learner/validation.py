@@ -77,7 +77,7 @@ def check_trajectory(
 
     Args:
         lease: None when the lease is not known or done with; the content is not compared then.
-        newest: publication, which no token can be newer than.
+        newest: publication, which no token can be newer than; -1: a learner that has just restarted has none yet.
 
     Raises:
         BadMessage: it says what is wrong.
@@ -93,7 +93,7 @@ def check_trajectory(
     for ids in (trajectory.prompt_ids, trajectory.token_ids):
         if ids.size and ids.max() >= limits.vocab_size:
             raise BadMessage(f"{name}: token id {ids.max()} in a vocabulary of {limits.vocab_size}")
-    if trajectory.versions.max() > newest:
+    if newest >= 0 and trajectory.versions.max() > newest:
         raise BadMessage(f"{name} was sampled by publication {trajectory.versions.max()}, the newest is {newest}")
     if needs_entropy and trajectory.entropies is None:
         raise BadMessage(f"{name} has no entropies, which the objective needs")
