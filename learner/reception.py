@@ -271,7 +271,10 @@ class Reception:
             if engine is None:
                 self._say(f"a peer that is no engine sent a bad message: {error}")
             else:
-                self._end(engine, f"its messages were refused: {error}", f"sent a bad message: {error}")
+                # As one that left: what one peer sends must not be able to end the run of the others.
+                self.roster.left(engine)
+                self._ledger.lost(engine.producer)
+                self._gone(engine, f"sent a bad message: {error}")
 
     def _end(self, engine: Engine, error: str, how: str) -> None:
         """An engine that will not come back as it is."""
