@@ -21,6 +21,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+import learner.service
+import pipeline.engine.service  # both here, so that a forked process need not import them
 from benchmarks.synthetic import free_address, read_trained
 from pipeline.config import Config, load_config
 from pipeline.engine.generator import FinishedSample, GroupRequest
@@ -166,20 +168,20 @@ def run_with_kills(lab: Lab, engines: int, kills: Sequence[Kill], deadline: floa
     try:
         for kill in kills:
             if kill.failpoint:
-                _kill(processes[kill.side])
+                kill_process(processes[kill.side])
                 processes[kill.side] = lab.start(kill.side, f"{kill.failpoint}=kill@{kill.nth}")
             limit = min(deadline, time.monotonic() + kill.seconds)
             outcome = _wait(processes["learner"], processes[kill.side], limit)
             if outcome == "done":
                 return
             kill.done = outcome == "killed" if kill.failpoint else True
-            _kill(processes[kill.side])
+            kill_process(processes[kill.side])
             processes[kill.side] = lab.start(kill.side)
         if _wait(processes["learner"], processes["learner"], time.monotonic() + RUN_SECONDS) != "done":
             raise RuntimeError(f"the run in {lab.root} did not come to its end; see its logs")
     finally:
         for pid in (*processes.values(), *others):
-            _kill(pid)
+            kill_process(pid)
 
 
 def audit(lab: Lab, reference: list[dict[str, Any]] | None) -> Audit:
@@ -252,7 +254,7 @@ def _next_kills(generator: random.Random, waiting: deque[str], random_left: int)
         kills = []
         for name in [waiting.popleft() for _ in range(min(4, len(waiting)))]:
             side = "engine" if name in ENGINE_FAILPOINTS else "learner"
-            rare = name.startswith(("checkpoint", "publish", "step"))
+            rare = name.startswith(("checkpoint", "publish", "step", "records"))
             kills.append(Kill(side, name, 1 if rare else generator.randint(1, 4)))
         return kills
     sides = generator.choices(["learner", "engine"], k=min(random_left, 8))
@@ -278,15 +280,13 @@ def _child(kind: str, config: Config, log: Path, failpoints: str, committed: Pat
 
 
 def _run_learner(config: Config) -> int:
-    from learner import service
     from learner.journal import Journal
 
     Journal.drop_before = lambda self, offset: None  # type: ignore[method-assign]  # all of it is wanted for the audit
-    return service.run_learner(config)
+    return learner.service.run_learner(config)
 
 
 def _run_engine(config: Config, committed: Path) -> int:
-    from pipeline.engine import service
     from pipeline.engine.outbox import Outbox
     from pipeline.engine.rewarding import BuiltInScorer
     from pipeline.tasks.rewards import Scored
@@ -304,15 +304,15 @@ def _run_engine(config: Config, committed: Path) -> int:
     BuiltInScorer.score = score  # type: ignore[method-assign]  # a reward that differs between samples
     Outbox.committed = remember  # type: ignore[method-assign]
     vocabulary = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
-    service.build_generator = lambda *arguments: SeededGenerator(vocabulary)  # type: ignore[assignment]
-    return service.run_engine(config, None, 0.0)
+    pipeline.engine.service.build_generator = lambda *arguments: SeededGenerator(vocabulary)  # type: ignore[assignment]
+    return pipeline.engine.service.run_engine(config, None, 0.0)
 
 
 def _wait(learner: int, victim: int, limit: float) -> str:
     """ "done" when the learner ended well, "killed" when the victim died, "running" at the limit."""
     while time.monotonic() < limit:
         for pid in {learner, victim}:
-            code = _reap(pid)
+            code = reap(pid)
             if code is None or (pid != learner and code == 0):  # an engine leaves before the learner is done
                 continue
             if pid == learner and code == 0:
@@ -327,7 +327,8 @@ def _wait(learner: int, victim: int, limit: float) -> str:
 _reaped: dict[int, int] = {}
 
 
-def _reap(pid: int) -> int | None:
+def reap(pid: int) -> int | None:
+    """The exit code of a child that has ended."""
     if pid not in _reaped:
         found, status = os.waitpid(pid, os.WNOHANG)
         if not found:
@@ -336,10 +337,11 @@ def _reap(pid: int) -> int | None:
     return _reaped[pid]
 
 
-def _kill(pid: int) -> None:
-    if _reap(pid) is None:
+def kill_process(pid: int) -> None:
+    """kill -9, unless it has ended; returns when it is gone."""
+    if reap(pid) is None:
         os.kill(pid, signal.SIGKILL)
-        while _reap(pid) is None:
+        while reap(pid) is None:
             time.sleep(0.002)
 
 

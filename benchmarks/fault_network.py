@@ -175,7 +175,7 @@ def network_faults(root: Path, *, seconds: float, seed: int, faults: tuple[str, 
         except RuntimeError as error:
             problems.append(f"{kind.__name__}: {error}")
         learner.terminate()
-        problems += [f"{kind.__name__}: {problem}" for problem in _audit(folder, learner, engines)]
+        problems += [f"{kind.__name__}: {problem}" for problem in audit_synthetic(folder, learner, engines)]
         proxy.stop()
     return {"rows": rows, "problems": problems}
 
@@ -183,19 +183,19 @@ def network_faults(root: Path, *, seconds: float, seed: int, faults: tuple[str, 
 def _bad_weather(
     proxy: ByteProxy | MessageProxy, name: str, folder: Path, seconds: float, processes: tuple[subprocess.Popen, ...]
 ) -> dict[str, Any]:
-    before = _step(folder)
+    before = step_of(folder)
     proxy.fault = name
     time.sleep(seconds)
-    during = _step(folder) - before
+    during = step_of(folder) - before
     proxy.fault = ""
     if name == "half-open" and isinstance(proxy, ByteProxy):
         proxy.cut()  # what was swallowed is gone: a real network would reset the connection now
     began = time.monotonic()
-    _wait_for_step(folder, _step(folder) + 3, RECOVERY_SECONDS, *processes)
+    _wait_for_step(folder, step_of(folder) + 3, RECOVERY_SECONDS, *processes)
     return {"fault": name, "seconds": seconds, "steps_during": during, "recovery_seconds": time.monotonic() - began}
 
 
-def _audit(folder: Path, learner: subprocess.Popen, engines: list[subprocess.Popen]) -> list[str]:
+def audit_synthetic(folder: Path, learner: subprocess.Popen, engines: list[subprocess.Popen]) -> list[str]:
     """What does not add up after the run has ended."""
     problems = []
     try:
@@ -223,7 +223,7 @@ def _audit(folder: Path, learner: subprocess.Popen, engines: list[subprocess.Pop
 
 def _wait_for_step(folder: Path, step: int, seconds: float, *processes: subprocess.Popen) -> None:
     deadline = time.monotonic() + seconds
-    while _step(folder) < step:
+    while step_of(folder) < step:
         for process in processes:
             if process.poll() is not None:
                 raise RuntimeError(f"a process ended with {process.returncode} during the faults")
@@ -232,7 +232,8 @@ def _wait_for_step(folder: Path, step: int, seconds: float, *processes: subproce
         time.sleep(0.01)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Steps that the synthetic learner in a folder has done."""
     path = folder / "step"
     return int(path.read_text() or 0) if path.exists() else 0
 

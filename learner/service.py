@@ -48,7 +48,7 @@ from pipeline.weights import FilesystemPublisher, WeightsServer
 
 POLL_SECONDS = 0.5
 DRAIN_SECONDS = 20.0
-DISK_RETRY_SECONDS = 5.0
+DISK_RETRY_SECONDS = 2.0
 JOURNAL_SEGMENTS = 16
 REMEDIES = {
     "no_signal": "every group's rewards are all equal: change the task's difficulty, raise learner.group_size, "
@@ -288,6 +288,7 @@ class Learner:
             RunFailed: they cannot be written; both are cut back to the checkpoint when the run goes on.
         """
         try:
+            failpoint("records.write")
             self.audit.write(self.step, batch)
             self._record(measured, batch, waited, began)
         except OSError as error:

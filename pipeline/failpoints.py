@@ -23,7 +23,8 @@ NAMES = (
     "spool.write", "spool.torn", "spool.fsync", "spool.synced", "sample.sent",
     "sample.received", "journal.write", "journal.torn", "journal.fsync", "journal.synced", "ack.sent",
     "ack.handled",
-    "step.trained", "publish.written", "publish.renamed", "publish.announced", "step.counted", "step.recorded",
+    "step.trained", "publish.written", "publish.renamed", "publish.announced", "step.counted", "records.write",
+    "step.recorded",
     "checkpoint.begun", "checkpoint.written", "checkpoint.renamed", "checkpoint.done",
 )  # fmt: skip
 """In the order of a sample's life. `torn` lies in the middle of a write."""
