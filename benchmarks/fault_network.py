@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import random
+import signal
 import subprocess
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 import zmq
 
-from benchmarks.synthetic import BATCH, GROUP, free_address, start_engine, start_learner
+from benchmarks.synthetic import BATCH, GROUP, free_address, read_trained, start_engine, start_learner
 
 STEP_SECONDS = 0.02
 RECOVERY_SECONDS = 60.0
@@ -200,6 +201,8 @@ def audit_synthetic(folder: Path, learner: subprocess.Popen, engines: list[subpr
     problems = []
     try:
         output, errors = learner.communicate(timeout=60)
+        for engine in engines:
+            engine.terminate()  # one that came too late to be told that the run is over
         ends = [engine.communicate(timeout=60) for engine in engines]
     except subprocess.TimeoutExpired:
         for process in (learner, *engines):
@@ -208,7 +211,7 @@ def audit_synthetic(folder: Path, learner: subprocess.Popen, engines: list[subpr
     if not output:
         return [f"the learner failed: {errors[-500:]}"]
     result = json.loads(output)
-    trained = [tuple(sample) for sample in result["trained"]]
+    trained = read_trained(folder / "trained.jsonl")
     if len(trained) != len(set(trained)):
         problems.append(f"{len(trained) - len(set(trained))} samples trained twice")
     if len(trained) != result["trained_samples"] or len(trained) % BATCH:
@@ -217,7 +220,9 @@ def audit_synthetic(folder: Path, learner: subprocess.Popen, engines: list[subpr
     accounted = len(trained) + dropped + result["buffered"] + result["in_flight"]
     if result["next_lease"] * GROUP != accounted:
         problems.append(f"{result['next_lease'] * GROUP} samples leased, {accounted} accounted for")
-    problems += [f"an engine ended badly: {errors[-300:]}" for out, errors in ends if "drained" not in out]
+    for engine, (said, errors) in zip(engines, ends, strict=True):
+        if "drained" not in said and engine.returncode != -signal.SIGTERM:  # which came before it had begun
+            problems.append(f"an engine ended badly: {errors[-300:]}")
     return problems
 
 

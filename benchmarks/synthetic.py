@@ -204,8 +204,7 @@ def run_learner(
     hub.stop()
     hub._journal.close()
     trained.close()
-    print(json.dumps({
-        "trained": read_trained(root / "trained.jsonl"), "left": left, "dropped": stats.dropped,
+    print(json.dumps({ "left": left, "dropped": stats.dropped,
         "trained_samples": stats.trained_samples, "next_lease": hub.state().next_lease,
         "in_flight": stats.in_flight, "buffered": stats.buffered, "transport": stats.transport(),
     }))  # fmt: skip

@@ -15,6 +15,7 @@ from benchmarks.synthetic import (
     HEARTBEAT,
     make_hub,
     make_link,
+    read_trained,
     source,
     start_engine,
     start_learner,
@@ -158,7 +159,7 @@ def test_killed_learner_resumes_and_trains_every_sample_once(tmp_path, kill_engi
                 assert output, errors
                 assert ended(processes[-1]) == "drained and flushed"
     result = json.loads(output)
-    trained = Counter(tuple(sample) for sample in result["trained"])
+    trained = Counter(read_trained(learner_folder / "trained.jsonl"))
     assert max(trained.values()) == 1
     assert len(trained) == result["trained_samples"] == 20 * BATCH
     lost = sum(count for reason, count in result["dropped"].items() if reason not in ("duplicate", "unknown_lease"))

@@ -15,6 +15,7 @@ from benchmarks.synthetic import (
     LIMITS,
     make_hub,
     make_link,
+    read_trained,
     source,
     start_engine,
     start_learner,
@@ -289,7 +290,7 @@ def test_a_kill_at_a_failpoint_loses_and_repeats_nothing(tmp_path, side, failpoi
             output, errors = (second if side == "learner" else learner).communicate(timeout=30)
             assert output, errors
     result = msgspec.json.decode(output)
-    trained = [tuple(sample) for sample in result["trained"]]
+    trained = read_trained(folder / "trained.jsonl")
     assert len(trained) == len(set(trained)) == 8 * BATCH
     journal = Journal(folder / "journal")
     kept = {(record.lease, record.sample) for _, record in journal.replay() if isinstance(record, Arrived)}
@@ -311,6 +312,6 @@ def test_learner_that_is_stopped_and_continued_finds_its_engines_again(tmp_path)
         os.kill(learner.pid, signal.SIGCONT)
         output, errors = learner.communicate(timeout=20)
         assert output, errors
-    trained = [tuple(sample) for sample in msgspec.json.decode(output)["trained"]]
+    trained = read_trained(folder / "trained.jsonl")
     assert len(trained) == len(set(trained)) == 10 * BATCH
     assert threading.active_count() < 20
