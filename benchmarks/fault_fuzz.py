@@ -59,7 +59,6 @@ def valid_from_learner() -> list[list[bytes]]:
         messages.Welcome(schema=SCHEMA, run="run", version=3, received=((0, 1),)),
         messages.Window(samples=10, bytes=1 << 20),
         messages.Grant(leases=tuple(source(lease, 0) for lease in range(3))),
-        messages.Received(samples=((0, 0),)),
         messages.Committed(samples=((0, 0), (0, 1))),
         messages.Published(version=4),
         messages.Revoke(leases=(1,)),

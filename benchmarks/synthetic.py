@@ -81,11 +81,12 @@ def make_link(address: str, spool: Path, **options) -> Link:
         address, heartbeat_seconds=HEARTBEAT, tick_seconds=0.05, max_message_bytes=largest, keys=keys
     )
     owner = options.pop("owner", keys.fingerprint if keys else "")
-    return Link(dealer, Spool.acquire(spool, limit, owner=owner), **(settings | options))
+    fsync = options.pop("fsync", True)
+    return Link(dealer, Spool.acquire(spool, limit, owner=owner, fsync=fsync), **(settings | options))
 
 
 def make_hub(
-    folder: Path, address: str = "tcp://127.0.0.1:*", *, events=None, ledger=None, sockets=None, **options
+    folder: Path, address: str = "tcp://127.0.0.1:*", *, events=None, ledger=None, sockets=None, fsync=True, **options
 ) -> Hub:
     settings = {
         "run_id": "run",
@@ -98,7 +99,7 @@ def make_hub(
     } | options
     sizes = {"batch_size": BATCH, "group_size": GROUP, "max_staleness": 1, "lease_seconds": settings["lease_seconds"]}
     router = ZmqLearnerSocket(address, **({"heartbeat_seconds": HEARTBEAT, "tick_seconds": 0.05} | (sockets or {})))
-    return Hub(router, Journal(folder), Ledger(**(sizes | (ledger or {}))), source, **settings)
+    return Hub(router, Journal(folder, fsync=fsync), Ledger(**(sizes | (ledger or {}))), source, **settings)
 
 
 def start_engine(address: str, spool: Path, **options) -> subprocess.Popen:

@@ -74,6 +74,8 @@ class Journal:
         self.error: OSError | None = None
         """why nothing is written any more; from then on nothing is acknowledged either"""
         self.on_error: Callable[[OSError], None] = lambda error: None
+        self.after_sync: Callable[[], None] = lambda: None
+        """called after the callbacks of all records that were synced together"""
         self.stalled = False
         """the disk is full: nothing is acknowledged until there is space"""
         self.on_stall: Callable[[bool], None] = lambda stalled: None
@@ -158,6 +160,8 @@ class Journal:
             for _, on_durable in batch:
                 if on_durable is not None:
                     on_durable()
+            if batch:
+                self.after_sync()
             if done:
                 return
 

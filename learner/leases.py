@@ -66,10 +66,9 @@ class Ledger:
             if self._newest_version < 0:
                 return None
             deadline = now + self._lease_seconds
-            orphans = [lease for lease, entry in self._table.entries.items() if entry.status is Status.ORPHANED]
-            if orphans:
-                entry = self._table.entries[min(orphans)]
-                entry.lease = source(min(orphans), self._newest_version)
+            if (orphan := self._table.first_orphan()) is not None:
+                entry = self._table.entries[orphan]
+                entry.lease = source(orphan, self._newest_version)
                 entry.holder, entry.deadline, entry.status = producer, deadline, Status.OPEN
                 self._table.reissued += 1
                 return entry.lease
@@ -107,7 +106,7 @@ class Ledger:
                 if entry.status is not Status.OPEN or entry.holder != producer or lease in running:
                     continue
                 if not all((lease, sample) in coming for sample in entry.missing):
-                    entry.status = Status.ORPHANED
+                    self._table.orphan(entry)
             self._claim(producer, running, now)
             return [sample for sample in spooled if self._table.settled(*sample)]
 
@@ -142,7 +141,7 @@ class Ledger:
             for lease in leases:
                 entry = self._table.entries.get(lease)
                 if entry is not None and entry.status is Status.OPEN and entry.holder == producer:
-                    entry.status = Status.ORPHANED
+                    self._table.orphan(entry)
 
     def gone(self, producer: str) -> None:
         """An engine is not connected any more; its leases run until their deadlines, as it may come back."""
@@ -166,7 +165,7 @@ class Ledger:
         with self._lock:
             for lease, entry in self._table.entries.items():
                 if entry.status is Status.OPEN and entry.deadline < now:
-                    entry.status = Status.ORPHANED
+                    self._table.orphan(entry)
                     freed.append(lease)
         return freed
 
@@ -175,6 +174,12 @@ class Ledger:
         with self._lock:
             entry = self._table.entries.get(lease)
             return None if entry is None else entry.lease
+
+    def is_settled(self, lease: int) -> bool:
+        """Every sample of the lease arrived or failed, or it is consumed."""
+        with self._lock:
+            entry = self._table.entries.get(lease)
+            return entry is None or entry.status in (Status.COMPLETE, Status.TAKEN)
 
     def holder(self, lease: int) -> str | None:
         """The producer that works on a lease; None when nobody does."""

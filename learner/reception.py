@@ -1,7 +1,7 @@
 """What the learner does with what engines say: HELLO, progress, samples, farewells, and everything malformed.
 
-Messages are handled in the socket's thread. A sample is answered twice: Received when the ledger has it, Committed when
-the journal has synced it, or at once when it is not wanted.
+Messages are handled in the socket's thread. A sample is answered when the journal has synced it, or at once when it is
+not wanted.
 """
 
 import threading
@@ -229,9 +229,12 @@ class Reception:
         self._sample_settled(engine, message.lease, outcome)
 
     def _sample_settled(self, engine: Engine, lease: int, outcome: Outcome) -> None:
-        if outcome is Outcome.ACCEPTED:
-            self.accepted_at = time.monotonic()
         engine.unseen.pop(lease, None)
+        if outcome is not Outcome.ACCEPTED:
+            return
+        self.accepted_at = time.monotonic()
+        if not self._ledger.is_settled(lease):
+            return  # nothing has changed for whoever waits for whole groups, nor for what may be granted
         self.grant()
         self.changed.notify_all()
 

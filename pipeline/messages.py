@@ -205,12 +205,6 @@ class Grant(Message, tag="grant", kw_only=True, frozen=True):
     leases: tuple[Lease, ...]
 
 
-class Received(Message, tag="received", kw_only=True, frozen=True):
-    """In the learner's memory: need not be resent on this connection."""
-
-    samples: SampleIds
-
-
 class Committed(Message, tag="committed", kw_only=True, frozen=True):
     """In the learner's journal, synced to disk, or deliberately not wanted: the spool may forget them."""
 
@@ -274,7 +268,7 @@ def fatal(message: str, traceback: str = "") -> Fatal:
 
 EngineMessage = Hello | Progress | TrajectoryHeader | SampleFailed | Leaving | WeightsRequest | Fatal
 LearnerMessage = (
-    Welcome | Window | Refused | Grant | Received | Committed | Published | Revoke | WeightsFiles | WeightsChunk
+    Welcome | Window | Refused | Grant | Committed | Published | Revoke | WeightsFiles | WeightsChunk
     | Drain | Fatal
 )  # fmt: skip
 
@@ -307,6 +301,7 @@ class Trajectory(Struct, kw_only=True):
         return self.header.lease, self.header.sample
 
 
+_HUGE = float(np.finfo(np.float32).max)
 _FRAMES = ("<u4", "<u4", "<f4", "<f4", "<u4", "u1", "u1")
 
 
@@ -344,9 +339,9 @@ def decode_trajectory(header: TrajectoryHeader, bodies: list[bytes]) -> Trajecto
             raise BadMessage(f"array frame of {len(body)} bytes where {count} {dtype} were announced")
         arrays.append(np.frombuffer(body, dtype))
     prompt_ids, token_ids, logprobs, entropies, versions, samplers, roles = arrays
-    if not (np.isfinite(logprobs).all() and (logprobs <= 1e-3).all()):
+    if not _within(logprobs, -_HUGE, 1e-3):
         raise BadMessage("a log-prob is not finite or is above 0")
-    if header.has_entropy and not (np.isfinite(entropies).all() and (entropies >= -1e-3).all()):
+    if header.has_entropy and not _within(entropies, -1e-3, _HUGE):
         raise BadMessage("an entropy is not finite or is below 0")
     if not np.isfinite([header.reward, *header.reward_parts.values()]).all():
         raise BadMessage(f"reward {header.reward}, or a part of it, is not finite")
@@ -358,6 +353,11 @@ def decode_trajectory(header: TrajectoryHeader, bodies: list[bytes]) -> Trajecto
         header=header, prompt_ids=prompt_ids, token_ids=token_ids, logprobs=logprobs,
         entropies=entropies if header.has_entropy else None, versions=versions, samplers=samplers, roles=roles,
     )  # fmt: skip
+
+
+def _within(values: np.ndarray, low: float, high: float) -> bool:
+    """Whether all values lie between; a NaN lies nowhere, as every comparison with it is false."""
+    return not values.size or bool(values.min() >= low and values.max() <= high)
 
 
 def decode_from_engine(frames: list[bytes]) -> EngineMessage | Trajectory:

@@ -85,7 +85,6 @@ ORDINARY = (
     messages.Window,
     messages.Published,
     messages.Grant,
-    messages.Received,
     messages.Committed,
 )
 
