@@ -12,16 +12,20 @@ from torch import Tensor
 
 from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
 from drafters.none import NoDrafter
-from pipeline.engine.generator import FinishedSample, GroupRequest
+from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds
 from pipeline.engine.native.drafting import Drafting
 from pipeline.engine.native.prefill import start_sequences
 from pipeline.engine.native.scheduler import Scheduler
 from pipeline.engine.native.sequence import Emission, Sequence
+from pipeline.engine.native.stop_strings import StopStrings
 from pipeline.errors import RunFailed, UsageError
 from pipeline.messages import Capabilities
 from pipeline.models.checkpoint import load_decoder, load_weights_into
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import KVCache
+from pipeline.models.tokenizer import Tokenizer
+from pipeline.sampling.processors import Processors
+from pipeline.sampling.uniforms import salted
 from pipeline.sampling.verification import TokenUniforms, VerifiedTokens, packed_rows, verify
 
 
@@ -61,6 +65,8 @@ class NativeGenerator:
         device: torch.device | str = "auto",
         stop_token_ids: Items[int] | None = None,
         entropy: bool = True,
+        verification: str = "standard",
+        tokenizer: Tokenizer | None = None,
         version: int = -1,
         on_event: Callable[[str], None] | None = None,
     ) -> None:
@@ -73,6 +79,8 @@ class NativeGenerator:
             max_length: tokens of prompt and response together; None: what the model was made for.
             stop_token_ids: tokens that end every response, beside those of a request; None: the model's own.
             entropy: whether to record entropies.
+            verification: rule for drafts that bring probabilities: "standard", token by token, or "block".
+            tokenizer: for requests with stop strings; None: the checkpoint directory's.
             version: publication that `model` is.
             on_event: told in one sentence when the drafter is switched off; None: `warnings.warn`.
 
@@ -81,7 +89,7 @@ class NativeGenerator:
         """
         self.decoder = model if isinstance(model, Decoder) else load_decoder(model, dtype, device)
         config = self.decoder.config
-        self.capabilities = Capabilities(entropy=entropy)
+        self.capabilities = Capabilities(entropy=entropy, kept_ids=True)
         self.version = version
         self.max_sequences, self.max_draft_tokens = max_sequences, max_draft_tokens
         self.max_length = max_length or config.max_positions
@@ -95,6 +103,11 @@ class NativeGenerator:
         self._scheduler = Scheduler()
         self._live: list[Sequence] = []
         """row b of every batch, and slot b of the cache"""
+        self._processors = Processors(config.vocab_size, self.decoder.device)
+        self._block = verification == "block"
+        self._tokenizer, self._folder = tokenizer, None if isinstance(model, Decoder) else Path(model)
+        self._salt = False
+        """whether numbers depend on the sequence beside the seed: from the first drafts with probabilities on"""
         self._drafting = Drafting(drafter or NoDrafter(), self.decoder, on_event)
         self._weight_loads = 0
         self._stats = GeneratorStats()
@@ -123,7 +136,8 @@ class NativeGenerator:
             limits: most tokens of each sample, where they differ; None: the sampling parameters' for all.
 
         Raises:
-            UsageError: the prompt is empty, leaves no room for a response, or has ids outside the vocabulary.
+            UsageError: the prompt is empty, leaves no room for a response, or has ids outside the vocabulary; sampling
+                settings that no response can have; stop strings without a tokenizer.
             ValueError: the group's id is in use.
         """
         prompt, vocab_size = request.prompt_ids, self.decoder.config.vocab_size
@@ -136,11 +150,21 @@ class NativeGenerator:
         wanted = limits or [request.sampling.max_new_tokens] * len(request.seeds)
         room = self.max_length - len(prompt)
         stop = self._stop.union(request.sampling.stop_token_ids)
+        self._processors.check(request.sampling, stop)
+        if request.sampling.stop_strings:
+            self._load_tokenizer()
         self._scheduler.add(request, [min(limit, room) for limit in wanted], stop)
 
     def cancel(self, group: int) -> None:
         self._scheduler.cancel(group)
         self._release([row for row, s in enumerate(self._live) if s.request.id == group])
+
+    def _load_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            if self._folder is None:
+                raise UsageError("stop strings need a tokenizer; give NativeGenerator one, or a checkpoint directory")
+            self._tokenizer = Tokenizer(self._folder)
+        return self._tokenizer
 
     def has_work(self) -> bool:
         return bool(self._live) or len(self._scheduler) > 0
@@ -182,11 +206,13 @@ class NativeGenerator:
         hidden = self._forward(proposal)
         logits = self.decoder.logits(hidden)
         self._lap("forward_seconds")
-        verified = self._verify(logits, proposal, temperatures)
+        verified = self._verify(logits, proposal)
         emissions = self._emissions(verified, proposal)
         self._lap("sampling_seconds")
         for sequence, emission in zip(self._live, emissions, strict=True):
             sequence.append(emission, self.version)
+        slots = np.array([s.slot for s in self._live], np.int64)
+        self._processors.observe(slots, [e.token_ids for e in emissions])
         self._count(emissions)
         self._lap("other_seconds")
         self._observe(emissions, hidden, logits, proposal)
@@ -197,6 +223,12 @@ class NativeGenerator:
         starting = self._scheduler.start(self.max_sequences - len(self._live))
         if not starting:
             return
+        for sequence in starting:
+            params = sequence.request.sampling
+            sequence.slot = self._processors.add(params, sequence.stop, sequence.request.prompt_ids)
+            if params.stop_strings:
+                stream = self._load_tokenizer().stream()
+                sequence.stop_strings = StopStrings(params.stop_strings, stream, params.min_new_tokens)
         start_sequences(self.decoder, self._cache, self._live, starting, self._weight_loads)
         self._lap("forward_seconds")
         starts = [SequenceStart(s.id, s.request.prompt_ids, s.request.id, s.temperature, s.seed) for s in starting]
@@ -220,18 +252,26 @@ class NativeGenerator:
         plan = self._cache.plan(0, cached, counts)
         return self.decoder.forward(torch.from_numpy(tokens).to(self.decoder.device), plan, self._cache)
 
-    def _verify(self, logits: Tensor, proposal: Proposal, temperatures: np.ndarray) -> VerifiedTokens:
+    def _verify(self, logits: Tensor, proposal: Proposal) -> VerifiedTokens:
         seeds = np.array([s.seed for s in self._live], np.int64)
         positions = np.array([s.count for s in self._live], np.int64)
-        sampled = proposal.probabilities is not None
+        slots = np.array([s.slot for s in self._live], np.int64)
+        probabilistic = proposal.probabilities is not None
+        # From here on no seed has a text of its own anyway, and a drafter that remembers what a seed led to must not
+        # meet the same numbers again.
+        self._salt = self._salt or probabilistic
+        if self._salt:
+            seeds = salted(seeds, np.array([s.id + 1 for s in self._live], np.int64))
+        target = self._processors.target(
+            logits, slots, positions, proposal.token_ids, proposal.lengths, self.capabilities.entropy
+        )
         return verify(
-            logits,
+            target,
             proposal.token_ids,
             proposal.lengths,
-            torch.from_numpy(temperatures).to(logits.device),
-            TokenUniforms.draw(seeds, positions, proposal.lengths, sampled, logits.device),
+            TokenUniforms.draw(seeds, positions, proposal.lengths, probabilistic, logits.device, self._block),
             proposal.probabilities,
-            self.capabilities.entropy,
+            block=self._block,
         )
 
     def _emissions(self, verified: VerifiedTokens, proposal: Proposal) -> list[Emission]:
@@ -240,7 +280,7 @@ class NativeGenerator:
             raise RunFailed(f"publication {self.version} gives log-probs that are not numbers; its weights are broken")
         tokens = verified.tokens.cpu().numpy()
         entropies = None if verified.entropies is None else verified.entropies.cpu().numpy()
-        emissions = []
+        emissions, kept = [], _kept_by_row(verified)
         for row, sequence in enumerate(self._live):
             n = int(accepted[row])
             emission = Emission(
@@ -249,6 +289,7 @@ class NativeGenerator:
                 None if entropies is None else entropies[row, : n + 1],
                 int(proposal.lengths[row]),
                 n,
+                kept[row].first(n + 1) if kept else None,
             )
             emissions.append(sequence.cut_at_stop(emission))
         return emissions
@@ -274,6 +315,8 @@ class NativeGenerator:
     def _release(self, rows: list[int]) -> None:
         """Frees rows; the last live sequence moves into each hole, so that live ones stay in the first slots."""
         self._drafting.end([self._live[row].id for row in rows])
+        for row in rows:
+            self._processors.remove(self._live[row].slot)
         for row in sorted(rows, reverse=True):
             last = self._live.pop()
             if row < len(self._live):
@@ -301,3 +344,12 @@ def _padded(packed: Tensor, proposal: Proposal) -> Tensor:
     out = packed.new_zeros(len(proposal.lengths), proposal.token_ids.shape[1] + 1, *packed.shape[1:])
     out[torch.from_numpy(row), torch.from_numpy(depth)] = packed
     return out
+
+
+def _kept_by_row(verified: VerifiedTokens) -> list[KeptIds]:
+    """Of each row's columns; empty where nothing was truncated."""
+    if verified.kept_counts is None or verified.kept_ids is None:
+        return []
+    counts, ids = verified.kept_counts.cpu().numpy(), verified.kept_ids.cpu().numpy()
+    parts = np.split(ids, counts.sum(1).cumsum()[:-1])
+    return [KeptIds(row, part) for row, part in zip(counts, parts, strict=True)]
