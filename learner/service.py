@@ -33,8 +33,9 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
+from pipeline.messages import Capabilities
 from pipeline.tasks import load_task
-from pipeline.tasks.prompts import check_prompts
+from pipeline.tasks.prompts import check_prompts, rollout_sampling
 from pipeline.telemetry import Log, MetricsWriter
 from pipeline.telemetry.progress import StepView, WarmStartView
 from pipeline.transport.zmq import ZmqLearnerSocket
@@ -298,7 +299,10 @@ def _hub(
         source,
         run_id=run.run_id(),
         digest=run_digest(config),
-        needs_entropy=objective.needs_entropy_from_engine,
+        needs=Capabilities(
+            entropy=objective.needs_entropy_from_engine,
+            kept_ids=rollout_sampling(config.sampling, ()).truncates,
+        ),
         heartbeat_seconds=transport.heartbeat_seconds,
         lease_seconds=transport.lease_seconds,
         limits=limits,

@@ -243,6 +243,7 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
         reward=score.reward, reward_parts={}, finish_reason=sample.finish_reason, sampling=lease.sampling,
         drafters=sample.drafters, verifications=sample.verifications,
         kv_kept_across_update=sample.kv_kept_across_update,
+        kept_ids=None if sample.kept is None else len(sample.kept.ids),
     )  # fmt: skip
     return Trajectory(
         header=header,
@@ -253,6 +254,8 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
         versions=sample.versions.astype(np.uint32),
         samplers=sample.samplers,
         roles=np.full(tokens, Role.GENERATED, np.uint8),
+        kept_counts=None if sample.kept is None else sample.kept.counts,
+        kept_ids=None if sample.kept is None else sample.kept.ids,
     )
 
 
@@ -278,5 +281,6 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         max_length=config.sampling.max_prompt_tokens + config.sampling.max_new_tokens,
         dtype=config.engine.dtype,
         device=config.engine.device,
+        verification=config.engine.verification,
         on_event=log,
     )

@@ -104,6 +104,8 @@ class NativeGenerator:
         self._live: list[Sequence] = []
         """row b of every batch, and slot b of the cache"""
         self._processors = Processors(config.vocab_size, self.decoder.device)
+        if verification not in ("standard", "block"):
+            raise UsageError(f"verification {verification!r} is unknown; use standard or block")
         self._block = verification == "block"
         self._tokenizer, self._folder = tokenizer, None if isinstance(model, Decoder) else Path(model)
         self._salt = False
