@@ -41,8 +41,13 @@ def pack_logprobs(
         ).last_hidden_state[0].float()  # fmt: skip
     head = model.get_output_embeddings()
     return token_logprobs(
-        hidden_LH[pack.predictor], head.weight, pack.target, temperature, head.bias,
-        entropy_gradient=entropy_gradient, kept=pack.kept,
+        hidden_LH[pack.predictor],
+        head.weight,
+        pack.target,
+        temperature,
+        head.bias,
+        entropy_gradient=entropy_gradient,
+        kept=pack.kept,
     )
 
 

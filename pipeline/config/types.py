@@ -65,7 +65,9 @@ class SamplingSection(Section):
     min_p: Annotated[
         Annotated[float, Meta(ge=0, le=1)], option("draw from tokens this likely, relative to the most likely one")
     ] = 0.0
-    repetition_penalty: Annotated[PositiveFloat, option("divides logits of tokens of prompt and response; 1: off")] = 1.0
+    repetition_penalty: Annotated[PositiveFloat, option("divides logits of tokens of prompt and response; 1: off")] = (
+        1.0
+    )
     presence_penalty: Annotated[float, option("taken off logits of tokens of the response")] = 0.0
     frequency_penalty: Annotated[float, option("taken off logits of tokens of the response, for each time")] = 0.0
     logit_bias: Annotated[dict[str, float], option("token id -> added to its logit")] = field(default_factory=dict)

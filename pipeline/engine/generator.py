@@ -15,10 +15,12 @@ class TokenOrigin(IntEnum):
     """How a token came to be emitted, for people who look at drafting; it does not matter to the learner."""
 
     SAMPLED = 0
-    """drawn from the target: no draft stood there, or the draft was rejected (residual)"""
+    """drawn from the target: no draft stood there"""
     ACCEPTED = 1
     BONUS = 2
     """drawn from the target after a whole draft was accepted"""
+    RESIDUAL = 3
+    """drawn in place of a draft token that was rejected"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
         ),
         Spool.acquire(RunDirectory(Path(config.run.out)).spool, config.engine.spool_bytes),
         digest=run_digest(config),
-        capabilities=Capabilities(entropy=True),
+        capabilities=Capabilities(entropy=True, kept_ids=True),
         heartbeat_seconds=config.transport.heartbeat_seconds,
         connect_timeout=config.transport.connect_timeout if connect_timeout is None else connect_timeout,
         on_event=log,

@@ -18,7 +18,12 @@ from pipeline.messages import SamplingParams
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 
-STYLES = {TokenOrigin.SAMPLED: "", TokenOrigin.ACCEPTED: "bold green", TokenOrigin.BONUS: "cyan"}
+STYLES = {
+    TokenOrigin.SAMPLED: "",
+    TokenOrigin.ACCEPTED: "bold green",
+    TokenOrigin.BONUS: "cyan",
+    TokenOrigin.RESIDUAL: "",
+}
 
 
 def generate(
@@ -43,7 +48,10 @@ def generate(
     if samples < 1:
         raise UsageError(f"--samples {samples} must be at least 1")
     generator = NativeGenerator(
-        folder, drafter=build({"name": drafter}), max_sequences=min(samples, 64), max_length=len(prompt_ids) + max_new_tokens
+        folder,
+        drafter=build({"name": drafter}),
+        max_sequences=min(samples, 64),
+        max_length=len(prompt_ids) + max_new_tokens,
     )
     seeds = tuple(range(seed, seed + samples))
     generator.add(GroupRequest(0, np.asarray(prompt_ids, np.int64), params, seeds))

@@ -141,7 +141,9 @@ def test_slots_are_reused_and_counts_start_anew():
     processors = Processors(VOCABULARY, CPU)
     penalised, biased = SETTINGS["presence"], SETTINGS["bias"]
     for _ in range(40):
-        slots = np.array([processors.add(s, (), np.array([1])) for s in (penalised, biased, penalised, SamplingParams())])
+        slots = np.array(
+            [processors.add(s, (), np.array([1])) for s in (penalised, biased, penalised, SamplingParams())]
+        )
         assert sorted(slots) == [0, 1, 2, 3]
         logits = torch.zeros(4, VOCABULARY)
         args = (slots, np.zeros(4, np.int64), np.zeros((4, 0), np.int64), np.zeros(4, np.int64))

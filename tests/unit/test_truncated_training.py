@@ -56,9 +56,7 @@ def trajectories(folder, sampling, **changes):
     for lease in leases:
         group = FinishedGroup(lease, [samples[lease.id, index] for index in range(GROUP)])
         scored = ScoredGroup(group, [Scored(float(index % 2), "") for index in range(GROUP)])
-        groups.append(
-            [decode_from_engine(encode_trajectory(trajectory_of(scored, index))) for index in range(GROUP)]
-        )
+        groups.append([decode_from_engine(encode_trajectory(trajectory_of(scored, index))) for index in range(GROUP)])
     return groups
 
 

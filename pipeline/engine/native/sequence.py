@@ -110,8 +110,8 @@ class Sequence:
         self.versions[start:end] = version
         self.origins[start : start + emission.accepted] = TokenOrigin.ACCEPTED
         if emission.accepted < end - start:
-            whole = 0 < emission.drafted == emission.accepted
-            self.origins[end - 1] = TokenOrigin.BONUS if whole else TokenOrigin.SAMPLED
+            whole = TokenOrigin.BONUS if emission.drafted else TokenOrigin.SAMPLED
+            self.origins[end - 1] = whole if emission.accepted == emission.drafted else TokenOrigin.RESIDUAL
         self.count = end
         self.verifications += 1
         self.drafted += emission.drafted

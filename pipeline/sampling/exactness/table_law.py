@@ -179,8 +179,7 @@ def _block_cells(model: TableModel, proposal: TableModel, draft: tuple[int, ...]
         rest = float(np.maximum(prefix[i] * p[i] - q[i], 0).sum())
         limits.append(1.0 if prefix[i] == 1 and rest == 0 else rest / (rest + 1 - prefix[i]))
     both: list[list[tuple[bool, Point]]] = [
-        [(True, point) for point in _ends(0, limit)] + [(False, point) for point in _ends(limit, 1)]
-        for limit in limits
+        [(True, point) for point in _ends(0, limit)] + [(False, point) for point in _ends(limit, 1)] for limit in limits
     ]
     for decisions in itertools.product(*both):
         accepted = max((i for i, (below, _) in enumerate(decisions, 1) if below), default=0)
@@ -191,5 +190,3 @@ def _block_cells(model: TableModel, proposal: TableModel, draft: tuple[int, ...]
         chance = float(np.prod([point[1] for _, point in decisions]))
         for last, weight in _draw_cells(rest_p):
             yield _ended(draft, accept, accepted, last, weight * chance)
-
-
