@@ -29,11 +29,11 @@ from learner.warm_start import ensure_embedded_model
 from pipeline.config import Config, check_against_model, check_config, resolve_threads
 from pipeline.digest import run_digest
 from pipeline.errors import RunFailed
+from pipeline.messages import Capabilities
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
-from pipeline.messages import Capabilities
 from pipeline.tasks import load_task
 from pipeline.tasks.prompts import check_prompts, rollout_sampling
 from pipeline.telemetry import Log, MetricsWriter

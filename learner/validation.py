@@ -34,8 +34,8 @@ def refusal(hello: Hello, digest: dict[str, str], needs: Capabilities) -> Refuse
         )
     if needs.kept_ids and not hello.capabilities.kept_ids:
         return Refused(
-            reason="sampling.top_k, top_p or min_p is set, and this engine cannot say which tokens they left to draw from; "
-            "turn them off or choose another generator",
+            reason="sampling.top_k, top_p or min_p is set, and this engine cannot say which tokens they left to draw "
+            "from; turn them off or choose another generator",
             keys=("capabilities.kept_ids",),
         )
     if needs.entropy and not hello.capabilities.entropy:

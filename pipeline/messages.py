@@ -139,9 +139,9 @@ class Progress(Message, tag="progress", kw_only=True, frozen=True):
 
 class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):
     """One finished sample. Frames: prompt ids u32, token ids u32, log-probs f32, entropies f32 or empty, versions u32,
-    samplers u8, roles u8; all but the prompt have one entry a response token. Then what truncation left to draw each token
-    from: number of ids u32 (one entry a response token, 0: the whole vocabulary), and the ids u32, token by token; both
-    empty where nothing was truncated."""
+    samplers u8, roles u8; all but the prompt have one entry a response token. Then what truncation left to draw each
+    token from: number of ids u32 (one entry a response token, 0: the whole vocabulary), and the ids u32, token by
+    token; both empty where nothing was truncated."""
 
     schema: Small
     producer: Name

@@ -67,7 +67,9 @@ def least_likely(laws: Mapping[tuple[int, ...], np.ndarray]) -> Guessing:
 def random_tokens(vocabulary: int, seed: int) -> Guessing:
     """Any tokens, any number of them."""
     rng = np.random.default_rng(seed)
-    return Guessing("random tokens", lambda s, e, budget: rng.integers(0, vocabulary, rng.integers(0, budget + 1)))
+    return Guessing(
+        "random tokens", lambda s, e, budget: rng.integers(0, vocabulary, rng.integers(0, budget + 1)).tolist()
+    )
 
 
 def too_long(after: int) -> Guessing:

@@ -1,8 +1,7 @@
 """The joint law on models small enough to write down, for every rule."""
 
-from pipeline.sampling.exactness import Check, TableModel, bound_check, law_error
-
 from benchmarks.exactness_suite.scale import Scale
+from pipeline.sampling.exactness import Check, TableModel, bound_check, law_error
 
 BOUND = 1e-12
 

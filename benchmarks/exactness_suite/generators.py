@@ -1,7 +1,7 @@
 """What the suite generates with: the native generator, or another that keeps the same protocol."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,25 +11,45 @@ from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 
 
+def ignore(event: str) -> None:
+    """For drafters that are switched off on purpose."""
+
+
 class MakeGenerator(Protocol):
     def __call__(
-        self, folder: Path, drafter: Drafter | None, *, max_draft_tokens: int = 3, verification: str = "standard"
+        self,
+        folder: Path,
+        drafter: Drafter | None,
+        *,
+        max_draft_tokens: int = 3,
+        verification: str = "standard",
+        on_event: Callable[[str], None] = ignore,
     ) -> Generator:
-        """A generator on the float32 checkpoint in `folder`, for many short responses at once; its end-of-text ids
-        do not end them unless a request says so."""
+        """A generator on the float32 checkpoint in `folder`, for many short responses at once. The model's end of text
+        does not end them unless a request says so; `on_event` hears when the drafter is switched off."""
 
 
 def native(
-    folder: Path, drafter: Drafter | None, *, max_draft_tokens: int = 3, verification: str = "standard"
+    folder: Path,
+    drafter: Drafter | None,
+    *,
+    max_draft_tokens: int = 3,
+    verification: str = "standard",
+    on_event: Callable[[str], None] = ignore,
 ) -> Generator:
     return NativeGenerator(
         folder, drafter=drafter, max_sequences=500, max_draft_tokens=max_draft_tokens, stop_token_ids=(),
-        dtype="float32", device="cpu", verification=verification,
+        dtype="float32", device="cpu", verification=verification, on_event=on_event,
     )  # fmt: skip
 
 
 def vllm(
-    folder: Path, drafter: Drafter | None, *, max_draft_tokens: int = 3, verification: str = "standard"
+    folder: Path,
+    drafter: Drafter | None,
+    *,
+    max_draft_tokens: int = 3,
+    verification: str = "standard",
+    on_event: Callable[[str], None] = ignore,
 ) -> Generator:
     """
     Raises:

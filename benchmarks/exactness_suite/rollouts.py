@@ -17,7 +17,7 @@ from pipeline.engine.generator import FinishedSample, GroupRequest, TokenOrigin
 from pipeline.messages import SamplingParams
 from pipeline.sampling.exactness import Check, bound_check, chi_square_check, processed_law
 
-VOCABULARY, TOKENS, TESTED = 12, 4, 3
+VOCABULARY, TOKENS, TESTED, GROUP = 12, 4, 3, 100
 """Responses of TOKENS tokens, the first TESTED of which are tested together."""
 PROMPT = (4, 7, 4, 7, 4, 1)
 LOGPROB_BOUND = 2e-4
@@ -62,11 +62,11 @@ def cells(samples: list[FinishedSample]) -> np.ndarray:
 def requests(params: SamplingParams, samples: int, first_seed: int) -> list[GroupRequest]:
     """Groups of one prompt, with seeds of their own."""
     params = msgspec.structs.replace(params, max_new_tokens=TOKENS)
-    size = 100
+    seeds = range(first_seed, first_seed + samples)
     return [
-        GroupRequest(i, np.array(PROMPT, np.int64), params, tuple(range(first_seed + i * size, first_seed + (i + 1) * size)))
-        for i in range(samples // size)
-    ]  # fmt: skip
+        GroupRequest(i, np.array(PROMPT, np.int64), params, tuple(seeds[start : start + GROUP]))
+        for i, start in enumerate(range(0, samples, GROUP))
+    ]
 
 
 def rollout_checks(
@@ -82,13 +82,15 @@ def rollout_checks(
     tiny = random_checkpoint(folder / "tiny", VOCABULARY, sharpness=1.5, seed=seed)
     law = JointLaw(tiny)
     checks = []
+    events: list[str] = []
     for setting, params in chosen(VOCABULARY, scale.every_rule).items():
         params = msgspec.structs.replace(params, stop_token_ids=(STOP,) if params.min_new_tokens else ())
-        generator = make(tiny, build())
+        generator = make(tiny, build(), on_event=events.append)
         found = generate(generator, requests(params, scale.rollouts, seed))
-        checks.append(
-            chi_square_check(f"joint law of {TESTED} tokens, {name}, {setting}", cells(found), law.joint(params))
-        )
+        title = f"joint law of {TESTED} tokens, {name}, {setting}"
+        checks.append(chi_square_check(title, cells(found), law.joint(params)))
+        seed += scale.rollouts
+    checks.append(bound_check(f"{name} was never switched off", len(events), 1, detail="; ".join(events)))
     checks += hostile_checks(make, law, tiny, scale, seed)
     checks += history_checks(make, law, tiny, scale, seed)
     checks += recorded_checks(make, build, name, scale, seed, folder)
@@ -98,7 +100,7 @@ def rollout_checks(
 def hostile_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale, seed: int) -> list[Check]:
     """Drafters that would move the distribution if they could."""
     params = SamplingParams(temperature=0.8)
-    asked, joint = requests(params, scale.rollouts, seed + 1), law.joint(params)
+    asked, joint = requests(params, scale.rollouts, seed), law.joint(params)
     plain = generate(make(tiny, None), asked)
     seeds = [s for request in asked for s in request.seeds]
     texts = {s: sample.token_ids.tolist() for s, sample in zip(seeds, plain, strict=True)}
@@ -112,8 +114,10 @@ def hostile_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale,
         (drafters.Drawn(VOCABULARY, seed, sharpness=3.0), "block"),
     ]
     checks = [chi_square_check("joint law without drafts", cells(plain), joint)]
-    for drafter, rule in worst:
-        found = generate(make(tiny, drafter, verification=rule), asked)
+    for index, (drafter, rule) in enumerate(worst):
+        same = drafter.name == "copies of the future"
+        new = asked if same else requests(params, scale.rollouts, seed + (index + 1) * scale.rollouts)
+        found = generate(make(tiny, drafter, verification=rule), new)
         checks.append(chi_square_check(f"joint law, hostile: {drafter.name}, {rule}", cells(found), joint))
     return checks
 
@@ -121,7 +125,7 @@ def hostile_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale,
 def history_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale, seed: int) -> list[Check]:
     """The same seeds again, with a drafter that remembers what each led to."""
     params = SamplingParams()
-    asked, joint, checks = requests(params, scale.rollouts, seed + 2), law.joint(params), []
+    asked, joint, checks = requests(params, scale.rollouts, seed), law.joint(params), []
     for rule in ("standard", "block") if scale.every_rule else ("standard",):
         generator = make(tiny, drafters.Remembering(VOCABULARY, seed), verification=rule)
         generate(generator, asked)

@@ -15,7 +15,7 @@ def settings(vocabulary: int) -> dict[str, SamplingParams]:
         "repetition": SamplingParams(repetition_penalty=1.4),
         "presence and frequency": SamplingParams(presence_penalty=0.5, frequency_penalty=0.4),
         "bias": SamplingParams(logit_bias=((1, 1.5), (3, -2.0))),
-        "allowed": SamplingParams(allowed_token_ids=tuple(range(0, vocabulary, 2)) + (1,)),
+        "allowed": SamplingParams(allowed_token_ids=(*range(0, vocabulary, 2), 1)),
         "bad": SamplingParams(bad_token_ids=(0, 2, 5)),
         "minimum length": SamplingParams(min_new_tokens=4),
         "everything": SamplingParams(

@@ -70,8 +70,8 @@ def _check_replay(sampling: SamplingSection) -> None:
         value, off = getattr(sampling, key), getattr(default, key)
         if value != off:
             raise UsageError(
-                f"sampling.{key} = {value!r} changes probabilities in a way that the learner cannot recompute; leave it at "
-                f"{off!r} for training"
+                f"sampling.{key} = {value!r} changes probabilities in a way that the learner cannot recompute; "
+                f"leave it at {off!r} for training"
             )
 
 

@@ -63,7 +63,7 @@ class FinishedSample:
     token_ids: np.ndarray
     """int64 [T]"""
     logprobs: np.ndarray
-    """float32 [T], nats, under the distribution that sampled, truncation included; of a greedy sample at temperature 1"""
+    """float32 [T], nats, under the distribution that sampled, truncation included; at temperature 1 where that is 0"""
     entropies: np.ndarray | None
     """float32 [T], nats, at the sampling temperature; None where the generator cannot give it exactly"""
     versions: np.ndarray

@@ -12,7 +12,7 @@ _Key = tuple[object, ...]
 
 
 class BiasTable:
-    """Two rows for each distinct setting, shared by the sequences that have it: as it is, and with stop tokens barred."""
+    """Two rows for each distinct setting, shared by the sequences that have it: as it is, and stop tokens barred."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._table = torch.zeros(0, 2, vocab_size, device=device)

@@ -37,7 +37,7 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> np.nda
 
 
 def salted(seeds: np.ndarray, salts: np.ndarray) -> np.ndarray:
-    """Seeds [N] of their own for every pair of `seeds` [N] and positive `salts` [N]; a salt of 0 leaves the seed as it is.
+    """A seed of its own [N] for each pair of `seeds` [N] and positive `salts` [N]; a salt of 0 leaves the seed.
 
     A drafter that remembers what a seed led to, and then draws drafts from a distribution that it made of that, would
     state a distribution that is not independent of the numbers it is tested with. Salted seeds meet new numbers.

@@ -15,8 +15,8 @@ COMMAND_LINE = {
     "learner": ["config", "--set", "--dry-run"],
     "engine": ["config", "--connect", "--connect-timeout", "--set", "--dry-run"],
     "generate": [
-        "model", "--prompt", "--drafter", "--max-new-tokens", "--temperature", "--seed", "--samples", "--top-k", "--top-p",
-        "--min-p", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logit-bias",
+        "model", "--prompt", "--drafter", "--max-new-tokens", "--temperature", "--seed", "--samples", "--top-k",
+        "--top-p", "--min-p", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logit-bias",
         "--allowed-token-ids", "--bad-token-ids", "--stop-token-ids", "--stop-strings", "--min-new-tokens",
     ],
     "drafters": [],

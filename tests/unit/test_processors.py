@@ -36,7 +36,7 @@ SETTINGS = {
     "greedy with settings": SamplingParams(temperature=0.0, top_p=0.5, repetition_penalty=3.0, logit_bias=((8, 3.0),)),
     "everything": SamplingParams(
         temperature=0.9, top_k=12, top_p=0.9, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.3,
-        frequency_penalty=0.2, logit_bias=((2, 1.0), (7, 5.0)), allowed_token_ids=tuple(range(0, 40, 2)) + (7,),
+        frequency_penalty=0.2, logit_bias=((2, 1.0), (7, 5.0)), allowed_token_ids=(*range(0, 40, 2), 7),
         bad_token_ids=(6, 8), min_new_tokens=5,
     ),
 }  # fmt: skip

@@ -4,8 +4,8 @@ import torch
 from scipy import special, stats
 
 from pipeline.sampling import verification
-from pipeline.sampling.uniforms import Stream, uniforms
 from pipeline.sampling.target import plain_target
+from pipeline.sampling.uniforms import Stream, uniforms
 from pipeline.sampling.verification import TokenUniforms, packed_rows, verify
 
 ROWS, VOCABULARY, LENGTH = 60_000, 40, 2

@@ -64,7 +64,7 @@ def test_enumeration_catches_a_block_accepted_token_by_token(monkeypatch):
     honest = verification._accept_block
 
     def accept(layout, p, q, p_x, q_x, numbers):
-        accepted, scale = honest(layout, p, q, p_x, q_x, numbers)
+        _, scale = honest(layout, p, q, p_x, q_x, numbers)
         return layout.leading((numbers * q_x < p_x) & (layout.drafted >= 0)), scale
 
     monkeypatch.setattr(verification, "_accept_block", accept)

@@ -1,4 +1,4 @@
-"""The distribution that settings ask for, one step after the other in float64: what the batched code is compared with."""
+"""The distribution that settings ask for, step by step in float64: what the batched code is compared with."""
 
 from collections.abc import Collection, Sequence
 
