@@ -94,6 +94,13 @@ class EngineSection(Section):
     verification: Annotated[
         Literal["standard", "block"], option("rule for drafts that bring probabilities; both are exact")
     ] = "standard"
+    kv_bytes: Annotated[
+        Count, option("memory for keys and values, in bytes; 0: for max_sequences, at most half of what is free")
+    ] = 0
+    prefill_tokens: Annotated[PositiveInt, option("prompt tokens computed between two generation steps")] = 2048
+    update_kv: Annotated[
+        Literal["keep", "recompute"], option("keys and values of sequences under way when new weights arrive")
+    ] = "keep"
     max_draft_tokens: Annotated[Annotated[int, Meta(ge=0, le=128)], option("longest draft a verification")] = 2
     drafter: Annotated[Piece, option("drafter by name or module:Class, with its options")] = field(
         default_factory=lambda: {"name": "suffix-automaton"}

@@ -282,5 +282,8 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         dtype=config.engine.dtype,
         device=config.engine.device,
         verification=config.engine.verification,
+        kv_bytes=config.engine.kv_bytes,
+        prefill_tokens=config.engine.prefill_tokens,
+        recompute_on_update=config.engine.update_kv == "recompute",
         on_event=log,
     )
