@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.exactness_suite.counts import count_checks
+from benchmarks.exactness_suite.counts import count_checks, repetition_checks
 from benchmarks.exactness_suite.enumeration import enumeration_checks
 from benchmarks.exactness_suite.generators import GENERATORS
 from benchmarks.exactness_suite.model import FreshForward, random_checkpoint
@@ -81,9 +81,10 @@ def suite(
         if generator == "native":
             done(enumeration_checks(scale))
             checkpoint = model or random_checkpoint(
-                Path(folder) / "counted", scale.vocabulary, sharpness=1.3, seed=SEED
+                Path(folder) / "counted", scale.vocabulary, sharpness=1.0, seed=SEED
             )
             done(count_checks(real_logits(checkpoint, scale.draft_tokens), scale, SEED))
+            done(repetition_checks(SEED))
         done(rollout_checks(make, drafter, name, scale, SEED, Path(folder)))
     return checks
 

@@ -1,13 +1,12 @@
 """First and second tokens of many verifications of one context, by sampling setting and kind of draft."""
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks.exactness_suite.model import STOP
 from benchmarks.exactness_suite.scale import Scale
-from benchmarks.exactness_suite.settings import chosen
+from benchmarks.exactness_suite.settings import SOME, chosen
 from pipeline.messages import SamplingParams
 from pipeline.sampling.exactness import (
     Check,
@@ -15,6 +14,7 @@ from pipeline.sampling.exactness import (
     acceptance_check,
     chi_square_check,
     draw_constant,
+    draw_repeatedly,
     processed_law,
 )
 
@@ -52,12 +52,24 @@ class Case:
 def count_checks(logits: np.ndarray, scale: Scale, seed: int) -> list[Check]:
     """Chi-square and acceptance checks on logits [K+1, V]."""
     checks: list[Check] = []
-    turns = itertools.cycle(RULES)
     for index, (name, params) in enumerate(chosen(logits.shape[1], scale.every_rule).items()):
-        for rule in RULES if scale.every_rule else (next(turns),):
+        for rule in RULES if scale.every_rule else (SOME[name],):
             checks += _checks(
                 f"{name}, {rule} drafts", make_case(logits, params, rule, seed), scale.draws, seed + index
             )
+    return checks
+
+
+def repetition_checks(seed: int) -> list[Check]:
+    """Responses over several verifications, where numbers that were looked at must not be looked at again. Half and
+    half against drafts of four to one is where that would show most."""
+    law, proposal, rows, tokens = np.array([0.5, 0.5]), np.array([0.8, 0.2]), 20_000, 4
+    checks = []
+    for rule in ("standard", "block"):
+        found = draw_repeatedly(law, proposal, rows, tokens, 3, block=rule == "block", seed=seed)
+        cells = found @ (2 ** np.arange(tokens))
+        name = f"joint law of {tokens} tokens over several verifications, {rule} drafts"
+        checks.append(chi_square_check(name, cells, np.full(2**tokens, 0.5**tokens)))
     return checks
 
 

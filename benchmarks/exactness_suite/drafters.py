@@ -107,6 +107,20 @@ class Drawn(Tracking):
         return self._law[:depth].expand(len(request.ids), -1, -1)
 
 
+class Mixed(Drawn):
+    """Some rows drawn, the others deterministic, without probabilities worth reading."""
+
+    name = "drawn and deterministic rows in one batch"
+
+    def propose(self, request: DraftRequest) -> Proposal:
+        drawn = super().propose(request)
+        assert drawn.probabilities is not None
+        sampled = np.array([(i + len(self.emitted[i])) % 2 == 0 for i in request.ids])
+        token_ids = np.where(sampled[:, None], drawn.token_ids, 1)
+        q = torch.where(torch.from_numpy(sampled)[:, None, None], drawn.probabilities, torch.nan)
+        return Proposal(token_ids, drawn.lengths, q, sampled=sampled)
+
+
 class Remembering(Drawn):
     """Draws mostly what the same seed led to before, if it was seen."""
 

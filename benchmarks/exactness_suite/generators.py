@@ -38,7 +38,7 @@ def native(
     on_event: Callable[[str], None] = ignore,
 ) -> Generator:
     return NativeGenerator(
-        folder, drafter=drafter, max_sequences=500, max_draft_tokens=max_draft_tokens, stop_token_ids=(),
+        folder, drafter=drafter, max_sequences=128, max_draft_tokens=max_draft_tokens, stop_token_ids=(),
         dtype="float32", device="cpu", verification=verification, on_event=on_event,
     )  # fmt: skip
 

@@ -53,10 +53,19 @@ class JointLaw:
         return law
 
 
-def cells(samples: list[FinishedSample]) -> np.ndarray:
-    """int64 [N], index of each response's first tokens in `JointLaw.joint`."""
+def joint_checks(name: str, samples: list[FinishedSample], law: np.ndarray) -> list[Check]:
+    """The first token alone, where deviations are least diluted, and the first TESTED ones together.
+
+    Args:
+        law: `JointLaw.joint`.
+    """
     tokens = np.array([sample.token_ids[:TESTED] for sample in samples], np.int64)
-    return tokens @ (VOCABULARY ** np.arange(TESTED - 1, -1, -1))
+    cells = tokens @ (VOCABULARY ** np.arange(TESTED - 1, -1, -1))
+    first = law.reshape(VOCABULARY, -1).sum(1)
+    return [
+        chi_square_check(f"first token, {name}", tokens[:, 0], first),
+        chi_square_check(f"joint law of {TESTED} tokens, {name}", cells, law),
+    ]
 
 
 def requests(params: SamplingParams, samples: int, first_seed: int) -> list[GroupRequest]:
@@ -79,7 +88,7 @@ def rollout_checks(
         build: the drafter that the suite was asked to test, `name` its name.
         folder: an empty folder for checkpoints.
     """
-    tiny = random_checkpoint(folder / "tiny", VOCABULARY, sharpness=1.5, seed=seed)
+    tiny = random_checkpoint(folder / "tiny", VOCABULARY, sharpness=0.6, seed=seed)
     law = JointLaw(tiny)
     checks = []
     events: list[str] = []
@@ -87,8 +96,7 @@ def rollout_checks(
         params = msgspec.structs.replace(params, stop_token_ids=(STOP,) if params.min_new_tokens else ())
         generator = make(tiny, build(), on_event=events.append)
         found = generate(generator, requests(params, scale.rollouts, seed))
-        title = f"joint law of {TESTED} tokens, {name}, {setting}"
-        checks.append(chi_square_check(title, cells(found), law.joint(params)))
+        checks += joint_checks(f"{name}, {setting}", found, law.joint(params))
         seed += scale.rollouts
     checks.append(bound_check(f"{name} was never switched off", len(events), 1, detail="; ".join(events)))
     checks += hostile_checks(make, law, tiny, scale, seed)
@@ -112,13 +120,15 @@ def hostile_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale,
         (drafters.future(texts), "standard"),
         (drafters.Drawn(VOCABULARY, seed), "standard"),
         (drafters.Drawn(VOCABULARY, seed, sharpness=3.0), "block"),
+        (drafters.Mixed(VOCABULARY, seed), "standard"),
+        (drafters.Mixed(VOCABULARY, seed), "block"),
     ]
-    checks = [chi_square_check("joint law without drafts", cells(plain), joint)]
+    checks = joint_checks("no drafts", plain, joint)
     for index, (drafter, rule) in enumerate(worst):
         same = drafter.name == "copies of the future"
         new = asked if same else requests(params, scale.rollouts, seed + (index + 1) * scale.rollouts)
         found = generate(make(tiny, drafter, verification=rule), new)
-        checks.append(chi_square_check(f"joint law, hostile: {drafter.name}, {rule}", cells(found), joint))
+        checks += joint_checks(f"hostile: {drafter.name}, {rule}", found, joint)
     return checks
 
 
@@ -130,7 +140,7 @@ def history_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale,
         generator = make(tiny, drafters.Remembering(VOCABULARY, seed), verification=rule)
         generate(generator, asked)
         again = generate(generator, asked)
-        checks.append(chi_square_check(f"joint law, {drafters.Remembering.name}, {rule}", cells(again), joint))
+        checks += joint_checks(f"{drafters.Remembering.name}, {rule}", again, joint)
     return checks
 
 

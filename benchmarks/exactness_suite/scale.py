@@ -14,7 +14,7 @@ class Scale:
     draft_tokens: int
     """of each of them"""
     every_rule: bool
-    """each setting with each kind of draft; else the kinds take turns"""
+    """each setting with each kind of draft; else some settings, each with one"""
     rollouts: int
     """responses behind each joint test"""
     recorded: int
@@ -22,4 +22,4 @@ class Scale:
 
 
 FULL = Scale(((3, 2), (2, 3), (5, 2), (4, 3)), 256, 50_000, 2, True, 50_000, 12)
-SHORT = Scale(((3, 2),), 64, 50_000, 1, False, 4_000, 2)
+SHORT = Scale(((3, 2),), 64, 50_000, 1, False, 2_000, 1)

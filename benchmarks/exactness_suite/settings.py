@@ -25,7 +25,16 @@ def settings(vocabulary: int) -> dict[str, SamplingParams]:
     }  # fmt: skip
 
 
+SOME = {
+    "plain": "standard",
+    "temperature 0.6": "block",
+    "top-p": "standard",
+    "presence and frequency": "deterministic",
+    "everything": "block",
+}
+"""Settings that between them use every code path, and the kind of draft each is tried with in the short form."""
+
+
 def chosen(vocabulary: int, every: bool) -> dict[str, SamplingParams]:
-    """All of them, or those that between them use every code path."""
-    some = {"plain", "temperature 0.6", "top-p", "presence and frequency", "everything"}
-    return {name: params for name, params in settings(vocabulary).items() if every or name in some}
+    """All settings, or some."""
+    return {name: params for name, params in settings(vocabulary).items() if every or name in SOME}

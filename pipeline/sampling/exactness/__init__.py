@@ -3,7 +3,7 @@
 For the exactness suite (`rollahead bench exactness`), the conformance kit for drafters and the tests.
 """
 
-from pipeline.sampling.exactness.constant import Drawn, draw_constant
+from pipeline.sampling.exactness.constant import Drawn, draw_constant, draw_repeatedly
 from pipeline.sampling.exactness.reference import processed_law
 from pipeline.sampling.exactness.statistics import (
     Check,
@@ -17,5 +17,5 @@ from pipeline.sampling.exactness.table_law import TableModel, law_error
 
 __all__ = [
     "Check", "Drawn", "TableModel", "acceptance_check", "bound_check", "chi_square_check", "chi_square_p_value",
-    "draw_constant", "holm", "law_error", "processed_law",
+    "draw_constant", "draw_repeatedly", "holm", "law_error", "processed_law",
 ]  # fmt: skip

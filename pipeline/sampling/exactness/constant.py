@@ -7,6 +7,7 @@ import torch
 
 from pipeline.messages import SamplingParams
 from pipeline.sampling.processors import Processors
+from pipeline.sampling.target import plain_target
 from pipeline.sampling.verification import TokenUniforms, verify
 
 _ELEMENTS = 1 << 23
@@ -79,3 +80,39 @@ def draw_constant(
         out = verify(target, drafts, lengths, draws, told, block=block)
         chunks.append((out.tokens.numpy(), out.accepted.numpy(), out.logprobs.numpy(), drafts))
     return Drawn(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
+
+
+def draw_repeatedly(
+    law: np.ndarray,
+    proposal: np.ndarray,
+    rows: int,
+    tokens: int,
+    draft_tokens: int,
+    *,
+    block: bool = False,
+    seed: int = 0,
+) -> np.ndarray:
+    """int64 [rows, tokens]: responses of a model that draws every token from `law` [V], verified time after time.
+
+    Args:
+        proposal: [V], what every draft token is drawn from.
+        draft_tokens: in each verification, also those beyond the end.
+    """
+    rng = np.random.default_rng(seed)
+    logits = torch.log(torch.from_numpy(law)).float().expand(rows * (draft_tokens + 1), -1)
+    target = plain_target(logits, torch.ones(len(logits)), with_entropy=False)
+    stated = torch.from_numpy(proposal).float().expand(rows, draft_tokens, -1)
+    responses = np.full((rows, tokens + draft_tokens + 1), -1, np.int64)
+    positions, lengths = np.zeros(rows, np.int64), np.full(rows, draft_tokens)
+    while (positions < tokens).any():
+        drafts = rng.choice(len(law), (rows, draft_tokens), p=proposal)
+        seeds = seed * rows + np.arange(rows)
+        draws = TokenUniforms.draw(seeds, positions, lengths, True, torch.device("cpu"), block)
+        out = verify(target, drafts, lengths, draws, stated, block=block)
+        open_rows = np.flatnonzero(positions < tokens)
+        emitted = out.accepted.numpy()[open_rows] + 1
+        for depth in range(draft_tokens + 1):
+            some = open_rows[depth < emitted]
+            responses[some, positions[some] + depth] = out.tokens.numpy()[some, depth]
+        positions[open_rows] += emitted
+    return responses[:, :tokens]
