@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CANDIDATES = 256
-"""most likely tokens that are sorted first; hardly any distribution needs more for its nucleus"""
+_CANDIDATES, _GROWTH = 256, 16
+"""Most likely tokens that are sorted first, enough for the nucleus of all but flat distributions; those get more, step
+by step, since sorting a whole vocabulary costs more than many a model's forward pass."""
 
 
 def truncate(logprobs: Tensor, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray) -> Tensor:
@@ -21,15 +22,17 @@ def truncate(logprobs: Tensor, top_k: np.ndarray, top_p: np.ndarray, min_p: np.n
         top_p: float64 [R], 1: off.
         min_p: float64 [R], 0: off.
     """
-    vocabulary = logprobs.shape[-1]
-    candidates = min(vocabulary, max(_CANDIDATES, int(top_k.max(initial=0))))
-    best = logprobs.topk(candidates, dim=-1).values
-    mask, open_rows = _within(logprobs, best, top_k, top_p, min_p)
-    if candidates < vocabulary and bool(open_rows.any()):
-        wide = open_rows.nonzero().squeeze(1)
-        rows = wide.cpu().numpy()
-        best = logprobs[wide].sort(dim=-1, descending=True).values
-        mask[wide], _ = _within(logprobs[wide], best, top_k[rows], top_p[rows], min_p[rows])
+    rows = np.arange(len(top_k))
+    mask = torch.empty_like(logprobs, dtype=torch.bool)
+    candidates = max(_CANDIDATES, int(top_k.max(initial=0)))
+    while len(rows):
+        candidates = min(logprobs.shape[-1], candidates)
+        where = torch.from_numpy(rows).to(logprobs.device)
+        some = logprobs if len(rows) == len(logprobs) else logprobs[where]
+        best = some.topk(candidates, dim=-1).values
+        mask[where], more = _within(some, best, top_k[rows], top_p[rows], min_p[rows])
+        rows = rows[more.cpu().numpy()] if candidates < logprobs.shape[-1] else rows[:0]
+        candidates *= _GROWTH
     return mask
 
 
