@@ -2,7 +2,7 @@
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -72,9 +72,9 @@ def suite(
     make = GENERATORS[generator]
     checks: list[Check] = []
 
-    def done(more: list[Check]) -> None:
-        checks.extend(more)
+    def done(more: Iterable[Check]) -> None:
         for check in more:
+            checks.append(check)
             tell(_line(check))
 
     with tempfile.TemporaryDirectory() as folder:
@@ -96,8 +96,9 @@ def real_logits(checkpoint: Path, draft_tokens: int) -> np.ndarray:
     return logits[:, np.argsort(-logits[0])]
 
 
-def failures(checks: list[Check]) -> list[Check]:
+def failures(results: Iterable[Check]) -> list[Check]:
     """Those that did not hold: chi-square tests by Holm's correction over all of them, the others each by its bound."""
+    checks = list(results)
     tested = [check for check in checks if check.bound is None]
     rejected = [check for check, no in zip(tested, holm([c.value for c in tested]), strict=True) if no]
     return [check for check in checks if check in rejected or (check.bound is not None and not check.passed)]

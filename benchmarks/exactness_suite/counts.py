@@ -1,5 +1,6 @@
 """First and second tokens of many verifications of one context, by sampling setting and kind of draft."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,15 +50,12 @@ class Case:
         return processed_law(self.logits[len(drafted)], self.params, PROMPT.tolist(), response, (STOP,))
 
 
-def count_checks(logits: np.ndarray, scale: Scale, seed: int) -> list[Check]:
+def count_checks(logits: np.ndarray, scale: Scale, seed: int) -> Iterator[Check]:
     """Chi-square and acceptance checks on logits [K+1, V]."""
-    checks: list[Check] = []
     for index, (name, params) in enumerate(chosen(logits.shape[1], scale.every_rule).items()):
         for rule in RULES if scale.every_rule else (SOME[name],):
-            checks += _checks(
-                f"{name}, {rule} drafts", make_case(logits, params, rule, seed), scale.draws, seed + index
-            )
-    return checks
+            case = make_case(logits, params, rule, seed)
+            yield from _checks(f"{name}, {rule} drafts", case, scale.draws, seed + index)
 
 
 def repetition_checks(seed: int) -> list[Check]:

@@ -1,7 +1,7 @@
 """Whole responses through a generator: their joint distribution, and what is recorded of every token."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -80,7 +80,7 @@ def requests(params: SamplingParams, samples: int, first_seed: int) -> list[Grou
 
 def rollout_checks(
     make: MakeGenerator, build: Callable[[], Drafter], name: str, scale: Scale, seed: int, folder: Path
-) -> list[Check]:
+) -> Iterator[Check]:
     """Joint tests and recorded values.
 
     Args:
@@ -90,22 +90,20 @@ def rollout_checks(
     """
     tiny = random_checkpoint(folder / "tiny", VOCABULARY, sharpness=0.6, seed=seed)
     law = JointLaw(tiny)
-    checks = []
     events: list[str] = []
     for setting, params in chosen(VOCABULARY, scale.every_rule).items():
         params = msgspec.structs.replace(params, stop_token_ids=(STOP,) if params.min_new_tokens else ())
         generator = make(tiny, build(), on_event=events.append)
         found = generate(generator, requests(params, scale.rollouts, seed))
-        checks += joint_checks(f"{name}, {setting}", found, law.joint(params))
+        yield from joint_checks(f"{name}, {setting}", found, law.joint(params))
         seed += scale.rollouts
-    checks.append(bound_check(f"{name} was never switched off", len(events), 1, detail="; ".join(events)))
-    checks += hostile_checks(make, law, tiny, scale, seed)
-    checks += history_checks(make, law, tiny, scale, seed)
-    checks += recorded_checks(make, build, name, scale, seed, folder)
-    return checks
+    yield bound_check(f"{name} was never switched off", len(events), 1, detail="; ".join(events))
+    yield from hostile_checks(make, law, tiny, scale, seed)
+    yield from history_checks(make, law, tiny, scale, seed)
+    yield from recorded_checks(make, build, name, scale, seed, folder)
 
 
-def hostile_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale, seed: int) -> list[Check]:
+def hostile_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale, seed: int) -> Iterator[Check]:
     """Drafters that would move the distribution if they could."""
     params = SamplingParams(temperature=0.8)
     asked, joint = requests(params, scale.rollouts, seed), law.joint(params)
@@ -123,25 +121,23 @@ def hostile_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale,
         (drafters.Mixed(VOCABULARY, seed), "standard"),
         (drafters.Mixed(VOCABULARY, seed), "block"),
     ]
-    checks = joint_checks("no drafts", plain, joint)
+    yield from joint_checks("no drafts", plain, joint)
     for index, (drafter, rule) in enumerate(worst):
         same = drafter.name == "copies of the future"
         new = asked if same else requests(params, scale.rollouts, seed + (index + 1) * scale.rollouts)
         found = generate(make(tiny, drafter, verification=rule), new)
-        checks += joint_checks(f"hostile: {drafter.name}, {rule}", found, joint)
-    return checks
+        yield from joint_checks(f"hostile: {drafter.name}, {rule}", found, joint)
 
 
-def history_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale, seed: int) -> list[Check]:
+def history_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale, seed: int) -> Iterator[Check]:
     """The same seeds again, with a drafter that remembers what each led to."""
     params = SamplingParams()
-    asked, joint, checks = requests(params, scale.rollouts, seed), law.joint(params), []
+    asked, joint = requests(params, scale.rollouts, seed), law.joint(params)
     for rule in ("standard", "block") if scale.every_rule else ("standard",):
         generator = make(tiny, drafters.Remembering(VOCABULARY, seed), verification=rule)
         generate(generator, asked)
         again = generate(generator, asked)
-        checks += joint_checks(f"{drafters.Remembering.name}, {rule}", again, joint)
-    return checks
+        yield from joint_checks(f"{drafters.Remembering.name}, {rule}", again, joint)
 
 
 def recorded_checks(

@@ -21,5 +21,5 @@ class Scale:
     """responses for each setting whose log-probs are compared with fresh forwards"""
 
 
-FULL = Scale(((3, 2), (2, 3), (5, 2), (4, 3)), 256, 50_000, 2, True, 50_000, 12)
+FULL = Scale(((3, 2), (2, 3), (5, 2), (4, 3)), 256, 50_000, 2, True, 20_000, 12)
 SHORT = Scale(((3, 2),), 64, 50_000, 1, False, 2_000, 1)

@@ -15,8 +15,8 @@ SHAPE = {
 
 
 def save_tiny(folder: Path, family: str = "Qwen3", seed: int = 0, sharpness: float = 2.0, **overrides: Any) -> Path:
-    """A checkpoint whose next-token entropy is like a language's: every weight random, norms and biases included. The
-    width of the weights keeps activations as large as their inputs, so that rounding does not grow from layer to layer."""
+    """A checkpoint whose next-token entropy is like a language's: every weight random, norms and biases included, and
+    matrices as wide as keeps activations of one size, so that rounding does not grow from layer to layer."""
     shape = {key: value for key, value in {**SHAPE, **overrides}.items() if value is not None}
     config = getattr(transformers, f"{family}Config")(**shape)
     torch.manual_seed(seed)
