@@ -170,9 +170,10 @@ def _dry_run(config: object, parts: tuple[str, ...]) -> int:
     assert isinstance(config, Config)
     check_config(config)
     if "learner" in parts:
+        from learner.composition import check_composition
         from learner.objective import Objective
 
-        Objective.from_config(config.objective)
+        check_composition(Objective.from_config(config.objective), config)
     if "engine" in parts:
         from drafters.registry import build
         from pipeline.tasks.rewards import load_reward

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.logprobs import pack_logprobs, token_logprobs
+from learner.logprobs import Wanted, pack_logprobs, token_logprobs
 from learner.packing import pack
 from learner.policy import load_policy, policy_state
 from pipeline.errors import UsageError
@@ -27,7 +27,9 @@ def test_chunked_log_probs_and_gradients_equal_the_direct_computation(chunk, tem
     target = torch.randint(0, 50, (30,), generator=generator)
     mix = torch.randn(2, 30, generator=generator)
 
-    logp, entropy = token_logprobs(hidden, weight, target, temperature, entropy_gradient=True, chunk_tokens=chunk)
+    logp, entropy, *_ = token_logprobs(
+        hidden, weight, target, temperature, wanted=Wanted(entropy_gradient=True), chunk_tokens=chunk
+    )
     gradients = torch.autograd.grad((logp * mix[0] + entropy * mix[1]).sum(), (hidden, weight))
     expected_logp, expected_entropy = direct(hidden, weight, target, temperature)
     expected = torch.autograd.grad((expected_logp * mix[0] + expected_entropy * mix[1]).sum(), (hidden, weight))
@@ -40,7 +42,7 @@ def test_chunked_log_probs_and_gradients_equal_the_direct_computation(chunk, tem
 
 def test_entropy_is_not_differentiated_unless_asked():
     hidden = torch.randn(4, 8, requires_grad=True)
-    logp, entropy = token_logprobs(hidden, torch.randn(10, 8), torch.zeros(4, dtype=torch.int64), 1.0)
+    logp, entropy, *_ = token_logprobs(hidden, torch.randn(10, 8), torch.zeros(4, dtype=torch.int64), 1.0)
     assert logp.requires_grad
     assert not entropy.requires_grad
 
@@ -50,7 +52,7 @@ def test_entropies_of_nearly_certain_tokens_are_accurate_and_not_negative():
     gap = torch.tensor([8.0, 12.0, 16.0, 20.0, 30.0])
     weight = torch.zeros(50, 1)
     weight[3] = 1.0
-    _, entropy = token_logprobs(gap[:, None], weight, torch.full((5,), 3), 1.0)
+    _, entropy, *_ = token_logprobs(gap[:, None], weight, torch.full((5,), 3), 1.0)
     rest = 49 * torch.exp(-gap.double())
     expected = torch.log1p(rest) + rest / (1 + rest) * gap.double()
     assert (entropy >= 0).all()
@@ -67,7 +69,7 @@ def test_backward_holds_no_logits_of_the_whole_batch():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        logp, _ = token_logprobs(hidden, weight, torch.zeros(64, dtype=torch.int64), 1.0, chunk_tokens=4)
+        logp, *_ = token_logprobs(hidden, weight, torch.zeros(64, dtype=torch.int64), 1.0, chunk_tokens=4)
     logp.sum().backward()
     assert kept
     assert 4 * 1000 not in kept
@@ -75,7 +77,7 @@ def test_backward_holds_no_logits_of_the_whole_batch():
 
 
 def test_no_token_gives_no_log_prob():
-    logp, entropy = token_logprobs(torch.zeros(0, 8), torch.zeros(10, 8), torch.zeros(0, dtype=torch.int64), 1.0)
+    logp, entropy, *_ = token_logprobs(torch.zeros(0, 8), torch.zeros(10, 8), torch.zeros(0, dtype=torch.int64), 1.0)
     assert logp.shape == entropy.shape == (0,)
 
 
@@ -83,7 +85,7 @@ def test_a_packs_log_probs_equal_the_stock_models_logits(tmp_path):
     model = tiny_policy(tmp_path / "model", tied=False)
     samples = [sample for group in batch(groups=2, size=2) for sample in group]
     (row,) = pack(samples, range(4), 1000, "cpu")
-    logp, entropy = pack_logprobs(model, row, temperature=0.7)
+    logp, entropy, *_ = pack_logprobs(model, row, temperature=0.7)
     for index, sample in enumerate(samples):
         ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.token_ids]).astype(np.int64))[None]
         logits = model(ids, use_cache=False).logits[0].double() / 0.7
@@ -142,8 +144,8 @@ def test_bfloat16_compute_is_close_and_leaves_float32_results_and_gradients(tmp_
     model = tiny_policy(tmp_path / "model", tied=False)
     samples = [sample for group in batch(groups=2, size=2) for sample in group]
     (row,) = pack(samples, range(4), 1000, "cpu")
-    exact, _ = pack_logprobs(model, row, temperature=1.0)
-    rounded, entropy = pack_logprobs(model, row, temperature=1.0, compute=torch.bfloat16)
+    exact, *_ = pack_logprobs(model, row, temperature=1.0)
+    rounded, entropy, *_ = pack_logprobs(model, row, temperature=1.0, compute=torch.bfloat16)
     assert rounded.dtype == entropy.dtype == torch.float32
     difference = (rounded - exact).abs().max().item()
     assert 0 < difference < 0.2
