@@ -175,7 +175,11 @@ def test_what_a_recipe_does_not_have_is_refused(overrides, said):
         (["objective.surrogate=m2po"], "m2po weighs by pi / mu itself"),
         (["objective.proximal=interpolate"], "erc needs entropies of the policy at the start of the batch"),
         (
-            ["objective.proximal=interpolate", "objective.gates=[]", 'objective.corrections=["tis", "batch-normalisation"]'],
+            [
+                "objective.proximal=interpolate",
+                "objective.gates=[]",
+                'objective.corrections=["tis", "batch-normalisation"]',
+            ],
             "batch-normalisation looks at the whole batch",
         ),
         (["objective.surrogate=gspo"], "objective.aggregation = sequence-mean"),
