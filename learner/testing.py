@@ -126,7 +126,7 @@ def under_logits(logits: torch.Tensor, target: torch.Tensor, tokens: MicroBatchT
 def select(tokens: MicroBatchTokens, index: torch.Tensor) -> MicroBatchTokens:
     """Some of the tokens, in the order of `index`."""
     names = [f.name for f in fields(MicroBatchTokens) if f.name != "step"]
-    return replace(tokens, **{n: value[index] for n in names if len(value := getattr(tokens, n))})  # type: ignore[arg-type]
+    return replace(tokens, **{n: value[index] for n in names if len(value := getattr(tokens, n))})
 
 
 def _samples(batch: BatchTokens) -> GroupRewards:
@@ -142,9 +142,9 @@ def _check_samples(piece: Any, batch: BatchTokens) -> None:
     assert torch.equal(samples.rewards, before), f"{piece.name} changes the rewards in place"
     order = torch.randperm(len(before), generator=torch.Generator().manual_seed(1))
     names = [f.name for f in fields(GroupRewards) if f.name != "max_response_tokens"]
-    shuffled = replace(samples, **{name: getattr(samples, name)[order] for name in names})  # type: ignore[arg-type]
+    shuffled = replace(samples, **{name: getattr(samples, name)[order] for name in names})
     _check_close(piece, piece(shuffled), result[order], "depends on the order of the samples")
-    nothing = replace(samples, **{name: getattr(samples, name)[:0] for name in names})  # type: ignore[arg-type]
+    nothing = replace(samples, **{name: getattr(samples, name)[:0] for name in names})
     assert len(piece(nothing)) == 0, f"{piece.name} gives {len(piece(nothing))} values for no sample"
 
 
@@ -236,7 +236,7 @@ def _other_order(sequence: torch.Tensor) -> torch.Tensor:
 
 def _tokens_of(batch: BatchTokens, index: torch.Tensor) -> BatchTokens:
     names = [f.name for f in fields(BatchTokens) if f.name not in ("samples", "step")]
-    return replace(batch, **{name: getattr(batch, name)[index] for name in names})  # type: ignore[arg-type]
+    return replace(batch, **{name: getattr(batch, name)[index] for name in names})
 
 
 def _check_values(piece: Any, result: torch.Tensor, like: torch.Tensor) -> None:

@@ -47,5 +47,5 @@ class DivergenceRejection(Piece):
                 return sequence_mean(divergence, sequence)
             case "sequence-max":
                 ids, inverse = sequence.unique(return_inverse=True)
-                return divergence.new_zeros(len(ids)).index_reduce(0, inverse, divergence, "amax")[inverse]
+                return divergence.new_zeros(len(ids)).scatter_reduce(0, inverse, divergence, "amax")[inverse]
         return divergence
