@@ -129,6 +129,12 @@ def select(tokens: MicroBatchTokens, index: torch.Tensor) -> MicroBatchTokens:
     return replace(tokens, **{n: value[index] for n in names if len(value := getattr(tokens, n))})
 
 
+def select_batch(batch: BatchTokens, index: torch.Tensor) -> BatchTokens:
+    """Some of the batch's tokens, in the order of `index`."""
+    names = [f.name for f in fields(BatchTokens) if f.name not in ("samples", "step")]
+    return replace(batch, **{name: getattr(batch, name)[index] for name in names})
+
+
 def _samples(batch: BatchTokens) -> GroupRewards:
     assert batch.samples is not None
     return batch.samples
@@ -164,8 +170,8 @@ def _check_batch(kind: str, table: Mapping[str, Any], batch: BatchTokens) -> Non
     assert torch.equal(before[0], batch.advantage), f"{piece.name} changes advantages in place"
     assert torch.equal(before[1], batch.logp_old), f"{piece.name} changes log-probs in place"
     order = _other_order(batch.sequence)
-    _check_close(piece, result_of(_tokens_of(batch, order)), result[order], "depends on the order of the samples")
-    assert len(result_of(_tokens_of(batch, order[:0]))) == 0, f"{piece.name} gives values for no token"
+    _check_close(piece, result_of(select_batch(batch, order)), result[order], "depends on the order of the samples")
+    assert len(result_of(select_batch(batch, order[:0]))) == 0, f"{piece.name} gives values for no token"
     broken = replace(batch, logp_behaviour=batch.logp_behaviour.clone())
     broken.logp_behaviour[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
     assert bool(result_of(broken).isfinite().all()), f"{piece.name} gives weights that are not finite"
@@ -217,6 +223,7 @@ def _loss(
         base = -view.advantage * log_ratio(view.logp, view.logp_old).exp()
         result = piece(base, view) if kind == "gate" else piece(view)
         assert isinstance(result, tuple) and len(result) == 2, f"{piece.name} must return a tensor and metrics"
+        _check_shape(piece, result[0], view.advantage)
         for name, metric in result[1].items():
             assert metric.shape == view.advantage.shape, f"{piece.name}: metric {name} is not one value a token"
             assert not metric.requires_grad, f"{piece.name}: metric {name} must be detached"
@@ -234,16 +241,15 @@ def _other_order(sequence: torch.Tensor) -> torch.Tensor:
     return torch.cat([(sequence == sample).nonzero()[:, 0] for sample in shuffled])
 
 
-def _tokens_of(batch: BatchTokens, index: torch.Tensor) -> BatchTokens:
-    names = [f.name for f in fields(BatchTokens) if f.name not in ("samples", "step")]
-    return replace(batch, **{name: getattr(batch, name)[index] for name in names})
-
-
 def _check_values(piece: Any, result: torch.Tensor, like: torch.Tensor) -> None:
-    assert isinstance(result, torch.Tensor), f"{piece.name} returns {type(result).__name__}, not a tensor"
-    assert result.shape == like.shape, f"{piece.name} returns shape {list(result.shape)}, not {list(like.shape)}"
+    _check_shape(piece, result, like)
     assert result.is_floating_point(), f"{piece.name} returns {result.dtype}, not floats"
     assert bool(result.isfinite().all()), f"{piece.name} returns values that are not finite"
+
+
+def _check_shape(piece: Any, result: torch.Tensor, like: torch.Tensor) -> None:
+    assert isinstance(result, torch.Tensor), f"{piece.name} returns {type(result).__name__}, not a tensor"
+    assert result.shape == like.shape, f"{piece.name} returns shape {list(result.shape)}, not {list(like.shape)}"
 
 
 def _check_close(piece: Any, result: torch.Tensor, expected: torch.Tensor, what: str) -> None:

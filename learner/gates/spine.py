@@ -47,8 +47,8 @@ class SPINE(Piece):
 
 
 def otsu_threshold(values: torch.Tensor, bins: int) -> torch.Tensor:
-    """The centre of the last bin of the lower class that separates the histogram with the largest variance between the
-    classes (Otsu 1979); the smallest value where all are equal."""
+    """The edge that divides the histogram into two classes with the largest variance between them (Otsu 1979), the
+    lowest such edge; the smallest value where all are equal."""
     low, high = values.min().double(), values.max().double()
     if bool(low == high):
         return low
@@ -57,7 +57,7 @@ def otsu_threshold(values: torch.Tensor, bins: int) -> torch.Tensor:
     below, moment = counts.cumsum(0), (counts * centres).cumsum(0)
     above = below[-1] - below
     means = moment / below.clamp(min=1), (moment[-1] - moment) / above.clamp(min=1)
-    return centres[int((below * above * (means[0] - means[1]).square()).argmax())]
+    return low + (int((below * above * (means[0] - means[1]).square()).argmax()) + 1) * (high - low) / bins
 
 
 def median(values: torch.Tensor) -> torch.Tensor:

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -152,3 +154,75 @@ def test_bfloat16_compute_is_close_and_leaves_float32_results_and_gradients(tmp_
     rounded.sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
+
+
+def test_every_token_has_its_own_temperature():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(12, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    target = torch.randint(0, 20, (12,), generator=generator)
+    temperatures = torch.tensor([0.5, 1.0, 1.3] * 4)
+    mixed = token_logprobs(hidden, weight, target, temperatures, chunk_tokens=5)
+    for temperature in (0.5, 1.0, 1.3):
+        own = temperatures == temperature
+        alone = token_logprobs(hidden[own], weight, target[own], temperature)
+        torch.testing.assert_close(mixed.logp[own], alone.logp)
+        torch.testing.assert_close(mixed.entropy[own], alone.entropy)
+
+
+def test_expected_scores_and_nucleus_entropies_equal_loops_over_the_vocabulary():
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = 2 * torch.randn(15, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    found = token_logprobs(
+        hidden, weight, torch.zeros(15, dtype=torch.int64), 0.9, wanted=Wanted(expected_score=True, nucleus=0.8)
+    )
+    for row, score, nucleus in zip(hidden.double() @ weight.double().T / 0.9, found.expected_score,
+                                   found.nucleus_entropy, strict=True):  # fmt: skip
+        p = row.softmax(-1).tolist()
+        h = -sum(v * math.log(v) for v in p)
+        assert score.item() == pytest.approx(sum(v * v * (math.log(v) + h) for v in p), abs=1e-6)
+        kept, mass = [], 0.0
+        for v in sorted(p, reverse=True):
+            if mass >= 0.8:
+                break
+            kept.append(v)
+            mass += v
+        assert nucleus.item() == pytest.approx(-sum(v / mass * math.log(v / mass) for v in kept), abs=1e-5)
+
+
+def test_nucleus_entropies_have_the_gradient_of_finite_differences():
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(4, 6, generator=generator)
+    weight = torch.randn(9, 6, generator=generator)
+    target = torch.zeros(4, dtype=torch.int64)
+
+    def total(point):
+        return token_logprobs(point, weight, target, 1.0, wanted=Wanted(nucleus=0.7)).nucleus_entropy.double().sum()
+
+    leaf = hidden.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(leaf), leaf)
+    for row, column in ((0, 0), (1, 3), (3, 5)):
+        step = torch.zeros_like(hidden)
+        step[row, column] = 1e-2
+        numeric = float((total(hidden + step) - total(hidden - step)) / 2e-2)
+        assert gradient[row, column].item() == pytest.approx(numeric, abs=2e-3)
+    assert gradient.isfinite().all() and (gradient != 0).any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_attention_entropies_equal_those_of_the_stock_models_probabilities(tmp_path, tied):
+    model = tiny_policy(tmp_path / "model", tied=tied)
+    stock = type(model).from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
+    samples = [sample for group in batch(groups=2, size=2) for sample in group]
+    (row,) = pack(samples, range(4), 1000, "cpu")
+    found = pack_logprobs(model, row, 1.0, Wanted(attention_entropy=True)).attention_entropy
+    assert found.shape == row.target.shape and not found.requires_grad
+    for index, sample in enumerate(samples):
+        ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.token_ids]).astype(np.int64))[None]
+        p = stock(ids, use_cache=False, output_attentions=True).attentions[1][0].double()
+        own = row.sequence == index
+        for position, value in zip(np.flatnonzero(sample.roles == 0), found[own], strict=True):
+            at = len(sample.prompt_ids) + int(position) - 1
+            entropy = torch.special.entr(p[:, at, : at + 1].detach()).sum(-1).mean()
+            expected = float(entropy) / math.log(at + 1) if at else 0.0
+            assert value.item() == pytest.approx(expected, abs=1e-5)
+    assert len(pack_logprobs(model, row, 1.0).attention_entropy) == 0

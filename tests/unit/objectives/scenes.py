@@ -1,11 +1,12 @@
 """Small sets of tokens with chosen numbers, and a policy given by its logits."""
 
 import itertools
+from dataclasses import replace
 
 import torch
 
 from learner.objective import Objective
-from learner.pieces import build
+from learner.pieces import BUILT_IN, build
 from learner.testing import random_batch, random_tokens, under_logits
 from learner.tokens import BatchTokens, GroupRewards, MicroBatchTokens
 
@@ -69,8 +70,6 @@ def gradient_of(surrogate, tokens):
 
 
 def with_plan(piece, tokens):
-    from dataclasses import replace
-
     if not hasattr(piece, "plan"):
         return tokens
     with torch.no_grad():
@@ -85,6 +84,24 @@ def objective(**pieces):
     built = {key: build(key, pieces.get(key, {"name": name})) for key, name in single.items()}
     built |= {key: tuple(build(key.rstrip("s"), piece) for piece in pieces.get(key, ())) for key in lists}
     return Objective(**built, proximal=pieces.get("proximal", "recompute"))
+
+
+WITH_PLAN = ["hapo", "m2po", "clip-cov", "kl-cov", "high-entropy", "steer", "clip-b", "clip-v", "siren", "positive-nll"]
+VALUES = {
+    "clip-cov": {"low": -1.0, "fraction": 0.2},
+    "kl-cov": {"fraction": 0.2},
+    "clip-b": {"mu": 0.5},
+    "clip-v": {"mu": 0.5, "fraction": 0.2},
+}
+
+
+def built(name):
+    kind = next(kind for kind, names in BUILT_IN.items() if name in names)
+    table = {"name": name, **VALUES.get(name, {})}
+    whole = objective(surrogate=table) if kind == "surrogate" else objective(**{f"{kind}s": [table]})
+    if name == "siren":
+        whole.regularisers[0].restore({"anchor": 0.4})
+    return whole
 
 
 class FrozenFactors:
