@@ -7,6 +7,17 @@ from pipeline.config.types import Config
 from pipeline.errors import UsageError
 
 
+def build_objective(config: Config) -> Objective:
+    """The objective that a configuration names.
+
+    Raises:
+        UsageError: an unknown piece or option, or pieces that cannot work together.
+    """
+    objective = Objective.from_config(config.objective)
+    check_composition(objective, config)
+    return objective
+
+
 def check_composition(objective: Objective, config: Config) -> None:
     """Raises UsageError: one sentence with what does not fit, why, and the remedy."""
     _check_importance_weights(objective)

@@ -1,4 +1,4 @@
-"""Writes docs/objectives.md from the pieces and recipes themselves: `python -m learner.reference > docs/objectives.md`."""
+"""docs/objectives.md from the pieces and recipes themselves: `python -m learner.reference > docs/objectives.md`."""
 
 import inspect
 import re
@@ -36,9 +36,9 @@ log-probs ("behaviour": one forward pass less; the ratio then holds the whole im
 and the policy now by version ("interpolate", AReaL). Symbols: pi the policy now, mu what sampled, r = pi / pi_old,
 rho = pi_old / mu, A the advantage, H the full-vocabulary entropy in nats at the sampling temperature, sg stop-gradient.
 
-**Global statistics.** Means, quantiles and choices "over the whole mini-batch" are the same for any size of micro-batches
-and any number of ranks. Where they depend on the policy now, they cost one more forward pass from the second mini-batch
-of a batch on. Tokens that a gate or a correction takes out stay in the denominator.
+**Global statistics.** Means, quantiles and choices "over the whole mini-batch" are the same for any size of
+micro-batches and any number of ranks. Where they depend on the policy now, they cost one more forward pass from the
+second mini-batch of a batch on. Tokens that a gate or a correction takes out stay in the denominator.
 
 **A piece of your own** is `module:name` in place of a registered name: a function with the signature of its kind
 (`learner/protocols.py`; its keyword-only arguments are its options), or a class like those in `learner/gates/`. The
@@ -128,14 +128,14 @@ def _options(cls: type[Piece]) -> list[str]:
     rows = ["| option | default | |", "|---|---|---|"]
     for field in fields:
         texts = [meta.description for meta in hints[field.name].__metadata__ if meta.description]
-        rows.append(f"| `{field.encode_name}` | {_shown(field.default)} | {texts[-1]} |")
+        text = texts[-1].replace("|", "&#124;")
+        rows.append(f"| `{field.encode_name}` | {_shown(field.default)} | {text} |")
     return [*rows, ""]
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, msgspec.Struct):
-        value = {key: item for key, item in msgspec.to_builtins(value).items()}
-        return "{" + ", ".join(f"{key} = {_shown(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key} = {_shown(item)}" for key, item in msgspec.to_builtins(value).items()) + "}"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

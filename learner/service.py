@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from learner import checkpoint
 from learner.audit import TrainedSamples
-from learner.composition import check_composition
+from learner.composition import build_objective
 from learner.hub import Hub, Limits
 from learner.journal import Journal
 from learner.leases import Batch, Group, Ledger, LedgerState
@@ -56,8 +56,7 @@ REMEDIES = {
 def run_learner(config: Config) -> int:
     """Train until `run.steps` batches are done or a stop is asked for; returns the exit code."""
     check_config(config)
-    objective = Objective.from_config(config.objective)
-    check_composition(objective, config)
+    objective = build_objective(config)
     stop, log = StopSignal(), Log("learner")
     run = RunDirectory(Path(config.run.out))
     run.lock()

@@ -5,9 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from learner.attention import packed_sdpa, segment_arguments
 from learner.packing import first_fit_decreasing, pack
+from pipeline.messages import SamplingParams
 from tests.unit.learner_samples import batch, tiny_folder, tiny_policy, trajectory, transformers_class
 
 

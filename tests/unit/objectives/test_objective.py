@@ -220,3 +220,17 @@ def test_the_entropy_bonus_moves_entropy_up():
     term, _ = bonus(MicroBatchTokens(**{**{f: getattr(tokens, f) for f in tokens.__slots__}, "entropy": entropy}))
     (gradient,) = torch.autograd.grad(term.sum(), entropy)
     assert float(gradient) == -0.5
+
+
+def test_what_pieces_remember_is_kept_and_put_back():
+    table = {"name": "entropic", "target": 0.3}
+    section = ObjectiveSection(modulators=[table], regularisers=[{"name": "siren"}, {"name": "adaptive-entropy"}])
+    first, second = Objective.from_config(section), Objective.from_config(section)
+    first.modulators[0].restore({"integral": 0.25})
+    first.regularisers[0].restore({"anchor": 1.5})
+    first.regularisers[1].restore({"coefficient": 0.04})
+    second.restore(first.state())
+    assert second.state() == first.state()
+    assert sorted(value for state in second.state().values() for value in state.values()) == [0.04, 0.25, 1.5]
+    second.restore({})
+    assert second.state() == Objective.from_config(section).state()
