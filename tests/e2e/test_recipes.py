@@ -15,7 +15,7 @@ def test_recipes_train_what_they_say(tmp_path, cache):
     runs = {"dapo-erc": {"objective__gates__erc__high": 1.1}, "aepo": {}}
     for recipe, more in runs.items():
         run = tmp_path / recipe
-        more |= {"run__steps": 4, "objective__recipe": recipe, "task__reward": "tests.e2e.rewards:digits"}
+        more |= {"run__steps": 4, "objective__recipe": recipe, "task__reward": "tests.e2e.rewards:checksum"}
         options = settings(**SMALL, **more)
         done = rollahead("run", *options, "--out", str(run), cache=cache)
         assert done.returncode == 0, done.stderr
