@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=60, help="batches a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds from --seed on")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="six times the demo's")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="twice the demo's")
     parser.add_argument("--minibatches", type=int, default=4, help="optimiser steps a batch")
     parser.add_argument("--target", type=float, default=0.0, help="entropy to hold, nats; 0: that of the first batch")
     parser.add_argument("--threads", type=int, default=0)
@@ -129,7 +129,9 @@ def _measure(options: argparse.Namespace, folder: Path, setting: str, staleness:
     target = options.target
     if setting == "entropy-held":
         target = target or _first_entropy(options, folder, seed)
-        more = [f"objective.modulators=[{{name='entropic', target={target}, proportional=4.0, integral=0.2}}]"]
+        # Gains in units of the target: the embedded model's entropy is far below that of language.
+        gains = f"proportional={1.2 / target:.3g}, integral={0.12 / target:.3g}"
+        more = [f"objective.modulators=[{{name='entropic', target={target}, {gains}}}]"]
     began = time.perf_counter()
     curve = list(train(_config(options, setting, seed, *more), folder, staleness))
     row = {
