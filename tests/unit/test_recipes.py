@@ -71,10 +71,7 @@ def trained(folder, name, steps=2):
     policy = tiny_policy(folder)
     reference = tiny_policy(folder) if Needs.REFERENCE in objective.needs else None
     trainer = Trainer(policy, objective, config.learner, 1.0, reference=reference, max_response_tokens=16)
-    rows = [
-        trainer.train(samples_of(tiny_policy(folder), step, explore=name == "aepo"), publication=2)
-        for step in range(steps)
-    ]
+    rows = [trainer.train(samples_of(policy, step, explore=name == "aepo"), publication=2) for step in range(steps)]
     return torch.cat([p.detach().flatten() for p in policy.parameters()]), rows
 
 
