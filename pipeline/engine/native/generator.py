@@ -292,7 +292,7 @@ class NativeGenerator:
 
     def _begin(self, sequence: Sequence) -> None:
         """Its settings take effect; they stay over preemption until `_end`."""
-        params, sequence.begun = sequence.request.sampling, True
+        params, sequence.begun = sequence.sampling, True
         sequence.slot = self._processors.add(params, sequence.stop, sequence.request.prompt_ids)
         if params.stop_strings:
             stream = self._load_tokenizer().stream()

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds, TokenOrigin
 from pipeline.engine.native.stop_strings import StopStrings
-from pipeline.messages import DraftCounts, Sampler
+from pipeline.messages import DraftCounts, Sampler, SamplingParams
 
 
 @dataclass(slots=True)
@@ -75,8 +76,16 @@ class Sequence:
         return self.request.seeds[self.sample]
 
     @property
+    def sampling(self) -> SamplingParams:
+        """The request's, with this sample's own temperature where it has one."""
+        params = self.request.sampling
+        if self.request.temperatures:
+            params = msgspec.structs.replace(params, temperature=self.request.temperatures[self.sample])
+        return params
+
+    @property
     def temperature(self) -> float:
-        return self.request.sampling.temperature
+        return self.sampling.temperature
 
     @property
     def group(self) -> int:
