@@ -113,5 +113,5 @@ def _block_chance(case: Case, first: np.ndarray) -> float:
         rest = np.maximum(one[x] * second - q[1], 0).sum()
         accept_one = 1.0 if one[x] == 1 and rest == 0 else rest / (rest + 1 - one[x])
         two = np.minimum(1, one[x] * second / q[1])
-        total += chance * float((q[1] * (1 - (1 - accept_one) * (1 - two))).sum())
+        total += float(chance * (q[1] * (1 - (1 - accept_one) * (1 - two))).sum())
     return total

@@ -1,7 +1,9 @@
 """The exactness suite passes, and notices every way of breaking what it checks."""
 
 import dataclasses
+import json
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from benchmarks.exactness_suite.counts import Case, count_checks, repetition_che
 from benchmarks.exactness_suite.enumeration import enumeration_checks
 from benchmarks.exactness_suite.generators import GENERATORS
 from benchmarks.exactness_suite.model import random_checkpoint
-from benchmarks.exactness_suite.scale import SHORT
+from benchmarks.exactness_suite.scale import FULL, SHORT
 from drafters.base import BaseDrafter
 from drafters.registry import build
 from pipeline.bench import bench
@@ -53,6 +55,13 @@ def test_the_short_suite_passes_and_writes_its_results(tmp_path, capsys):
     assert bench("exactness", ["--short", "--out", str(tmp_path)]) == 0
     assert "checks passed" in capsys.readouterr().out
     assert (tmp_path / "results.json").stat().st_size > 1000
+
+
+def test_every_setting_with_every_rule_gives_values_that_can_be_written():
+    logits = np.random.default_rng(0).normal(0, 1, (3, 16))
+    checks = list(count_checks(logits, dataclasses.replace(FULL, draws=500), 1))
+    assert len(checks) > 3 * 13 * 2 - 1
+    assert json.loads(msgspec.json.encode([dataclasses.asdict(check) for check in checks]))
 
 
 def test_what_cannot_be_tested_is_refused_in_one_sentence(tmp_path):

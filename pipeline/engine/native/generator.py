@@ -398,7 +398,7 @@ class NativeGenerator:
                 None if entropies is None else entropies[row, : n + 1],
                 int(proposal.lengths[row]),
                 n,
-                kept[row].first(n + 1) if kept else None,
+                kept[row].first(n + 1) if sequence.request.sampling.truncates else None,
             )
             emissions.append(sequence.cut_at_stop(emission))
         return emissions

@@ -64,14 +64,14 @@ def chi_square_check(name: str, tokens: np.ndarray, law: np.ndarray, detail: str
 def acceptance_check(name: str, accepted: np.ndarray, chance: float, detail: str = "") -> Check:
     """bool [N], whether drafts were accepted, against their probability: within `SIGMAS` standard deviations."""
     sigma = math.sqrt(max(chance * (1 - chance), 1e-12) / len(accepted))
-    deviations = abs(float(accepted.mean()) - chance) / sigma
+    deviations = abs(float(accepted.mean()) - float(chance)) / sigma
     text = detail or f"{accepted.mean():.4f} accepted, {chance:.4f} expected"
     return Check(name, deviations < SIGMAS, deviations, SIGMAS, len(accepted), text)
 
 
 def bound_check(name: str, error: float, bound: float, samples: int = 0, detail: str = "") -> Check:
     """An error that must stay below a bound; not a number fails."""
-    return Check(name, bool(error < bound), error, bound, samples, detail)
+    return Check(name, bool(error < bound), float(error), bound, samples, detail)
 
 
 def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
