@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import zmq
 
 from benchmarks.results import resident_bytes
@@ -50,6 +52,10 @@ def valid_from_engines() -> list[list[bytes]]:
         messages.fatal("broken", "somewhere"),
     ]
     samples = [trajectory(source(lease, 0), lease % GROUP, tokens=8 * lease, producer="fuzz") for lease in range(3)]
+    truncated = samples[1]
+    truncated.kept_counts = np.full(len(truncated.token_ids), 2, np.uint32)
+    truncated.kept_ids = np.stack([truncated.token_ids, truncated.token_ids + 1], 1).ravel().astype(np.uint32)
+    truncated.header = msgspec.structs.replace(truncated.header, kept_ids=len(truncated.kept_ids))
     return [encode(message) for message in plain] + [encode_trajectory(sample) for sample in samples]
 
 
@@ -161,8 +167,8 @@ def fuzz_handlers(folder: Path, count: int, seed: int) -> dict[str, int]:
     hub.restore(None)
     hub.publish(0)
     link = make_link("tcp://127.0.0.1:1", folder / "spool", on_event=lambda line: None)
-    link._socket.loop.close()
-    link._socket = link._outbox._socket = _SilentSocket()  # type: ignore[assignment]
+    link._socket.stop(0.0)
+    link._socket = link._outbox._socket = _SilentSocket()
     for number in range(count):
         if number % 8 == 0:
             hub._reception.on_message(b"peer", engines[0])

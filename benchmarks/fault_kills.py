@@ -304,7 +304,7 @@ def _run_engine(config: Config, committed: Path) -> int:
     BuiltInScorer.score = score  # type: ignore[method-assign]  # a reward that differs between samples
     Outbox.committed = remember  # type: ignore[method-assign]
     vocabulary = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
-    pipeline.engine.service.build_generator = lambda *arguments: SeededGenerator(vocabulary)  # type: ignore[assignment]
+    pipeline.engine.service.build_generator = lambda *arguments: SeededGenerator(vocabulary)
     return pipeline.engine.service.run_engine(config, None, 0.0)
 
 

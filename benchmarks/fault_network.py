@@ -44,7 +44,11 @@ class ByteProxy:
 
     def cut(self) -> None:
         """End the connections there are."""
-        self._loop.call_soon_threadsafe(lambda: [writer.close() for writer in list(self._writers)])
+        self._loop.call_soon_threadsafe(self._close_all)
+
+    def _close_all(self) -> None:
+        for writer in list(self._writers):
+            writer.close()
 
     def _run(self) -> None:
         host, port = _host_and_port(self.address)

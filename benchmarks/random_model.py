@@ -13,29 +13,37 @@ SHAPES = {
 """name -> layers, hidden, intermediate, heads, KV heads, vocabulary; the last two are Qwen2's 1.5B and 7B"""
 
 
-def checkpoint(name: str, cache: Path, device: str = "cpu") -> Path:
-    """The folder of `name`: a path is itself, a name of `SHAPES` (or LAYERSxHIDDENxVOCABULARY) is made under `cache`.
+def shape_of(name: str) -> tuple[int, int, int, int, int, int]:
+    """Layers, hidden, intermediate, heads, KV heads and vocabulary of a name of `SHAPES` or random-LxHxV.
+
+    Raises:
+        UsageError: neither.
+    """
+    match = re.fullmatch(r"random-(\d+)x(\d+)x(\d+)", name)
+    if match:
+        layers, hidden, vocabulary = map(int, match.groups())
+        return layers, hidden, 3 * hidden, max(1, hidden // 64), max(1, hidden // 256), vocabulary
+    if name not in SHAPES:
+        raise UsageError(f"model {name} is neither a folder nor one of {', '.join(SHAPES)}, random-LxHxV (layers, ...)")
+    return SHAPES[name]
+
+
+def checkpoint(name: str, cache: Path) -> Path:
+    """The folder of `name`: a folder is itself, a random model is made under `cache`.
 
     Raises:
         UsageError: neither a folder nor a shape.
     """
     if Path(name).is_dir():
         return Path(name)
-    shape = SHAPES.get(name)
-    match = re.fullmatch(r"random-(\d+)x(\d+)x(\d+)", name)
-    if match:
-        layers, hidden, vocabulary = map(int, match.groups())
-        shape = (layers, hidden, 3 * hidden, max(1, hidden // 64), max(1, hidden // 256), vocabulary)
-    if shape is None:
-        known = ", ".join(SHAPES)
-        raise UsageError(f"--model {name} is neither a folder nor one of {known}, random-LAYERSxHIDDENxVOCABULARY")
     folder = cache / name
-    if not (folder / "model.safetensors").exists() and not (folder / "model.safetensors.index.json").exists():
-        _make(folder, shape, device)
+    shape = shape_of(name)
+    if not (folder / "model.safetensors").exists():
+        _make(folder, shape)
     return folder
 
 
-def _make(folder: Path, shape: tuple[int, int, int, int, int, int], device: str) -> None:
+def _make(folder: Path, shape: tuple[int, int, int, int, int, int]) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -46,6 +54,5 @@ def _make(folder: Path, shape: tuple[int, int, int, int, int, int], device: str)
         max_position_embeddings=4096, eos_token_id=2, bos_token_id=1, pad_token_id=0, dtype="bfloat16",
     )  # fmt: skip
     torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen3ForCausalLM(config)
-    model.bfloat16().save_pretrained(folder)
+    model = Qwen3ForCausalLM(config)
+    model.bfloat16().save_pretrained(folder, max_shard_size="100GB")

@@ -22,6 +22,7 @@ from benchmarks.random_model import checkpoint
 from benchmarks.results import spread, write_results
 from benchmarks.rollout_systems import SYSTEMS, Job, Timing
 from pipeline.errors import RunFailed, UsageError
+from pipeline.models.config import ModelConfig
 
 PEER_DRAFTERS = {"transformers": ("none", "prompt-lookup"), "vllm": ("none", "ngram")}
 Configuration = tuple[str, str]
@@ -34,6 +35,8 @@ def main(arguments: list[str]) -> int:
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     model = checkpoint(options.model, options.out / "models")
+    for batch in options.batch:
+        _configurations(options, batch)  # refuse what is unknown before anything is measured
     prompts = _prompts(options, model)
     bandwidth = read_bandwidth()
     systems = ["rollahead", *options.peers]
@@ -79,8 +82,9 @@ def _prompts(options: argparse.Namespace, model: Path) -> list[list[int]]:
     """As many prompts as the largest batch and the repeats use."""
     count = -(-max(max(options.batch), options.group_size) // options.group_size) * (options.repeats + 1)
     if options.prompts is None:
+        vocabulary = ModelConfig.from_folder(model).vocab_size
         generator = torch.Generator().manual_seed(options.seed)
-        return torch.randint(3, 1000, (count, 64), generator=generator).tolist()
+        return torch.randint(3, vocabulary, (count, 64), generator=generator).tolist()
     from pipeline.models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(model)

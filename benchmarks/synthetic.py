@@ -1,6 +1,6 @@
 """An engine and a learner without models, each a real process around the real link and hub, for tests and faults.
 
-`python synthetic.py engine|learner '{"...": ...}'`; what they did is printed or written as JSON.
+`python -m benchmarks.synthetic engine|learner '{"...": ...}'`; what they did is printed or written as JSON.
 """
 
 import json
@@ -66,8 +66,9 @@ def trajectory(lease: Lease, sample: int, version: int = 0, /, tokens: int = 0, 
     )
 
 
-def make_link(address: str, spool: Path, **options) -> Link:
-    settings = {
+def make_link(address: str, spool: Path, **options: Any) -> Link:
+    """A link that is not started, with settings for tests where `options` names no others."""
+    settings: dict[str, Any] = {
         "digest": DIGEST,
         "capabilities": Capabilities(entropy=True),
         "heartbeat_seconds": HEARTBEAT,
@@ -86,12 +87,14 @@ def make_link(address: str, spool: Path, **options) -> Link:
 
 
 def make_hub(
-    folder: Path, address: str = "tcp://127.0.0.1:*", *, events=None, ledger=None, sockets=None, fsync=True, **options
-) -> Hub:
-    settings = {
+    folder: Path, address: str = "tcp://127.0.0.1:*", *, events: list[str] | None = None,
+    ledger: dict[str, Any] | None = None, sockets: dict[str, Any] | None = None, fsync: bool = True, **options: Any,
+) -> Hub:  # fmt: skip
+    """A hub that is not started, with settings for tests where the arguments name no others."""
+    settings: dict[str, Any] = {
         "run_id": "run",
         "digest": DIGEST,
-        "needs_entropy": True,
+        "needs": Capabilities(entropy=True),
         "heartbeat_seconds": HEARTBEAT,
         "lease_seconds": 2.0,
         "limits": LIMITS,
@@ -102,20 +105,22 @@ def make_hub(
     return Hub(router, Journal(folder, fsync=fsync), Ledger(**(sizes | (ledger or {}))), source, **settings)
 
 
-def start_engine(address: str, spool: Path, **options) -> subprocess.Popen:
+def start_engine(address: str, spool: Path, **options: Any) -> subprocess.Popen:
     return _start("engine", address=address, spool=str(spool), **options)
 
 
-def start_learner(folder: Path, **options) -> subprocess.Popen:
+def start_learner(folder: Path, **options: Any) -> subprocess.Popen:
     return _start("learner", folder=str(folder), **options)
 
 
-def _start(role: str, failpoints: str = "", **options) -> subprocess.Popen:
+def _start(role: str, failpoints: str = "", **options: Any) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": root}
     environment |= {"ROLLAHEAD_FAILPOINTS": failpoints}
-    command = [sys.executable, __file__, role, json.dumps(options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-m", "benchmarks.synthetic", role, json.dumps(options)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root
+    )
 
 
 def run_engine(
@@ -140,8 +145,8 @@ def run_engine(
                 case VersionHint(hint):
                     version = hint
                 case Revoked(leases):
-                    for lease in leases:
-                        work.pop(lease, None)
+                    for unwanted in leases:
+                        work.pop(unwanted, None)
                 case Drained():
                     ended = "drained"
                 case Failed(message, refused):
@@ -238,4 +243,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    {"engine": run_engine, "learner": run_learner}[sys.argv[1]](**json.loads(sys.argv[2]))
+    settings = json.loads(sys.argv[2])
+    if sys.argv[1] == "engine":
+        run_engine(**settings)
+    else:
+        run_learner(**settings)

@@ -332,7 +332,7 @@ def _compared(folder: Path, seconds: float, repeats: int, tokens: int = 8192) ->
     """Ours without keys and fsync, and the other, in turns; ratios of trajectories a second."""
     ours, theirs = [], []
     for number in range(repeats):
-        case = {"tokens": tokens, "engines": 1, "curve": False, "fsync": False}
+        case: dict[str, Any] = {"tokens": tokens, "engines": 1, "curve": False, "fsync": False}
         ours.append(_stream(folder / f"compared-{number}", seconds, **case)["trajectories_per_second"])
         theirs.append(_pubsub(seconds, tokens)["trajectories_per_second"])
     ratio = spread([a / b for a, b in zip(ours, theirs, strict=True)])

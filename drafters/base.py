@@ -63,6 +63,9 @@ class Proposal:
     are deterministic and count as one-hot"""
     parents: np.ndarray | None = None
     """reserved for trees: int64 [B, K], index of each token's parent in the row, -1 for the root"""
+    sampled: np.ndarray | None = None
+    """bool [B], rows whose tokens were drawn from `probabilities`; the other rows are deterministic. None: all rows
+    where there are probabilities"""
 
     @staticmethod
     def empty(rows: int) -> "Proposal":

@@ -10,6 +10,25 @@ from pipeline.messages import Role, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What truncation (top-k, top-p, min-p) left to draw each of T trained tokens from."""
+
+    counts: torch.Tensor
+    """int64 [T], on the CPU; 0: the whole vocabulary"""
+    ids: torch.Tensor
+    """int64 [sum of counts], token by token"""
+
+    def padded(self, start: int, stop: int) -> torch.Tensor:
+        """int64 [stop - start, W] of those tokens, -1 behind each one's ids."""
+        counts = self.counts[start:stop]
+        first = int(self.counts[:start].sum())
+        inside = torch.arange(int(counts.max())) < counts[:, None]
+        ids = torch.full(inside.shape, -1, dtype=torch.int64, device=self.ids.device)
+        ids[inside.to(ids.device)] = self.ids[first : first + int(counts.sum())]
+        return ids
+
+
+@dataclass(frozen=True, slots=True)
 class Pack:
     """One micro-batch: a row of L input tokens from whole sequences, and its T trained tokens.
 
@@ -34,6 +53,14 @@ class Pack:
     """int64 [T], publication that sampled the token"""
     sampler: torch.Tensor
     """int64 [T], `pipeline.messages.Sampler`"""
+    temperature: torch.Tensor
+    """float32 [T], that the token was sampled at"""
+    turn: torch.Tensor
+    """int64 [T], runs of environment tokens before the token, those at the start of the response not counted"""
+    entropy_engine: torch.Tensor
+    """float32 [T], as the engine recorded it; not a number where it did not"""
+    kept: "Kept | None" = None
+    """None where no token's distribution was truncated"""
 
     def __len__(self) -> int:
         """Trained tokens."""
@@ -81,6 +108,7 @@ def pack(samples: Sequence[Trajectory], indices: Sequence[int], micro_batch_toke
 def _pack_row(samples: Sequence[Trajectory], members: Sequence[int], device: str) -> Pack:
     inputs, positions, starts = [], [], [0]
     predictor, target, sequence, logp, version, sampler = [], [], [], [], [], []
+    temperature, turn, entropy = [], [], []
     for index in members:
         sample = samples[index]
         tokens = np.concatenate([sample.prompt_ids, sample.token_ids]).astype(np.int64)
@@ -93,6 +121,9 @@ def _pack_row(samples: Sequence[Trajectory], members: Sequence[int], device: str
         logp.append(sample.logprobs[trained])
         version.append(sample.versions[trained])
         sampler.append(sample.samplers[trained])
+        temperature.append(np.full(len(trained), sample.header.sampling.temperature))
+        turn.append(_turns(sample.roles)[trained])
+        entropy.append(np.full(len(trained), np.nan) if sample.entropies is None else sample.entropies[trained])
         starts.append(starts[-1] + len(tokens) - 1)
     return Pack(
         input_ids=_tensor(inputs, np.int64, device)[None],
@@ -104,7 +135,34 @@ def _pack_row(samples: Sequence[Trajectory], members: Sequence[int], device: str
         logp_behaviour=_tensor(logp, np.float32, device),
         version=_tensor(version, np.int64, device),
         sampler=_tensor(sampler, np.int64, device),
+        temperature=_tensor(temperature, np.float32, device),
+        turn=_tensor(turn, np.int64, device),
+        entropy_engine=_tensor(entropy, np.float32, device),
+        kept=_kept([samples[index] for index in members], device),
     )
+
+
+def _turns(roles: np.ndarray) -> np.ndarray:
+    """int64 [T]: how many runs of environment tokens that follow a generated one began before each token."""
+    environment = roles == Role.ENVIRONMENT
+    begins = environment[1:] & ~environment[:-1]
+    return np.concatenate([[0], np.cumsum(begins)])[: len(roles)]
+
+
+def _kept(samples: Sequence[Trajectory], device: str) -> Kept | None:
+    """Of the samples' trained tokens."""
+    if all(sample.kept_counts is None for sample in samples):
+        return None
+    counts, ids = [], []
+    for sample in samples:
+        trained = trained_positions(sample)
+        if sample.kept_counts is None or sample.kept_ids is None:
+            counts.append(np.zeros(len(trained), np.int64))
+            continue
+        counts.append(sample.kept_counts[trained].astype(np.int64))
+        chosen = np.isin(np.arange(len(sample.kept_counts)), trained)
+        ids.append(sample.kept_ids[np.repeat(chosen, sample.kept_counts)].astype(np.int64))
+    return Kept(torch.from_numpy(np.concatenate(counts)), _tensor(ids, np.int64, device))
 
 
 def _tensor(arrays: list[np.ndarray], dtype: type[np.generic], device: str) -> torch.Tensor:

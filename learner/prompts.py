@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from pipeline.config import Config
-from pipeline.messages import Lease, SamplingParams
+from pipeline.messages import Lease
 from pipeline.tasks.base import Task
-from pipeline.tasks.prompts import PromptOrder, sample_seed
+from pipeline.tasks.prompts import PromptOrder, rollout_sampling, sample_seed
 
 
 class LeaseSource:
@@ -18,20 +18,24 @@ class LeaseSource:
         encode: Callable[[str], list[int]],
         stop_token_ids: tuple[int, ...],
         config: Config,
+        temperature: Callable[[int], float | None] = lambda lease_id: None,
     ) -> None:
+        """
+        Args:
+            temperature: of a lease's samples, where it explores; None: the configuration's. The one thing in a lease
+                that need not be the same when it is issued again: samples say what they were sampled with.
+        """
         self._task, self._usable, self._encode = task, usable, encode
         self._order = PromptOrder(len(usable), config.run.seed)
         self._seed, self._group_size = config.run.seed, config.learner.group_size
-        self._sampling = SamplingParams(
-            temperature=config.sampling.temperature,
-            max_new_tokens=config.sampling.max_new_tokens,
-            stop_token_ids=stop_token_ids,
-        )
+        self._temperature = temperature
+        self._sampling = rollout_sampling(config.sampling, stop_token_ids)
 
     def __call__(self, lease_id: int, version: int) -> Lease:
         """Lease `lease_id`, to be started under publication `version` or later."""
         epoch, position = self._order(lease_id)
         example = self._task.train[self._usable[position]]
+        temperature = self._temperature(lease_id)
         return Lease(
             id=lease_id,
             epoch=epoch,
@@ -43,4 +47,5 @@ class LeaseSource:
             sampling=self._sampling,
             seeds=tuple(sample_seed(self._seed, epoch, lease_id, sample) for sample in range(self._group_size)),
             version=version,
+            temperatures=() if temperature is None else (temperature,) * self._group_size,
         )

@@ -17,7 +17,7 @@ from learner.validation import Limits, check_sample, check_trajectory, drop_reas
 from pipeline import messages
 from pipeline.errors import RunFailed
 from pipeline.failpoints import failpoint
-from pipeline.messages import IDS_A_MESSAGE, BadMessage, Trajectory
+from pipeline.messages import IDS_A_MESSAGE, BadMessage, Capabilities, Trajectory
 from pipeline.transport.base import LearnerSocket
 
 _TAKEN_OVER = "another engine process works as producer {} (incarnation {}); give each engine a spool of its own"
@@ -38,7 +38,7 @@ class Reception:
         *,
         run_id: str,
         digest: dict[str, str],
-        needs_entropy: bool,
+        needs: Capabilities,
         lease_seconds: float,
         limits: Limits,
         on_event: Callable[[str], None],
@@ -46,7 +46,7 @@ class Reception:
     ) -> None:
         """Arguments as of `learner.hub.Hub`."""
         self._socket, self._journal, self._ledger, self._source = socket, journal, ledger, source
-        self._run_id, self._digest, self._needs_entropy, self._limits = run_id, digest, needs_entropy, limits
+        self._run_id, self._digest, self._needs, self._limits = run_id, digest, needs, limits
         self._lease_seconds, self._on_event = lease_seconds, on_event
         self.changed = threading.Condition(threading.RLock())
         self.roster = Roster()
@@ -152,7 +152,7 @@ class Reception:
     # ---- what engines say ----------------------------------------------------------------------------------------
 
     def _hello(self, peer: bytes, hello: messages.Hello) -> None:
-        refused = refusal(hello, self._digest, self._needs_entropy, self._socket.key_of(peer))
+        refused = refusal(hello, self._digest, self._needs, self._socket.key_of(peer))
         if refused is None and self._claimed_by_another(hello):
             newest = self.roster.newest_incarnation(hello.producer)
             refused = messages.Refused(reason=_TAKEN_OVER.format(hello.producer, newest))
@@ -210,7 +210,7 @@ class Reception:
         header = trajectory.header
         check_sample(header.lease, header.sample, self._ledger.group_size)
         lease = self._ledger.lease(header.lease)
-        check_trajectory(trajectory, engine.producer, lease, self._limits, self._needs_entropy, self.version)
+        check_trajectory(trajectory, engine.producer, lease, self._limits, self._needs, self.version)
         self.received_samples += 1
         self.received_bytes += sum(map(len, frames))
         self._check_window(engine)
@@ -245,8 +245,9 @@ class Reception:
         unwanted = self._ledger.progress(engine.producer, running, message.version, engine.heard)
         if unwanted:
             self._send(engine.peer, messages.Revoke(leases=tuple(unwanted)))
-        if stalled:
+        if stalled and not engine.stalled:
             self._say(f"engine {short_name(engine.producer)} generates nothing; its leases are not renewed")
+        engine.stalled = stalled
         if self.draining:
             self._send(engine.peer, messages.Drain())  # again: the first may have been lost
         # The answer that tells an idle engine that the learner is alive.

@@ -35,6 +35,8 @@ class Engine:
     """drawn by its process"""
     advanced: float = 0.0
     """time of the last message that said it had generated something, or had nothing to do"""
+    stalled: bool = False
+    """it has work and does not advance"""
     unjournaled_bytes: int = 0
     """of its samples that the journal has not synced"""
 

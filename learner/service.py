@@ -16,9 +16,11 @@ from typing import TypeVar
 
 import torch
 from msgspec import Struct, structs
+from transformers import PreTrainedModel
 
 from learner import checkpoint
 from learner.audit import TrainedSamples
+from learner.composition import build_objective
 from learner.hub import Hub, Limits
 from learner.journal import Journal
 from learner.leases import Batch, Group, Ledger, LedgerState
@@ -27,18 +29,20 @@ from learner.policy import load_policy, policy_state
 from learner.prompts import LeaseSource
 from learner.step_metrics import Metrics
 from learner.step_record import step_metrics
+from learner.tokens import Needs
 from learner.trainer import Trainer
 from learner.warm_start import ensure_embedded_model
 from pipeline.config import Config, check_against_model, check_config, resolve_threads
 from pipeline.digest import run_digest
 from pipeline.errors import RunFailed
 from pipeline.failpoints import failpoint
+from pipeline.messages import Capabilities
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.tasks import load_task
-from pipeline.tasks.prompts import check_prompts
+from pipeline.tasks.prompts import check_prompts, rollout_sampling
 from pipeline.telemetry import Log, MetricsWriter
 from pipeline.telemetry.progress import StepView, WarmStartView
 from pipeline.transport.keys import load_learner_keys
@@ -63,7 +67,7 @@ REMEDIES = {
 def run_learner(config: Config) -> int:
     """Train until `run.steps` batches are done or a stop is asked for; returns the exit code."""
     check_config(config)
-    objective = Objective.from_config(config.objective)
+    objective = build_objective(config)
     stop, log = StopSignal(), Log("learner")
     run = RunDirectory(Path(config.run.out))
     run.lock()
@@ -89,6 +93,8 @@ class LearnerState(Struct, kw_only=True):
 
     step: int
     ledger: LedgerState
+    objective: dict[str, dict[str, float]] = {}
+    """what the objective's pieces remember"""
 
 
 class Learner:
@@ -100,14 +106,23 @@ class Learner:
         tokenizer = Tokenizer(self.model_folder)
         model_config = ModelConfig.from_folder(self.model_folder)
         check_against_model(config, model_config.max_positions)
-        source = _lease_source(config, tokenizer)
+        source = _lease_source(config, tokenizer, objective)
 
         model = load_policy(self.model_folder, config.learner.device)
-        self.trainer = Trainer(model, objective, config.learner, config.sampling.temperature, seed=config.run.seed)
+        self.trainer = Trainer(
+            model,
+            objective,
+            config.learner,
+            config.sampling.temperature,
+            seed=config.run.seed,
+            reference=_reference(config, objective, self.model_folder),
+            max_response_tokens=config.sampling.max_new_tokens,
+        )
         restored = checkpoint.restore(run.checkpoints, model, self.trainer.optimizer, LearnerState, warn=log)
         self.step = self.trainer.step = restored.state.step if restored else 0
         self.saved_step = self.step if restored else -1
         if restored:
+            objective.restore(restored.state.objective)
             log(f"resumed at step {self.step} from {restored.folder}")
 
         self.publisher = FilesystemPublisher(run.weights, config.weights.keep, self.model_folder)
@@ -255,7 +270,7 @@ class Learner:
                 self.step,
                 self.trainer.model,
                 self.trainer.optimizer,
-                LearnerState(step=self.step, ledger=ledger),
+                LearnerState(step=self.step, ledger=ledger, objective=self.trainer.objective.state()),
                 keep=self.config.learner.keep_checkpoints,
                 tokenizer_folder=self.model_folder,
             ),
@@ -328,10 +343,20 @@ def _model_folder(config: Config, stop: StopSignal) -> Path:
         return ensure_embedded_model(config, lambda p: view.show(p, stop))
 
 
-def _lease_source(config: Config, tokenizer: Tokenizer) -> LeaseSource:
+def _reference(config: Config, objective: Objective, initial: Path) -> PreTrainedModel | None:
+    """The frozen model that the objective refers to; None when it refers to none."""
+    if Needs.REFERENCE not in objective.needs:
+        return None
+    folder = Path(config.learner.reference_path) if config.learner.reference_path else initial
+    return load_policy(folder, config.learner.device).requires_grad_(False)
+
+
+def _lease_source(config: Config, tokenizer: Tokenizer, objective: Objective) -> LeaseSource:
     task = load_task(config.task, config.run.seed)
     usable = check_prompts(task, tokenizer.encode, config.sampling.max_prompt_tokens, config.task.long_prompts)
-    return LeaseSource(task, usable, tokenizer.encode, tuple(tokenizer.eos_token_ids), config)
+    return LeaseSource(
+        task, usable, tokenizer.encode, tuple(tokenizer.eos_token_ids), config, objective.lease_temperature
+    )
 
 
 def _publish_dtype(config: Config, model_config: ModelConfig) -> torch.dtype:
@@ -369,7 +394,10 @@ def _hub(
         source,
         run_id=run.run_id(),
         digest=run_digest(config),
-        needs_entropy=objective.needs_entropy_from_engine,
+        needs=Capabilities(
+            entropy=objective.needs_entropy_from_engine,
+            kept_ids=rollout_sampling(config.sampling, ()).truncates,
+        ),
         heartbeat_seconds=transport.heartbeat_seconds,
         lease_seconds=transport.lease_seconds,
         limits=limits,

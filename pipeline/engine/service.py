@@ -84,7 +84,7 @@ def _connect(
         ),
         spool,
         digest=run_digest(config),
-        capabilities=Capabilities(entropy=True),
+        capabilities=Capabilities(entropy=True, kept_ids=True),
         heartbeat_seconds=transport.heartbeat_seconds,
         connect_timeout=transport.connect_timeout if connect_timeout is None else connect_timeout,
         on_event=log,
@@ -228,9 +228,8 @@ class Engine:
             lease = work.lease
             if not work.started and lease.version <= self.generator.version:
                 work.started = True
-                self.generator.add(
-                    GroupRequest(lease.id, np.asarray(lease.prompt_ids, np.int64), lease.sampling, lease.seeds)
-                )
+                prompt_ids = np.asarray(lease.prompt_ids, np.int64)
+                self.generator.add(GroupRequest(lease.id, prompt_ids, lease.sampling, lease.seeds, lease.temperatures))
 
     def _generate(self) -> None:
         if self.generator is None or not self.generator.has_work():
@@ -289,9 +288,10 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
     header = TrajectoryHeader(
         schema=SCHEMA, producer="", incarnation=0, sequence=0, lease=lease.id, sample=index,
         prompt_tokens=len(lease.prompt_ids), response_tokens=tokens, has_entropy=sample.entropies is not None,
-        reward=score.reward, reward_parts={}, finish_reason=sample.finish_reason, sampling=lease.sampling,
+        reward=score.reward, reward_parts={}, finish_reason=sample.finish_reason, sampling=lease.sampling_of(index),
         drafters=sample.drafters, verifications=sample.verifications,
         kv_kept_across_update=sample.kv_kept_across_update,
+        kept_ids=None if sample.kept is None else len(sample.kept.ids),
     )  # fmt: skip
     return Trajectory(
         header=header,
@@ -302,6 +302,8 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
         versions=sample.versions.astype(np.uint32),
         samplers=sample.samplers,
         roles=np.full(tokens, Role.GENERATED, np.uint8),
+        kept_counts=None if sample.kept is None else sample.kept.counts,
+        kept_ids=None if sample.kept is None else sample.kept.ids,
     )
 
 
@@ -327,6 +329,7 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         max_length=config.sampling.max_prompt_tokens + config.sampling.max_new_tokens,
         dtype=config.engine.dtype,
         device=config.engine.device,
+        verification=config.engine.verification,
         kv_bytes=config.engine.kv_bytes,
         prefill_tokens=config.engine.prefill_tokens,
         recompute_on_update=config.engine.update_kv == "recompute",

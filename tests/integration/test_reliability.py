@@ -203,7 +203,7 @@ def test_an_engine_that_beats_but_generates_nothing_loses_its_leases(tmp_path):
         engine = start_engine(hub.address, tmp_path / "b")
         with running(engine):
             train(hub, 4, trained)
-        assert hub.stats().reissued >= 1 and hub.stats().engines == 2
+            assert hub.stats().reissued >= 1 and hub.stats().engines == 2
         hung.stop()
     assert len(trained) == len(set(trained)) == 4 * BATCH
 

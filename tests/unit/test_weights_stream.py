@@ -131,7 +131,10 @@ def test_only_the_newest_two_stay(tmp_path, wire):
     for version in range(4):
         publish(tmp_path / "weights", version, 100)
         wire.fetch(version)
-    assert sorted(path.name for path in (tmp_path / "local").iterdir()) == ["v2", "v3"]
+    deadline = time.monotonic() + 5.0
+    while sorted(path.name for path in (tmp_path / "local").iterdir()) != ["v2", "v3"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("name", ["../v1/config.json", "/etc/passwd", "..", "missing", "a/b"])

@@ -90,9 +90,11 @@ def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Propo
     q = proposal.probabilities
     if q.ndim != 3 or q.shape[0] != rows or q.shape[1] < width or q.shape[2] != vocab_size:
         raise BadProposal(f"probabilities {tuple(q.shape)} for {rows} drafts of up to {width} tokens")
-    q = q[:, :width].float()
-    _check_probabilities(q, ids, used)
-    return Proposal(ids, lengths.astype(np.int64), q)
+    q, sampled = q[:, :width].float(), proposal.sampled
+    if sampled is not None and (sampled.shape != (rows,) or sampled.dtype != np.bool_):
+        raise BadProposal(f"sampled is {sampled.dtype} {sampled.shape} where {rows} booleans were expected")
+    _check_probabilities(q, ids, used if sampled is None else used & sampled[:, None])
+    return Proposal(ids, lengths.astype(np.int64), q, sampled=sampled)
 
 
 def _check_probabilities(q: torch.Tensor, ids: np.ndarray, used: np.ndarray) -> None:
