@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from learner.attention import PACKED_ATTENTION
+from learner.lean import keep_less
 from learner.linear import use_fast_products
 from pipeline.errors import UsageError
 from pipeline.weights import COMPANION_FILES
@@ -64,6 +65,7 @@ def load_policy(folder: Path | str, device: str = "auto") -> PreTrainedModel:
         raise UsageError(f"the checkpoint {folder} lacks {len(missing)} weights, {missing[0]} first; is it complete?")
     policy: PreTrainedModel = model.to(resolve_device(device)).eval()
     use_fast_products(policy)
+    keep_less(policy)
     return policy
 
 
