@@ -63,7 +63,7 @@ class BlockAttention(torch.autograd.Function):
         return output.view(query_HLD.shape).to(query_HLD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient_HLD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_HLD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query_HLD, key_GLD, value_GLD, output = ctx.saved_tensors
         groups = len(key_GLD)
         query, key, value = _by_group(query_HLD, groups), _float(key_GLD), _float(value_GLD)

@@ -1,4 +1,4 @@
-"""Layers that keep less for the backward pass: the same values, from modules of transformers that compute them in steps.
+"""Layers that keep less for the backward pass, with the values of those modules of transformers that they replace.
 
 Eager autograd keeps every step's input: of a gated MLP four tensors of its inner width a token where two suffice, of a
 root-mean-square norm three where one does.
@@ -14,7 +14,7 @@ _PROBE_TOKENS = 3
 
 
 class _RMSNorm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + epsilon) over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4),
+    """weight * x / sqrt(mean(x^2) + epsilon) over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4),
     in float32; keeps x and one number a row."""
 
     @staticmethod
@@ -25,7 +25,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * scale).mul_(weight).to(torch.promote_types(x.dtype, weight.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         normed = x.float() * scale
         of_normed = gradient.float() * weight
@@ -45,7 +45,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         of_gate: torch.Tensor = torch.ops.aten.silu_backward(gradient * up, gate)
         return of_gate, F.silu(gate).mul_(gradient)
@@ -84,12 +84,12 @@ def keep_less(model: nn.Module) -> int:
 def _replaced(module: nn.Module) -> bool:
     if hasattr(module, "variance_epsilon") and isinstance(getattr(module, "weight", None), nn.Parameter):
         lean: type[nn.Module] = RMSNorm
-        width, weight = module.weight.shape[-1], module.weight
+        weight = module.get_parameter("weight")
     elif all(isinstance(getattr(module, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj")):
-        lean = GatedMLP
-        width, weight = module.gate_proj.in_features, module.gate_proj.weight
+        lean, weight = GatedMLP, module.get_parameter("gate_proj.weight")
     else:
         return False
+    width = weight.shape[-1]
     probe = torch.linspace(-2, 2, _PROBE_TOKENS * width, device=weight.device).view(_PROBE_TOKENS, width)
     original = type(module)
     expected = module(probe)

@@ -58,7 +58,7 @@ class _Affine(torch.autograd.Function):
         return y_NO if bias_O is None else y_NO.add_(bias_O)
 
     @staticmethod
-    def backward(ctx: Any, gradient_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_NI, weight_OI = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (

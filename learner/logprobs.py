@@ -167,7 +167,7 @@ class _FullVocabulary(torch.autograd.Function):
         return logp_T, entropy_T, score_T
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, of_logp_T: torch.Tensor | None, of_entropy_T: torch.Tensor | None, of_score_T: None
     ) -> tuple[torch.Tensor | None, ...]:
         hidden_TH, weight_VH, bias_V, target_T, temperature_T1, entropy_T = ctx.saved_tensors
@@ -178,7 +178,9 @@ class _FullVocabulary(torch.autograd.Function):
         of_bias_V = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         dtype = ctx.gradient_products or hidden_TH.dtype
         weight = weight_VH.to(dtype)
-        for rows in active_T.nonzero()[:, 0].split(ctx.chunk):
+        active = active_T.nonzero()[:, 0]
+        for part in _parts(len(active), ctx.chunk):
+            rows = active[part]
             hidden_CH = hidden_TH[rows]
             logits_CV = _logits(hidden_CH, weight_VH, bias_V, temperature_T1[rows])
             g = _logit_gradient(
@@ -194,8 +196,8 @@ class _FullVocabulary(torch.autograd.Function):
             if of_hidden_TH is not None:
                 of_hidden_TH[rows] = times_transposed(g, weight.t()).to(hidden_TH.dtype)
             if of_weight_VH is not None:
-                for part in _parts(len(weight_VH), WEIGHT_ROWS):
-                    of_weight_VH[part] += times_transposed(g[:, part].t(), hidden.t())
+                for vocabulary in _parts(len(weight_VH), WEIGHT_ROWS):
+                    of_weight_VH[vocabulary] += times_transposed(g[:, vocabulary].t(), hidden.t())
         return of_hidden_TH, of_weight_VH, of_bias_V, None, None, None, None, None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from learner.attention import PACKED_ATTENTION
@@ -67,6 +68,20 @@ def load_policy(folder: Path | str, device: str = "auto") -> PreTrainedModel:
     use_fast_products(policy)
     keep_less(policy)
     return policy
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only the inputs of the layers for the backward pass, and compute each layer again in it.
+
+    transformers does that in training mode alone, which is set on the layers themselves and on nothing inside them: no
+    dropout.
+    """
+    # renamed in transformers 5.19
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def policy_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
