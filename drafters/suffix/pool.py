@@ -7,6 +7,8 @@ import numpy as np
 from drafters.suffix import kernels as k
 
 _FIRST_STATES, _FIRST_SLOTS = 64, 32
+_LEAST_SLOTS = 8
+"""a quarter of the table stays free, so that every probe ends"""
 
 
 @dataclass(slots=True)
@@ -33,7 +35,7 @@ class AutomatonPool:
         """An empty automaton with room for so many states; slots are rounded up to a power of two."""
         blocks = _Blocks(
             np.empty((states, k.STATE_WIDTH), np.int32),
-            np.zeros((1 << max(slots - 1, 1).bit_length(), k.SLOT_WIDTH), np.int32),
+            np.zeros((1 << (max(slots, _LEAST_SLOTS) - 1).bit_length(), k.SLOT_WIDTH), np.int32),
         )
         blocks.states[0] = (-1, 0, 0, 0, -1, 0, 0, 0)
         number = self._enter(blocks)

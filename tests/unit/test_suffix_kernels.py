@@ -230,7 +230,7 @@ def test_a_repetition_goes_on_and_costs_no_more_than_other_text():
 def test_blocks_grow_shrink_back_to_nothing_and_numbers_come_again():
     pool = AutomatonPool()
     rng = np.random.default_rng(0)
-    numbers = [pool.new() for _ in range(20)]
+    numbers = [pool.new(states=1 + i, slots=i) for i in range(20)]
     for number in numbers:
         pool.extend(number, rng.integers(0, 50, 2000))
     assert pool.bytes == sum(pool.size(number) for number in numbers)

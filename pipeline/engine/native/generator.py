@@ -74,7 +74,7 @@ class NativeGenerator:
             stop_token_ids: tokens that end every response, beside those of a request; None: the model's own.
             entropy: whether to record entropies.
             version: publication that `model` is.
-            on_event: told in one sentence when the drafter is switched off; None: `warnings.warn`.
+            on_event: told in one sentence when the drafter is switched off or stuck; None: `warnings.warn`.
 
         Raises:
             UsageError: the checkpoint cannot be used, or `max_length` is over what the model was made for.
@@ -164,6 +164,10 @@ class NativeGenerator:
             s.forward_seconds, s.drafter_seconds, s.sampling_seconds, s.other_seconds,
         )  # fmt: skip
 
+    def drafter_counters(self) -> dict[str, float]:
+        """The drafter's own figures so far; what they are is the drafter's business."""
+        return self._drafting.counters()
+
     # ---- a step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -179,17 +183,20 @@ class NativeGenerator:
             return []
         temperatures = np.array([s.temperature for s in self._live], np.float32)
         proposal = self._propose(temperatures)
+        began = self._mark
         hidden = self._forward(proposal)
         logits = self.decoder.logits(hidden)
         self._lap("forward_seconds")
         verified = self._verify(logits, proposal, temperatures)
         emissions = self._emissions(verified, proposal)
         self._lap("sampling_seconds")
-        for sequence, emission in zip(self._live, emissions, strict=True):
-            sequence.append(emission, self.version)
+        seconds = self._mark - began
+        drafters = proposal.drafted_by or [self._drafting.name] * len(emissions)
+        for sequence, emission, drafter in zip(self._live, emissions, drafters, strict=True):
+            sequence.append(emission, self.version, drafter)
         self._count(emissions)
         self._lap("other_seconds")
-        self._observe(emissions, hidden, logits, proposal)
+        self._observe(emissions, hidden, logits, proposal, seconds)
         self._lap("drafter_seconds")
         return self._finish()
 
@@ -253,7 +260,9 @@ class NativeGenerator:
             emissions.append(sequence.cut_at_stop(emission))
         return emissions
 
-    def _observe(self, emissions: list[Emission], hidden: Tensor, logits: Tensor, proposal: Proposal) -> None:
+    def _observe(
+        self, emissions: list[Emission], hidden: Tensor, logits: Tensor, proposal: Proposal, seconds: float
+    ) -> None:
         self._drafting.observe(
             Verified(
                 ids=[s.id for s in self._live],
@@ -261,12 +270,13 @@ class NativeGenerator:
                 accepted=np.array([e.accepted for e in emissions], np.int64),
                 hidden=_padded(hidden, proposal) if Needs.HIDDEN_STATES in self._drafting.needs else None,
                 logits=_padded(logits, proposal) if Needs.LOGITS in self._drafting.needs else None,
+                seconds=seconds,
             )
         )
 
     def _finish(self) -> list[FinishedSample]:
         rows = [row for row, s in enumerate(self._live) if s.finish_reason]
-        done = [self._live[row].finished(self._drafting.name, self.capabilities.entropy) for row in rows]
+        done = [self._live[row].finished(self.capabilities.entropy) for row in rows]
         self._release(rows)
         self._lap("other_seconds")
         return done

@@ -29,8 +29,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "accepted", "count", "drafted", "entropies", "id", "kv_kept", "limit", "logprobs", "origins", "prompt_weights",
-        "request", "sample", "stop", "token_ids", "verifications", "versions",
+        "count", "drafts", "entropies", "id", "kv_kept", "limit", "logprobs", "origins", "prompt_weights", "request",
+        "sample", "sources", "stop", "token_ids", "verifications", "versions",
     )  # fmt: skip
 
     def __init__(self, id: int, request: GroupRequest, sample: int, limit: int, stop: frozenset[int]) -> None:
@@ -40,7 +40,10 @@ class Sequence:
         self.entropies = np.zeros(limit, np.float32)
         self.versions = np.zeros(limit, np.int64)
         self.origins = np.zeros(limit, np.uint8)
-        self.count = self.verifications = self.drafted = self.accepted = 0
+        self.sources = np.zeros(limit, np.uint8)
+        self.count = self.verifications = 0
+        self.drafts: dict[str, tuple[int, int]] = {}
+        """tokens drafted and accepted, by drafter"""
         self.kv_kept = False
         self.prompt_weights = -1
         """load count of the weights that computed the prompt's keys and values"""
@@ -81,8 +84,8 @@ class Sequence:
                 )
         return emission
 
-    def append(self, emission: Emission, version: int) -> None:
-        """Records an emission that was sampled by publication `version`."""
+    def append(self, emission: Emission, version: int, drafter: str) -> None:
+        """Records an emission that was sampled by publication `version` after a draft of `drafter`."""
         start, end = self.count, self.count + len(emission.token_ids)
         self.token_ids[start:end] = emission.token_ids
         self.logprobs[start:end] = emission.logprobs
@@ -95,8 +98,10 @@ class Sequence:
             self.origins[end - 1] = TokenOrigin.BONUS if whole else TokenOrigin.SAMPLED
         self.count = end
         self.verifications += 1
-        self.drafted += emission.drafted
-        self.accepted += emission.accepted
+        if emission.drafted:
+            drafted, accepted = self.drafts.get(drafter, (0, 0))
+            self.drafts[drafter] = drafted + emission.drafted, accepted + emission.accepted
+            self.sources[start : start + emission.accepted] = 1 + list(self.drafts).index(drafter)
 
     @property
     def finish_reason(self) -> str | None:
@@ -105,7 +110,7 @@ class Sequence:
             return "stop"
         return "length" if self.count >= self.limit else None
 
-    def finished(self, drafter: str, with_entropy: bool) -> FinishedSample:
+    def finished(self, with_entropy: bool) -> FinishedSample:
         """The sample of a sequence that has a finish reason."""
         n = self.count
         return FinishedSample(
@@ -118,7 +123,8 @@ class Sequence:
             samplers=np.full(n, Sampler.POLICY, np.uint8),
             finish_reason=self.finish_reason or "length",
             verifications=self.verifications,
-            drafters={drafter: DraftCounts(drafted=self.drafted, accepted=self.accepted)} if self.drafted else {},
+            drafters={name: DraftCounts(drafted=d, accepted=a) for name, (d, a) in self.drafts.items()},
             kv_kept_across_update=self.kv_kept,
             origins=self.origins[:n].copy(),
+            draft_sources=self.sources[:n].copy(),
         )
