@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta, Struct, field
 
-from drafters.base import BaseDrafter, DraftRequest, Proposal, SequenceStart, Verified
+from drafters.base import DraftRequest, Proposal, SequenceStart, Verified
+from drafters.composite import CompositeDrafter, Ensemble, joined, restricted
 from drafters.suffix import kernels
 from drafters.suffix.corpus import load_corpus
 from drafters.suffix.memory import CORPORA, SuffixMemory
@@ -21,7 +22,7 @@ from drafters.suffix.memory import CORPORA, SuffixMemory
 Count = Annotated[int, Meta(ge=0)]
 
 
-class SuffixAutomatonDrafter(BaseDrafter):
+class SuffixAutomatonDrafter(CompositeDrafter):
     """Copies what followed the longest known suffix: in the prompt, its group, earlier epochs, recent texts, corpora."""
 
     name = "suffix-automaton"
@@ -29,6 +30,9 @@ class SuffixAutomatonDrafter(BaseDrafter):
     class Options(Struct, kw_only=True, forbid_unknown_fields=True):
         """A match of `min_match` tokens or more gives `base + factor * match` tokens, at most `max_tokens`, and fewer
         where the continuation's relative frequency falls below `min_frequency`. `prefer` says which continuation.
+
+        Where no match has `auxiliary_below` tokens, the drafter `auxiliary` is asked (a name, or a table with name and
+        options).
 
         `memory_mb` bounds kept text (about 75 bytes a token), beside which `corpora` are folders that `rollahead corpus
         build` made; a match in one counts for `corpus_bias` tokens less than it has.
@@ -43,42 +47,61 @@ class SuffixAutomatonDrafter(BaseDrafter):
         memory_mb: Annotated[float, Meta(gt=0)] = 256.0
         corpora: list[str] = field(default_factory=list)
         corpus_bias: Count = 5
+        auxiliary: dict[str, Any] | str | None = None
+        auxiliary_below: Count = 5
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or self.Options()
+        auxiliary = self.options.auxiliary
+        super().__init__(Ensemble.build([] if auxiliary is None else [auxiliary]))
         self.memory = SuffixMemory(
-            int(self.options.memory_mb * 2**20), [load_corpus(Path(folder)) for folder in self.options.corpora]
+            int(self.options.memory_mb * 2**20),
+            [load_corpus(Path(folder)) for folder in self.options.corpora],
+            latest=self.options.prefer == "latest",
         )
         self._biases = np.zeros(CORPORA + len(self.options.corpora), np.int64)
         self._biases[CORPORA:] = self.options.corpus_bias
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
+        super().begin(sequences)
         self.memory.begin(sequences)
 
     def restore(self, sequences: Sequence[SequenceStart]) -> None:
+        super().restore(sequences)
         self.memory.begin(sequences)
 
     def propose(self, request: DraftRequest) -> Proposal:
+        if not len(self.ensemble):
+            return self._copied(request, self.options.min_match)
+        own = self._copied(request, max(self.options.min_match, self.options.auxiliary_below))
+        (auxiliary,) = self.ensemble
+        other = auxiliary.propose(restricted(request, own.lengths == 0))
+        choice = np.where(own.lengths > 0, 0, 1)
+        return joined([own, other], [self.name, auxiliary.name], choice, np.maximum(own.lengths, other.lengths))
+
+    def _copied(self, request: DraftRequest, shortest: int) -> Proposal:
         options, memory, rows = self.options, self.memory, len(request.ids)
         width = min(int(request.budgets.max(initial=0)), options.max_tokens)
         tokens, lengths = np.zeros((rows, width), np.int64), np.zeros(rows, np.int64)
         matches, confidences = np.zeros(rows, np.int64), np.zeros((rows, width), np.float32)
         kernels.propose(
             memory.pool.heads, memory.automata, memory.places, memory.lengths, memory.rows(request.ids),
-            request.budgets, self._biases, options.min_match, options.base, options.factor,
-            options.prefer == "latest", options.min_frequency, tokens, lengths, matches, confidences,
+            request.budgets, self._biases, shortest, options.base, options.factor, options.min_frequency,
+            tokens, lengths, matches, confidences,
         )  # fmt: skip
         return Proposal(tokens, lengths, matches=matches, confidences=confidences)
 
     def observe(self, verified: Verified) -> None:
+        super().observe(verified)
         self.memory.observe(verified.ids, verified.emitted)
 
     def end(self, ids: Sequence[int]) -> None:
+        super().end(ids)
         self.memory.end(ids)
 
-    def counters(self) -> dict[str, Any]:
+    def counters(self) -> dict[str, float]:
         memory = self.memory
-        return {
+        return super().counters() | {
             "memory_bytes": memory.bytes,
             "memory_tokens": memory.tokens,
             "bytes_a_token": memory.bytes / max(1, memory.tokens),

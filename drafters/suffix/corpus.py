@@ -110,6 +110,8 @@ def _sound(states: np.ndarray, slots: np.ndarray, header: np.ndarray) -> bool:
         link, target, more = states[state, k.LINK], states[state, k.TARGET], states[state, k.MORE]
         if not (0 <= target < count and 0 <= more <= room and (state == 0 or 0 <= link < count)):
             return False
+        if not 0 <= states[state, k.BEST] <= room:
+            return False
         if state != 0 and states[link, k.LENGTH] >= states[state, k.LENGTH]:
             return False
         if (target == 0) != (states[state, k.TOKEN] < 0):

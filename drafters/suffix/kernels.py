@@ -8,8 +8,9 @@ Construction after Blumer et al. (1985), for many documents that grow at the sam
 longest string of its state (no longer string ends where the document began), so its place in the automaton stays put
 while others grow, and extending it continues there.
 
-Counts: `COUNT` of a state is how often its strings occur. An appended token adds one to every state on the chain of
-suffix links; the walk is cut after `WALK` states, because a text of one token repeated has a state for each suffix.
+`COUNT` of a state is how often its strings occur, `BEST` its most frequent transition (the latest among equals), or its
+latest where that is asked for. An appended token changes both on the chain of suffix links; the walk is cut after `WALK`
+states, because a text of one token repeated has a state for each suffix.
 """
 
 from typing import Any
@@ -18,9 +19,9 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-LINK, LENGTH, COUNT, STAMP, TOKEN, TARGET, MORE, DEGREE = range(8)
-"""columns of a state; TOKEN and TARGET are its first transition, MORE the first further one's slot + 1, STAMP the clock
-when its strings last occurred, DEGREE its transitions"""
+LINK, LENGTH, COUNT, BEST, TOKEN, TARGET, MORE, DEGREE = range(8)
+"""columns of a state; TOKEN and TARGET are its first transition, MORE the first further one's slot + 1, BEST the best
+one's slot + 1 (0: the first transition), DEGREE how many there are"""
 OWNER, LABEL, LEADS_TO, NEXT = range(4)
 """columns of a slot: state + 1 (0: free), token, target, next slot of the same state + 1"""
 STATES_AT, SLOTS_AT, STATES, STATE_ROOM, SLOTS, SLOT_ROOM, CLOCK, WIDEST = range(8)
@@ -31,8 +32,8 @@ STATE_WIDTH, SLOT_WIDTH, HEADER_WIDTH = 8, 4, 8
 WALK = 32
 ANCESTORS = 8
 """suffixes tried for one that has a continuation"""
-CHILDREN = 64
-"""transitions compared for the most frequent one"""
+SHORT, SUFFIXES = 6, 4
+"""a match of up to SHORT tokens is weighed against the next shorter ones, SUFFIXES in all; a longer one is trusted"""
 
 
 @intrinsic
@@ -115,7 +116,7 @@ def _redirect(states: np.ndarray, slots: np.ndarray, state: int, token: int, to:
 def _new_state(head: np.ndarray, states: np.ndarray, length: int, link: int) -> int:
     state = head[STATES]
     head[STATES] += 1
-    states[state, LINK], states[state, LENGTH], states[state, COUNT], states[state, STAMP] = link, length, 0, 0
+    states[state, LINK], states[state, LENGTH], states[state, COUNT], states[state, BEST] = link, length, 0, 0
     states[state, TOKEN], states[state, TARGET], states[state, MORE], states[state, DEGREE] = -1, 0, 0, 0
     return state
 
@@ -127,12 +128,14 @@ def _split(
     """A state for the strings of `whole` that now also end elsewhere: those up to `state`'s longest and `token`."""
     part = _new_state(head, states, states[state, LENGTH] + 1, states[whole, LINK])
     if counted:
-        states[part, COUNT], states[part, STAMP] = states[whole, COUNT], states[whole, STAMP]
+        states[part, COUNT] = states[whole, COUNT]
     if states[whole, TARGET] != 0:
         _add_transition(head, states, slots, part, states[whole, TOKEN], states[whole, TARGET])
         place = states[whole, MORE]
         while place != 0:
             _add_transition(head, states, slots, part, slots[place - 1, LABEL], slots[place - 1, LEADS_TO])
+            if states[whole, BEST] == place:
+                states[part, BEST] = states[part, MORE]
             place = slots[place - 1, NEXT]
     while state != -1 and target_of(states, slots, state, token) == whole:
         _redirect(states, slots, state, token, part)
@@ -185,18 +188,37 @@ def _append(head: np.ndarray, states: np.ndarray, slots: np.ndarray, last: int, 
 
 
 @njit(cache=True)
-def _mark(head: np.ndarray, states: np.ndarray, state: int, counted: bool) -> None:
-    """Every suffix of the text has occurred once more, now."""
-    for _ in range(WALK if counted else 1):
+def _mark(states: np.ndarray, slots: np.ndarray, last: int, state: int, token: int, latest: bool) -> None:
+    """Every suffix of the text, which stood at `last` and now stands at `state`, has occurred once more."""
+    for _ in range(WALK):
         if state <= 0:
-            return
+            break
         states[state, COUNT] += 1
-        states[state, STAMP] = head[CLOCK]
         state = states[state, LINK]
+    for _ in range(WALK):
+        if last < 0:
+            break
+        _prefer(states, slots, last, token, latest)
+        last = states[last, LINK]
 
 
 @njit(cache=True)
-def extend(head: np.ndarray, tokens: np.ndarray, start: int, last: int, counted: bool) -> tuple[int, int]:
+def _prefer(states: np.ndarray, slots: np.ndarray, state: int, token: int, latest: bool) -> None:
+    """The transition that was just taken is the best one if no other has been taken more often."""
+    place = 0 if states[state, TOKEN] == token else _find(slots, state, token) + 1
+    best = states[state, BEST]
+    if place == best:
+        return
+    new = states[state, TARGET] if place == 0 else slots[place - 1, LEADS_TO]
+    old = states[state, TARGET] if best == 0 else slots[best - 1, LEADS_TO]
+    if latest or states[new, COUNT] >= states[old, COUNT]:
+        states[state, BEST] = place
+
+
+@njit(cache=True)
+def extend(
+    head: np.ndarray, tokens: np.ndarray, start: int, last: int, counted: bool, latest: bool
+) -> tuple[int, int]:
     """Appends `tokens[start:]` to the document that stands at `last`; not `counted`: `spread_counts` does it later.
 
     Returns how many tokens of `tokens` are in, fewer than all where the automaton must grow first, and the document's
@@ -206,15 +228,20 @@ def extend(head: np.ndarray, tokens: np.ndarray, start: int, last: int, counted:
     for i in range(start, len(tokens)):
         if not _has_room(head, states, slots, last, tokens[i]):
             return i, last
-        last = _append(head, states, slots, last, tokens[i], counted)
-        _mark(head, states, last, counted)
+        state = _append(head, states, slots, last, tokens[i], counted)
+        if counted:
+            _mark(states, slots, last, state, tokens[i], latest)
+        else:
+            states[state, COUNT] += 1
+        last = state
     return len(tokens), last
 
 
 @njit(cache=True)
 def spread_counts(head: np.ndarray) -> None:
-    """Counts of a whole automaton from those of the ends alone: longer states give theirs to the suffixes they link to."""
-    states, n = _states(head), head[STATES]
+    """Counts of a whole automaton from those of the ends alone: longer states give theirs to the suffixes they link to.
+    Then the best transitions."""
+    states, slots, n = _states(head), _slots(head), head[STATES]
     longest = 0
     for state in range(n):
         longest = max(longest, states[state, LENGTH])
@@ -229,7 +256,13 @@ def spread_counts(head: np.ndarray) -> None:
     for i in range(n - 1, 0, -1):
         link = states[order[i], LINK]
         states[link, COUNT] += states[order[i], COUNT]
-        states[link, STAMP] = max(states[link, STAMP], states[order[i], STAMP])
+    for state in range(n):
+        place, best = states[state, MORE], states[states[state, TARGET], COUNT]
+        while place != 0:
+            count = states[slots[place - 1, LEADS_TO], COUNT]
+            if count > best:
+                best, states[state, BEST] = count, place
+            place = slots[place - 1, NEXT]
 
 
 @njit(cache=True)
@@ -237,11 +270,13 @@ def rehash(head: np.ndarray, old: np.ndarray, new: np.ndarray) -> None:
     """Moves all transitions into a larger, empty table; the order of a state's transitions stays."""
     states = _states(head)
     for state in range(head[STATES]):
-        place, before = states[state, MORE], -1
+        place, before, best = states[state, MORE], -1, states[state, BEST]
         while place != 0:
             token, to, following = old[place - 1, LABEL], old[place - 1, LEADS_TO], old[place - 1, NEXT]
             spot = -1 - _find(new, state, token)
             new[spot, OWNER], new[spot, LABEL], new[spot, LEADS_TO], new[spot, NEXT] = state + 1, token, to, 0
+            if place == best:
+                states[state, BEST] = spot + 1
             if before < 0:
                 states[state, MORE] = spot + 1
             else:
@@ -286,6 +321,7 @@ def observe(
     tokens: np.ndarray,
     borders: np.ndarray,
     done: np.ndarray,
+    latest: bool,
 ) -> int:
     """Tokens that continue sequences, in every automaton they are followed in.
 
@@ -299,6 +335,7 @@ def observe(
         tokens: int64 [N], those of row b at `borders[b]:borders[b + 1]`.
         borders: int64 [B + 1].
         done: int64 [B, T], tokens taken in so far; changed.
+        latest: whether the best transition is the latest one.
 
     Returns the automaton that must grow before the call can be repeated; -1 when all is done.
     """
@@ -316,9 +353,10 @@ def observe(
                     if not _has_room(head, states, slots, place, tokens[i]):
                         places[row, track], lengths[row, track] = place, length
                         return automaton
+                    last = place
                     place = _append(head, states, slots, place, tokens[i], True)
                     length += 1
-                    _mark(head, states, place, True)
+                    _mark(states, slots, last, place, tokens[i], latest)
                 else:
                     place, length = transfer(states, slots, place, length, tokens[i])
                 done[b, track] += 1
@@ -340,21 +378,37 @@ def _continued(states: np.ndarray, state: int) -> int:
 
 
 @njit(cache=True)
-def _likeliest(states: np.ndarray, slots: np.ndarray, state: int, latest: bool) -> tuple[int, int]:
-    """Token and target of the most frequent transition, the latest among equals; or of the latest one."""
-    token, target = states[state, TOKEN], states[state, TARGET]
-    place = states[state, MORE]
-    for _ in range(CHILDREN):
-        if place == 0:
+def _best(states: np.ndarray, slots: np.ndarray, state: int) -> tuple[int, int]:
+    """Token and target of the best transition."""
+    place = states[state, BEST]
+    if place == 0:
+        return states[state, TOKEN], states[state, TARGET]
+    return slots[place - 1, LABEL], slots[place - 1, LEADS_TO]
+
+
+@njit(cache=True)
+def _confidence(states: np.ndarray, state: int, target: int) -> float:
+    """How often the transition was taken from here, shrunk towards one half: (c + 1/2)/(n + 1)."""
+    return (min(states[target, COUNT], states[state, COUNT]) + 0.5) / (states[state, COUNT] + 1.0)
+
+
+@njit(cache=True)
+def _surest(states: np.ndarray, slots: np.ndarray, state: int) -> int:
+    """Of the state and the next shorter suffixes, the one whose best transition is the surest; the longest of equals.
+
+    A short match seen once says less than a shorter one seen a hundred times.
+    """
+    surest, most = state, -1.0
+    for _ in range(SUFFIXES):
+        if state <= 0:
             break
-        other = slots[place - 1, LEADS_TO]
-        more = states[other, COUNT] - states[target, COUNT]
-        if latest or more == 0:
-            more = states[other, STAMP] - states[target, STAMP]
-        if more > 0:
-            token, target = slots[place - 1, LABEL], other
-        place = slots[place - 1, NEXT]
-    return token, target
+        target = _best(states, slots, state)[1]
+        if target != 0:
+            confidence = _confidence(states, state, target)
+            if confidence > most:
+                surest, most = state, confidence
+        state = states[state, LINK]
+    return surest
 
 
 @njit(cache=True)
@@ -371,15 +425,13 @@ def draft(
     slots: np.ndarray,
     state: int,
     count: int,
-    latest: bool,
     least: float,
     tokens: np.ndarray,
     confidences: np.ndarray,
 ) -> int:
     """Up to `count` tokens from a state with a continuation on, into `tokens`; returns how many.
 
-    `confidences` says of each how often it followed what stands before it, shrunk towards one half: (c + 1/2)/(n + 1).
-    The draft ends where the product of c/n falls below `least`. Where a text ends (a sibling's newest token, say) it
+    `confidences` are as `_confidence` says. The draft ends where the product of c/n falls below `least`. Where a text ends (a sibling's newest token, say) it
     goes on from that text's longest suffix that was continued: a repetition goes on as it began.
     """
     survival = 1.0
@@ -387,13 +439,12 @@ def draft(
         state = _continued(states, state)
         if state == 0:
             return k
-        token, target = _likeliest(states, slots, state, latest)
-        seen, followed = states[state, COUNT], min(states[target, COUNT], states[state, COUNT])
-        survival *= followed / max(seen, 1)
+        token, target = _best(states, slots, state)
+        survival *= min(1.0, states[target, COUNT] / max(states[state, COUNT], 1))
         if survival < least:
             return k
         tokens[k] = token
-        confidences[k] = (followed + 0.5) / (seen + 1.0)
+        confidences[k] = _confidence(states, state, target)
         state = target
     return count
 
@@ -410,7 +461,6 @@ def propose(
     threshold: int,
     base: float,
     factor: float,
-    latest: bool,
     least: float,
     tokens: np.ndarray,
     counts: np.ndarray,
@@ -425,11 +475,10 @@ def propose(
         biases: int64 [T].
         threshold: shortest match, bias taken off, that is drafted from.
         base, factor: a match of m tokens gives a draft of `base + factor * m`.
-        latest: draft the latest continuation, not the most frequent one.
         least: where the draft's relative frequency falls below, it ends.
         tokens: int64 [B, K], filled.
         counts: int64 [B], filled: tokens drafted.
-        matches: int64 [B], filled: length of the match.
+        matches: int64 [B], filled: tokens of context that the draft rests on.
         confidences: float32 [B, K], filled.
     """
     for b in range(len(rows)):
@@ -444,8 +493,10 @@ def propose(
                 matches[b] = length
         if best_track < 0:
             continue
-        head = heads[automata[row, best_track]]
+        states, slots = _states(heads[automata[row, best_track]]), _slots(heads[automata[row, best_track]])
         wanted = min(budgets[b], np.int64(base + factor * matches[b]), tokens.shape[1])
-        counts[b] = draft(
-            _states(head), _slots(head), best_state, wanted, latest, least, tokens[b], confidences[b]
-        )
+        if matches[b] <= SHORT:
+            surest = _surest(states, slots, best_state)
+            if surest != best_state:
+                best_state, matches[b] = surest, states[surest, LENGTH]
+        counts[b] = draft(states, slots, best_state, wanted, least, tokens[b], confidences[b])

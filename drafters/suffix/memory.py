@@ -43,8 +43,9 @@ class _Prompt:
 class SuffixMemory:
     """Automata, and where each live sequence stands in them."""
 
-    def __init__(self, max_bytes: int, corpora: Sequence[Corpus] = ()) -> None:
-        self.pool = AutomatonPool()
+    def __init__(self, max_bytes: int, corpora: Sequence[Corpus] = (), latest: bool = False) -> None:
+        """`latest`: a state's best continuation is its latest one, not its most frequent one."""
+        self.pool = AutomatonPool(latest)
         self.evicted = 0
         """automata given up for room"""
         self._max_bytes = max_bytes
@@ -143,8 +144,9 @@ class SuffixMemory:
             done[:, ~only] = len(tokens)
         while True:
             full = k.observe(
-                self.pool.heads, self.automata, self.places, self.lengths, self.own, rows, tokens, borders, done
-            )
+                self.pool.heads, self.automata, self.places, self.lengths, self.own, rows, tokens, borders, done,
+                self.pool.latest,
+            )  # fmt: skip
             if full < 0:
                 return
             self.pool.grow(full)

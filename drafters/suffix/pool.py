@@ -23,6 +23,8 @@ class _Blocks:
 class AutomatonPool:
     """Automata by number; a freed number is used again."""
 
+    latest: bool = False
+    """whether a state's best transition is its latest one, not its most frequent one"""
     heads: np.ndarray = field(default_factory=lambda: np.zeros((8, k.HEADER_WIDTH), np.int64))
     """int64 [A, HEADER_WIDTH], what the kernels read"""
     bytes: int = 0
@@ -62,10 +64,10 @@ class AutomatonPool:
 
     def extend(self, number: int, tokens: np.ndarray, place: int = 0, counted: bool = True) -> int:
         """Appends int64 `tokens` to the document that stands at `place` (0: a new one); returns its new place."""
-        done, place = k.extend(self.heads[number], tokens, 0, place, counted)
+        done, place = k.extend(self.heads[number], tokens, 0, place, counted, self.latest)
         while done < len(tokens):
             self.grow(number)
-            done, place = k.extend(self.heads[number], tokens, done, place, counted)
+            done, place = k.extend(self.heads[number], tokens, done, place, counted, self.latest)
         return int(place)
 
     def grow(self, number: int) -> None:
