@@ -83,7 +83,8 @@ class Guard:
             self._call(lambda d: d.attach(target), None, limited=False)
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
-        self._call(lambda d: d.begin(sequences), None)
+        if sequences:
+            self._call(lambda d: d.begin(sequences), None)
 
     def propose(self, request: DraftRequest) -> Proposal:
         """A checked proposal, no wider than its longest draft; empty where nothing may or can be drafted."""
@@ -96,16 +97,19 @@ class Guard:
         self._call(lambda d: d.observe(verified), None)
 
     def preempt(self, ids: Sequence[int]) -> None:
-        self._call(lambda d: d.preempt(ids), None)
+        if ids:
+            self._call(lambda d: d.preempt(ids), None)
 
     def restore(self, sequences: Sequence[SequenceStart]) -> None:
-        self._call(lambda d: d.restore(sequences), None)
+        if sequences:
+            self._call(lambda d: d.restore(sequences), None)
 
     def weights_changed(self, version: int) -> None:
         self._call(lambda d: d.weights_changed(version), None)
 
     def end(self, ids: Sequence[int]) -> None:
-        self._call(lambda d: d.end(ids), None)
+        if ids:
+            self._call(lambda d: d.end(ids), None)
 
     def counters(self) -> dict[str, float]:
         """The drafter's own figures, none of one that keeps none."""

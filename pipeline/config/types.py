@@ -68,6 +68,13 @@ class EngineSection(Section):
     max_sequences: Annotated[PositiveInt, option("sequences generated at once by one engine")] = 64
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("compute type; auto: the checkpoint's")] = "auto"
     device: Annotated[str, option("auto, cpu, cuda or cuda:N")] = "auto"
+    kv_bytes: Annotated[
+        Count, option("memory for keys and values, in bytes; 0: for max_sequences, at most half of what is free")
+    ] = 0
+    prefill_tokens: Annotated[PositiveInt, option("prompt tokens computed between two generation steps")] = 2048
+    update_kv: Annotated[
+        Literal["keep", "recompute"], option("keys and values of sequences under way when new weights arrive")
+    ] = "keep"
     max_draft_tokens: Annotated[Annotated[int, Meta(ge=0, le=128)], option("longest draft a verification")] = 2
     drafter: Annotated[Piece, option("drafter by name or module:Class, with its options")] = field(
         default_factory=lambda: {"name": "suffix-automaton"}

@@ -278,5 +278,8 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         max_length=config.sampling.max_prompt_tokens + config.sampling.max_new_tokens,
         dtype=config.engine.dtype,
         device=config.engine.device,
+        kv_bytes=config.engine.kv_bytes,
+        prefill_tokens=config.engine.prefill_tokens,
+        recompute_on_update=config.engine.update_kv == "recompute",
         on_event=log,
     )

@@ -68,19 +68,19 @@ def load_weights_into(decoder: Decoder, folder: str | Path) -> None:
     folder = Path(folder)
     with _open_shards(folder) as shards:
         sources = {name: (file, path) for path, file in shards for name in file.keys()}  # noqa: SIM118
-        for name, tensor in decoder.tensors.items():
+        shapes = decoder.shapes
+        for name, wanted in shapes.items():
             if name not in sources:
                 raise UsageError(f"{folder} has no tensor {name}; is it the checkpoint of this model?")
             file, path = sources[name]
             shape = tuple(file.get_slice(name).get_shape())
-            if shape != tuple(tensor.shape):
-                raise UsageError(f"{path}: tensor {name} has shape {shape} where the model needs {tuple(tensor.shape)}")
+            if shape != wanted:
+                raise UsageError(f"{path}: tensor {name} has shape {shape} where the model needs {wanted}")
         for name, (_, path) in sources.items():
             # A bias or layer the configuration does not announce would silently change what the model computes.
-            if name.startswith("model.") and name not in decoder.tensors and not name.endswith("rotary_emb.inv_freq"):
+            if name.startswith("model.") and name not in shapes and not name.endswith("rotary_emb.inv_freq"):
                 raise UsageError(f"{path}: tensor {name} has no place in the model that config.json describes")
-        for name, tensor in decoder.tensors.items():
-            tensor.copy_(sources[name][0].get_tensor(name))
+        decoder.load(lambda name: sources[name][0].get_tensor(name))
 
 
 @contextmanager

@@ -1,129 +1,122 @@
-"""A lean decoder for the Llama / Mistral / Qwen2 / Qwen3 family, equal to transformers' logits on the same weights.
+"""A lean decoder for the Llama / Mistral / Qwen2 / Qwen3 family, equal to transformers' logits on the same weights."""
 
-Queries, keys and values come from one projection, as do gate and up; the tensors a checkpoint names are views of them.
-"""
-
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models.attention import attention_for
 from pipeline.models.config import ModelConfig
 from pipeline.models.kv_cache import AttentionPlan, KVCache
-from pipeline.models.rope import RopeTable, rotate
+from pipeline.models.linear import Linear
 
 
 @dataclass(slots=True)
 class Layer:
-    """Weights of a block (H hidden size, D head dimension)."""
+    """A block (D head dimension)."""
 
     input_norm: Tensor
-    qkv: Tensor
-    """[(heads + 2 kv_heads) D, H]"""
-    qkv_bias: Tensor | None
+    qkv: Linear
+    """to (heads + 2 kv_heads) D"""
     qk_norm: Tensor | None
     """[2, D]: of queries, of keys"""
-    output: Tensor
-    """[H, heads D]"""
-    output_bias: Tensor | None
+    output: Linear
     post_norm: Tensor
-    gate_up: Tensor
-    """[2 intermediate, H]"""
-    down: Tensor
-    """[H, intermediate]"""
+    gate: Linear
+    up: Linear
+    down: Linear
 
 
 class Decoder:
-    """Weights on one device, and the forward pass over packed tokens.
-
-    `tensors` maps the checkpoint's names to views of the weights, so writing through it changes what is computed.
-    """
+    """Weights on one device, and the forward pass over packed tokens. Holds zeros until `load`."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = config, dtype, device
-        self.tensors: dict[str, Tensor] = {}
-        self.embedding = self._new("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self._plain: dict[str, Tensor] = {}
+        """weights that are no matrix product's, by the checkpoint's name"""
+        self._linears: list[Linear] = []
+        self.embedding = torch.zeros(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self._plain["model.embed_tokens.weight"] = self.embedding
         self.layers = [self._layer(f"model.layers.{i}.") for i in range(config.layers)]
-        self.final_norm = self._new("model.norm.weight", config.hidden_size)
-        self.head = self.embedding
-        if not config.tied_head:
-            self.head = self._new("lm_head.weight", config.vocab_size, config.hidden_size)
-        self._norm_rows = torch.tensor([0] * config.heads + [1] * config.kv_heads, device=device)
-        self._rope = RopeTable(config.rope, config.head_dim, dtype, device)
+        self.final_norm = self._norm_weight("model.norm.weight", config.hidden_size)
+        # A tied head is a matrix product all the same: on a CPU it has its own, packed copy.
+        name = "model.embed_tokens" if config.tied_head else "lm_head"
+        self.head = self._linear({name: config.vocab_size}, config.hidden_size)
+        self.attention = attention_for(config, dtype, device)
 
-    def _new(self, name: str, *shape: int) -> Tensor:
-        self.tensors[name] = tensor = torch.empty(*shape, dtype=self.dtype, device=self.device)
-        return tensor
+    def _norm_weight(self, name: str, *shape: int) -> Tensor:
+        # The CPU's kernels read it in float32, so that the normalised row is rounded once, not twice.
+        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        self._plain[name] = weight = torch.zeros(*shape, dtype=dtype, device=self.device)
+        return weight
 
-    def _fused(self, prefix: str, suffix: str, parts: dict[str, int], *inner: int) -> Tensor:
-        """One tensor of the parts' rows; each part is known by the checkpoint's name for it."""
-        tensor = torch.empty(sum(parts.values()), *inner, dtype=self.dtype, device=self.device)
-        for name, view in zip(parts, tensor.split(list(parts.values())), strict=True):
-            self.tensors[prefix + name + suffix] = view
-        return tensor
+    def _linear(self, weights: dict[str, int], inputs: int, bias: bool = False) -> Linear:
+        linear = Linear(weights, inputs, self.dtype, self.device, bias=bias)
+        self._linears.append(linear)
+        return linear
 
     def _layer(self, prefix: str) -> Layer:
-        c = self.config
+        c, attention, feed_forward = self.config, prefix + "self_attn.", prefix + "mlp."
         hidden, queries, keys = c.hidden_size, c.heads * c.head_dim, c.kv_heads * c.head_dim
-        attention, feed_forward = prefix + "self_attn.", prefix + "mlp."
-        qkv = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-        gate_up = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
+        qkv = {attention + "q_proj": queries, attention + "k_proj": keys, attention + "v_proj": keys}
         qk_norm = None
         if c.qk_norm:
-            qk_norm = torch.empty(2, c.head_dim, dtype=self.dtype, device=self.device)
-            self.tensors[attention + "q_norm.weight"], self.tensors[attention + "k_norm.weight"] = qk_norm
+            qk_norm = self._norm_weight(attention + "qk_norm", 2, c.head_dim)
+            del self._plain[attention + "qk_norm"]
+            self._plain[attention + "q_norm.weight"], self._plain[attention + "k_norm.weight"] = qk_norm
         return Layer(
-            input_norm=self._new(prefix + "input_layernorm.weight", hidden),
-            qkv=self._fused(attention, ".weight", qkv, hidden),
-            qkv_bias=self._fused(attention, ".bias", qkv) if c.qkv_bias else None,
+            input_norm=self._norm_weight(prefix + "input_layernorm.weight", hidden),
+            qkv=self._linear(qkv, hidden, c.qkv_bias),
             qk_norm=qk_norm,
-            output=self._new(attention + "o_proj.weight", hidden, queries),
-            output_bias=self._new(attention + "o_proj.bias", hidden) if c.output_bias else None,
-            post_norm=self._new(prefix + "post_attention_layernorm.weight", hidden),
-            gate_up=self._fused(feed_forward, ".weight", gate_up, hidden),
-            down=self._new(feed_forward + "down_proj.weight", hidden, c.intermediate_size),
+            output=self._linear({attention + "o_proj": hidden}, queries, c.output_bias),
+            post_norm=self._norm_weight(prefix + "post_attention_layernorm.weight", hidden),
+            gate=self._linear({feed_forward + "gate_proj": c.intermediate_size}, hidden),
+            up=self._linear({feed_forward + "up_proj": c.intermediate_size}, hidden),
+            down=self._linear({feed_forward + "down_proj": hidden}, c.intermediate_size),
         )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every checkpoint tensor the decoder needs."""
+        shapes = {name: tuple(weight.shape) for name, weight in self._plain.items()}
+        for linear in self._linears:
+            shapes |= linear.shapes
+        return shapes
+
+    @torch.no_grad()
+    def load(self, tensor: Callable[[str], Tensor]) -> None:
+        """Overwrites every weight with the tensor of its name, cast to the compute type."""
+        for name, weight in self._plain.items():
+            weight.copy_(tensor(name))
+        for linear in self._linears:
+            linear.load(tensor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of all weights by the checkpoint's names, as they are computed with."""
+        found = {name: weight.clone() for name, weight in self._plain.items()}
+        for linear in self._linears:
+            found |= linear.tensors()
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights in memory."""
+        plain = sum(weight.numel() * weight.element_size() for weight in self._plain.values())
+        return plain + sum(linear.bytes for linear in self._linears)
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
         """Hidden states [N, H] after the final norm of packed tokens int64 [N]; their keys and values are cached."""
-        x = self.embedding[token_ids]
-        cos, sin = self._rope.at(plan.positions, plan.keys)
+        attention, x = self.attention, self.embedding[token_ids]
         for index, layer in enumerate(self.layers):
-            x = x + self._attention(index, self._norm(x, layer.input_norm), cos, sin, plan, cache)
-            gate, up = F.linear(self._norm(x, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
-        return self._norm(x, self.final_norm)
+            qkv = layer.qkv(attention.norm(x, layer.input_norm))
+            x = layer.output.plus(attention(index, qkv, layer.qk_norm, plan, cache), x)
+            normed = attention.norm(x, layer.post_norm)
+            x = layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), x)
+        return attention.norm(x, self.final_norm)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [M, V] of hidden states [M, H]."""
-        return F.linear(hidden, self.head).float()
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
-
-    def _attention(
-        self, index: int, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache: KVCache
-    ) -> Tensor:
-        c, layer = self.config, self.layers[index]
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, c.head_dim)
-        qk = qkv[:, : c.heads + c.kv_heads]
-        if layer.qk_norm is not None:
-            qk = F.rms_norm(qk, (c.head_dim,), None, c.rms_norm_eps) * layer.qk_norm[self._norm_rows]
-        qk = rotate(qk, cos, sin)
-        cache.write(index, plan, qk[:, c.heads :], qkv[:, c.heads + c.kv_heads :])
-        attended = self._attend(qk[:, : c.heads], plan, *cache.read(index, plan))
-        return F.linear(attended, layer.output, layer.output_bias)
-
-    def _attend(self, queries: Tensor, plan: AttentionPlan, keys: Tensor, values: Tensor) -> Tensor:
-        """[N, heads * D]. A KV head's query heads become further queries of it, so no key is repeated in memory."""
-        c, flat = self.config, queries.flatten(1)
-        rows, width, group = plan.rows, plan.width, c.heads // c.kv_heads
-        if plan.pad_index is not None:
-            flat = flat.new_zeros(rows * width, flat.shape[1]).index_copy_(0, plan.pad_index, flat)
-        folded = flat.view(rows, width, c.kv_heads, group, c.head_dim).transpose(1, 2).flatten(2, 3)
-        attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=plan.mask)
-        flat = attended.unflatten(2, (width, group)).transpose(1, 2).reshape(rows * width, -1)
-        return flat if plan.pad_index is None else flat[plan.pad_index]
+        return self.head(hidden).float()

@@ -1,10 +1,11 @@
-"""Keys and values of live sequences: one slot a sequence, the live ones always in the first slots.
+"""Keys and values of live sequences in pages: a sequence holds just the pages its tokens need, and shares its prompt's.
 
-Attention then reads views instead of gathering. The cache keeps no lengths: a sequence knows how many of its tokens
-are cached, so rolling back rejected drafts is forgetting about them; later tokens overwrite theirs.
+The cache keeps no lengths: a sequence knows how many of its tokens are cached, so rolling back rejected drafts is
+forgetting about them; later tokens overwrite theirs. Pages after vLLM's PagedAttention (Kwon et al., arXiv 2309.06180).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,104 +13,144 @@ from torch import Tensor
 
 from pipeline.models.config import ModelConfig
 
-_LENGTH_STEP = 64
+PAGE = 32
+"""Tokens a page."""
 
 
-@dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Where the N new tokens of B consecutive slots go and what they may attend to; built once a forward pass.
+    """Where the N new tokens of B sequences go and what they may attend to; built once a forward pass.
 
-    Tokens are packed: row b brings `counts[b]` of them, no padding. Attention alone pads them to the widest row, T.
+    Tokens are packed: row b brings `counts[b]` of them, no padding.
     """
 
-    first: int
-    rows: int
-    width: int
-    """T"""
-    keys: int
-    """L, longest row after this pass"""
-    positions: Tensor
-    """int64 [N]"""
-    write_index: Tensor
-    """int64 [N], into slots x capacity"""
-    pad_index: Tensor | None
-    """int64 [N], into B x T; None where every row brings T tokens"""
-    mask: Tensor | None
-    """[B, 1, T * query heads a KV head, L], added to scores; None where every query sees every key"""
+    def __init__(self, tables: np.ndarray, cached: np.ndarray, counts: np.ndarray, device: torch.device) -> None:
+        """
+        Args:
+            tables: int64 [B, at least the most pages of a row], pages of each row in order.
+            cached: int64 [B], tokens of each row that are in the cache.
+            counts: int64 [B], new ones.
+            device: of the tensors.
+        """
+        self.tables, self.cached, self.counts, self._device = tables, cached, counts, device
+        self.rows, self.width = len(cached), int(counts.max())
+        """B, and the most new tokens of a row"""
+        self.keys = int((cached + counts).max())
+        """L, longest row after this pass"""
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        """int64 [B + 1], where each row's tokens begin"""
+        self.row = np.repeat(np.arange(self.rows), counts)
+        self.column = np.arange(len(self.row)) - self.starts[self.row]
+        """int64 [N], a token's place among its row's new ones"""
+        self.position = cached[self.row] + self.column
+        """int64 [N]"""
+        self.page = tables[self.row, self.position // PAGE]
+        """int64 [N]"""
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return self._tensor(self.position)
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Page and place in it of each token, int64 [N] each."""
+        return self._tensor(self.page), self._tensor(self.position % PAGE)
+
+    @cached_property
+    def pages(self) -> Tensor:
+        """int64 [B, pages of the longest row]; rows with fewer repeat some page, which the mask hides."""
+        return self._tensor(self.tables[:, : -(-self.keys // PAGE)])
+
+    @cached_property
+    def pad_index(self) -> Tensor | None:
+        """int64 [N], into B x width; None where every row brings `width` tokens."""
+        if len(self.row) == self.rows * self.width:
+            return None
+        return self._tensor(self.row * self.width + self.column)
+
+    def mask(self, group: int, dtype: torch.dtype) -> Tensor:
+        """[B, 1, width * group, pages * PAGE], added to the scores of `group` query heads a KV head."""
+        newest = self._tensor(self.cached)[:, None] + torch.arange(self.width, device=self._device)
+        keys = torch.arange(self.pages.shape[1] * PAGE, device=self._device)
+        seen = keys <= newest.repeat_interleave(group, dim=1)[:, None, :, None]
+        return torch.zeros(seen.shape, dtype=dtype, device=self._device).masked_fill_(~seen, float("-inf"))
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Memory of a page: keys and values of PAGE tokens in all layers."""
+    return config.layers * 2 * config.kv_heads * PAGE * config.head_dim * torch.empty(0, dtype=dtype).element_size()
 
 
 class KVCache:
-    """Per layer, keys and values [slots, capacity, kv_heads, head_dim]; both leading sizes grow with need."""
+    """Pages of keys and values, each held by one sequence or, read only, by several."""
 
-    def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_slots: int, max_length: int
-    ) -> None:
-        self._config, self._dtype, self._device = config, dtype, device
-        self._max_slots, self._max_length = max_slots, max_length
-        self._store = self._allocate(0, 0)
-
-    def _allocate(self, slots: int, capacity: int) -> Tensor:
-        c = self._config
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, pages: int) -> None:
+        """
+        Args:
+            config: of the model.
+            dtype: of keys and values.
+            device: where they are.
+            pages: most there can be. On a CPU memory is taken as they are first written to.
+        """
+        shape = (config.layers, 2, pages, config.kv_heads, PAGE, config.head_dim)
         # Zeros, not garbage: a masked key still meets its value as 0 * value, and 0 * NaN is NaN.
-        return torch.zeros(c.layers, 2, slots, capacity, c.kv_heads, c.head_dim, dtype=self._dtype, device=self._device)
+        if device.type == "cpu":
+            # numpy asks the system for zeros, which are no memory until written to; torch would write them itself
+            kind = np.int16 if dtype == torch.bfloat16 else np.float32
+            self.store = torch.from_numpy(np.zeros(shape, kind)).view(dtype)
+        else:
+            self.store = torch.zeros(shape, dtype=dtype, device=device)
+        self._device = device
+        self._holders = np.zeros(pages, np.int64)
+        self._free = list(range(pages - 1, -1, -1))
+        self._touched = 0
+        self._page_bytes = page_bytes(config, dtype)
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
 
     @property
     def bytes(self) -> int:
-        return self._store.numel() * self._store.element_size()
+        """Of all pages that were ever used."""
+        return self._touched * self._page_bytes
 
-    def reserve(self, slots: int, length: int) -> None:
-        """Room for `slots` sequences of `length` tokens, what is cached kept."""
-        have_slots, have_length = self._store.shape[2:4]
-        if slots <= have_slots and length <= have_length:
-            return
-        if slots > have_slots:
-            slots = min(self._max_slots, max(slots, 2 * have_slots))
-        if length > have_length:
-            length = min(self._max_length, -(-max(length, have_length * 5 // 4) // _LENGTH_STEP) * _LENGTH_STEP)
-        grown = self._allocate(max(slots, have_slots), max(length, have_length))
-        grown[:, :, :have_slots, :have_length] = self._store
-        self._store = grown
+    def take(self, count: int) -> list[int]:
+        """`count` free pages; there must be as many."""
+        pages = [self._free.pop() for _ in range(count)]
+        self._holders[pages] = 1
+        self._touched = max(self._touched, len(self._holders) - len(self._free))
+        return pages
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """The first `length` tokens of slot `source` into slot `target`."""
-        self._store[:, :, target, :length] = self._store[:, :, source, :length]
+    def share(self, pages: Sequence[int]) -> None:
+        """One holder more; shared pages are not written to."""
+        self._holders[list(pages)] += 1
 
-    def plan(self, first: int, cached: np.ndarray, counts: np.ndarray) -> AttentionPlan:
-        """For `counts` [B] new tokens after `cached` [B] ones in the slots from `first` on."""
-        rows, width, keys = len(cached), int(counts.max()), int((cached + counts).max())
-        self.reserve(first + rows, keys)
-        row = np.repeat(np.arange(rows), counts)
-        column = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-        positions = cached[row] + column
-        ragged = len(row) != rows * width
-        return AttentionPlan(
-            first=first,
-            rows=rows,
-            width=width,
-            keys=keys,
-            positions=self._tensor(positions),
-            write_index=self._tensor((first + row) * self._store.shape[3] + positions),
-            pad_index=self._tensor(row * width + column) if ragged else None,
-            mask=self._mask(cached, width, keys),
-        )
+    def release(self, pages: Sequence[int]) -> None:
+        """One holder less; without any a page is free."""
+        for page in pages:
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self._free.append(page)
 
-    def _mask(self, cached: np.ndarray, width: int, keys: int) -> Tensor | None:
-        if width == 1 and (cached + 1 == keys).all():
-            return None
-        group = self._config.heads // self._config.kv_heads
-        queries = self._tensor(cached)[:, None] + torch.arange(width, device=self._device)
-        seen = torch.arange(keys, device=self._device) <= queries.repeat_interleave(group, dim=1)[:, None, :, None]
-        return torch.zeros(seen.shape, dtype=self._dtype, device=self._device).masked_fill_(~seen, float("-inf"))
+    def copy(self, source: int, target: int) -> None:
+        """Contents of page `source` into page `target`."""
+        self.store[:, :, target] = self.store[:, :, source]
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+    def plan(self, tables: np.ndarray, cached: np.ndarray, counts: np.ndarray) -> AttentionPlan:
+        """For `counts` [B] new tokens after `cached` [B] ones in the pages `tables` [B, ...] lists."""
+        return AttentionPlan(tables, cached, counts, self._device)
 
     def write(self, layer: int, plan: AttentionPlan, keys: Tensor, values: Tensor) -> None:
         """New keys and values [N, kv_heads, head_dim] of a layer."""
+        page, place = plan.places
         for which, new in enumerate((keys, values)):
-            self._store[layer, which].flatten(0, 1).index_copy_(0, plan.write_index, new)
+            self.store[layer, which].transpose(1, 2)[page, place] = new
 
     def read(self, layer: int, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
-        """Views [B, kv_heads, L, head_dim] of a layer's keys and values."""
-        window = self._store[layer, :, plan.first : plan.first + plan.rows, : plan.keys].transpose(2, 3)
+        """Copies [B, kv_heads, pages * PAGE, head_dim] of a layer's keys and values."""
+        window = self.store[layer][:, plan.pages].transpose(2, 3).flatten(3, 4)
         return window[0], window[1]

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,12 +35,21 @@ class RopeTable:
         self._frequencies = inverse_frequencies(rope, head_dim)
         self._dtype, self._device = dtype, device
         self._cos = self._sin = torch.empty(0, head_dim, dtype=dtype, device=device)
+        self._halves = (np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
 
     def at(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, 1, head_dim] at `positions` [N], all below `length`."""
         if length > len(self._cos):
             self._extend(length)
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+
+    def halves(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines float32 [at least `length`, head_dim / 2] of all positions, unsigned; for a CPU table."""
+        if length > len(self._halves[0]):
+            length = -(-length // 256) * 256
+            angles = torch.outer(torch.arange(length, dtype=torch.float32), self._frequencies)
+            self._halves = (angles.cos().numpy(), angles.sin().numpy())
+        return self._halves
 
     def _extend(self, length: int) -> None:
         length = -(-length // 256) * 256

@@ -15,6 +15,7 @@ COMMAND_LINE = {
     "learner": ["config", "--set", "--dry-run"],
     "engine": ["config", "--connect", "--connect-timeout", "--set", "--dry-run"],
     "generate": ["model", "--prompt", "--drafter", "--max-new-tokens", "--temperature", "--seed"],
+    "corpus": ["action", "files", "--out", "--tokenizer", "--template"],
     "drafters": [],
     "bench": ["what", "arguments"],
 }

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pipeline.models.checkpoint import load_decoder
-from pipeline.models.kv_cache import KVCache
+from pipeline.models.kv_cache import PAGE, KVCache
 from tests.unit.tiny_models import VOCABULARY, reference, reference_logits, save_tiny
 
 MODELS = {
@@ -37,11 +37,14 @@ class Runner:
 
     def __init__(self, folder, slots=8, max_length=256):
         self.decoder = load_decoder(folder, "float32", "cpu")
-        self.cache = KVCache(self.decoder.config, torch.float32, torch.device("cpu"), slots, max_length)
+        each = -(-max_length // PAGE)
+        self.cache = KVCache(self.decoder.config, torch.float32, torch.device("cpu"), slots * each)
+        # interleaved: pages of a sequence do not lie next to each other
+        self.tables = np.array([self.cache.take(1) for _ in range(slots * each)]).reshape(each, slots).T
 
     def __call__(self, rows, cached, first=0):
         counts = np.array([len(r) for r in rows], np.int64)
-        plan = self.cache.plan(first, np.array(cached, np.int64), counts)
+        plan = self.cache.plan(self.tables[first : first + len(rows)], np.array(cached, np.int64), counts)
         packed = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
         logits = self.decoder.logits(self.decoder.forward(packed, plan, self.cache))
         return logits.split(counts.tolist())
@@ -86,29 +89,29 @@ def test_ragged_batch_equals_each_sequence_alone(tmp_path):
         assert_close(actual, want[n:])
 
 
-def test_prompt_of_a_group_is_shared_by_copying_and_slots_can_move(tmp_path):
+def test_prompt_of_a_group_is_shared_but_for_its_last_page(tmp_path):
     run = Runner(save_tiny(tmp_path))
-    model, prompt = reference(tmp_path), tokens(3, 20)
+    model, prompt = reference(tmp_path), tokens(3, PAGE + 8)
     run([prompt], [0], first=2)
-    run.cache.copy(2, 0, 20)
-    run.cache.copy(2, 1, 20)
+    for row in (0, 1):
+        run.tables[row, 0] = run.tables[2, 0]
+        run.cache.copy(run.tables[2, 1], run.tables[row, 1])
     continuations = [tokens(4, 4), tokens(5, 4), tokens(6, 4)]
-    for actual, ending in zip(run(continuations, [20] * 3), continuations, strict=True):
-        assert_close(actual, reference_logits(model, prompt + ending)[20:])
+    for actual, ending in zip(run(continuations, [PAGE + 8] * 3), continuations, strict=True):
+        assert_close(actual, reference_logits(model, prompt + ending)[PAGE + 8 :])
 
 
-def test_growing_the_cache_keeps_what_is_cached(tmp_path):
-    run = Runner(save_tiny(tmp_path), slots=6)
-    model, text = reference(tmp_path), tokens(7, 200)
-    run([text[:10]], [0])
-    before = run.cache.bytes
-    run([text[:50]], [0], first=5)
-    assert_close(run([text[10:200]], [10])[0], reference_logits(model, text)[10:])
-    assert run.cache.bytes > before
-    assert_close(run([text[50:60]], [50], first=5)[0], reference_logits(model, text[:60])[50:])
+def test_pages_are_free_when_the_last_holder_lets_go(tmp_path):
+    run = Runner(save_tiny(tmp_path), slots=2, max_length=2 * PAGE)
+    assert run.cache.free == 0
+    run.cache.share([0, 1])
+    run.cache.release([0, 1, 2])
+    assert run.cache.free == 1
+    run.cache.release([1])
+    assert sorted(run.cache.take(2)) == [1, 2] and run.cache.free == 0
 
 
-def test_what_a_slot_held_before_is_not_seen(tmp_path):
+def test_what_a_page_held_before_is_not_seen(tmp_path):
     run = Runner(save_tiny(tmp_path))
     text = tokens(8, 20)
     expected = run([text], [0])[0]
@@ -122,7 +125,7 @@ def test_bfloat16_follows_transformers_bfloat16(tmp_path):
     save_tiny(tmp_path)
     run = Runner(tmp_path)
     run.decoder = load_decoder(tmp_path, "bfloat16", "cpu")
-    run.cache = KVCache(run.decoder.config, torch.bfloat16, torch.device("cpu"), 2, 64)
+    run.cache = KVCache(run.decoder.config, torch.bfloat16, torch.device("cpu"), 64)
     text = tokens(9, 24)
     exact = reference_logits(reference(tmp_path), text)
     peer = reference_logits(reference(tmp_path).to(torch.bfloat16), text)

@@ -35,10 +35,10 @@ def edit_config(folder, **changes):
 def test_sharded_and_single_checkpoints_give_the_same_weights(saved, tmp_path):
     reference(saved).save_pretrained(tmp_path, max_shard_size="10KB")
     assert (tmp_path / "model.safetensors.index.json").exists() and not (tmp_path / "model.safetensors").exists()
-    one, many = load_decoder(saved, "float32", "cpu"), load_decoder(tmp_path, "float32", "cpu")
-    assert len(one.tensors) > 20
-    for name, tensor in one.tensors.items():
-        assert torch.equal(tensor, many.tensors[name]), name
+    one, many = load_decoder(saved, "float32", "cpu").tensors(), load_decoder(tmp_path, "float32", "cpu").tensors()
+    assert len(one) > 20
+    for name, tensor in one.items():
+        assert torch.equal(tensor, many[name]), name
 
 
 def test_auto_dtype_is_the_checkpoints(folder):
@@ -54,16 +54,15 @@ def test_unknown_device_is_refused(folder):
         load_decoder(folder, "float32", "quantum")
 
 
-def test_new_weights_replace_the_old_in_place(folder):
+def test_new_weights_replace_the_old_cast_to_the_compute_type(folder):
     decoder = load_decoder(folder, "bfloat16", "cpu")
-    views = {name: tensor.data_ptr() for name, tensor in decoder.tensors.items()}
     edit_weights(folder, lambda w: [t.add_(1.0) for t in w.values()])
     load_weights_into(decoder, folder)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        assert torch.equal(decoder.tensors[name], tensor.bfloat16()), name
-    assert views == {name: tensor.data_ptr() for name, tensor in decoder.tensors.items()}
-    fused = decoder.layers[1].qkv
-    assert torch.equal(fused[: 6 * 8], decoder.tensors["model.layers.1.self_attn.q_proj.weight"])
+    saved, loaded = load_file(folder / "model.safetensors"), decoder.tensors()
+    assert saved.keys() == loaded.keys() == decoder.shapes.keys()
+    for name, tensor in saved.items():
+        kept = tensor if name.endswith("norm.weight") else tensor.bfloat16()
+        assert torch.equal(loaded[name], kept), name
 
 
 BAD_WEIGHTS = {
@@ -82,12 +81,12 @@ BAD_WEIGHTS = {
 @pytest.mark.parametrize("name", BAD_WEIGHTS)
 def test_bad_weights_are_named_and_change_nothing(folder, name):
     decoder = load_decoder(folder, "float32", "cpu")
-    before = {key: tensor.clone() for key, tensor in decoder.tensors.items()}
+    before = decoder.tensors()
     change, message = BAD_WEIGHTS[name]
     edit_weights(folder, lambda w: ([t.add_(1.0) for t in w.values()], change(w)))
     with pytest.raises(UsageError, match=message):
         load_weights_into(decoder, folder)
-    assert all(torch.equal(before[key], tensor) for key, tensor in decoder.tensors.items())
+    assert all(torch.equal(before[key], tensor) for key, tensor in decoder.tensors().items())
 
 
 def test_truncated_file_is_named_and_changes_nothing(folder):

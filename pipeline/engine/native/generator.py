@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,15 @@ from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart,
 from drafters.none import NoDrafter
 from pipeline.engine.generator import FinishedSample, GroupRequest
 from pipeline.engine.native.drafting import Drafting
-from pipeline.engine.native.prefill import start_sequences
+from pipeline.engine.native.memory import Memory, page_budget
+from pipeline.engine.native.prefill import prefill
 from pipeline.engine.native.scheduler import Scheduler
 from pipeline.engine.native.sequence import Emission, Sequence
 from pipeline.errors import RunFailed, UsageError
 from pipeline.messages import Capabilities
 from pipeline.models.checkpoint import load_decoder, load_weights_into
 from pipeline.models.decoder import Decoder
-from pipeline.models.kv_cache import KVCache
+from pipeline.models.kv_cache import PAGE, KVCache
 from pipeline.sampling.verification import TokenUniforms, VerifiedTokens, packed_rows, verify
 
 
@@ -35,6 +36,8 @@ class GeneratorStats:
     drafted: int = 0
     accepted: int = 0
     drafter_failures: int = 0
+    preemptions: int = 0
+    """sequences that lost their memory to others and were computed again"""
     forward_seconds: float = 0.0
     drafter_seconds: float = 0.0
     sampling_seconds: float = 0.0
@@ -44,9 +47,9 @@ class GeneratorStats:
 class NativeGenerator:
     """`pipeline.engine.generator.Generator` on the lean decoder.
 
-    A step admits queued samples, asks the drafter, runs one forward pass over each sequence's last token and draft,
-    verifies, and hands out what finished. Text depends on prompt, seed and weights alone (up to the rounding of other
-    batch shapes); deterministic drafts leave even the text of a given seed as it is.
+    A step admits queued samples, computes some of their prompts, asks the drafter, runs one forward pass over each live
+    sequence's last token and draft, verifies, and hands out what finished. Text depends on prompt, seed and weights
+    alone (up to the rounding of other batch shapes); deterministic drafts leave even the text of a given seed as it is.
     """
 
     def __init__(
@@ -61,6 +64,9 @@ class NativeGenerator:
         device: torch.device | str = "auto",
         stop_token_ids: Items[int] | None = None,
         entropy: bool = True,
+        kv_bytes: int = 0,
+        prefill_tokens: int = 2048,
+        recompute_on_update: bool = False,
         version: int = -1,
         on_event: Callable[[str], None] | None = None,
     ) -> None:
@@ -73,11 +79,16 @@ class NativeGenerator:
             max_length: tokens of prompt and response together; None: what the model was made for.
             stop_token_ids: tokens that end every response, beside those of a request; None: the model's own.
             entropy: whether to record entropies.
+            kv_bytes: memory for keys and values; 0: for `max_sequences` of `max_length`, at most half of what is free.
+                When it runs out, the sequences that started last are preempted and computed again later.
+            prefill_tokens: tokens of prompts computed between two verifications.
+            recompute_on_update: whether new weights compute the keys and values of sequences under way anew.
             version: publication that `model` is.
             on_event: told in one sentence when the drafter is switched off or stuck; None: `warnings.warn`.
 
         Raises:
-            UsageError: the checkpoint cannot be used, or `max_length` is over what the model was made for.
+            UsageError: the checkpoint cannot be used, `max_length` is over what the model was made for, or `kv_bytes`
+                does not hold one sequence of `max_length`.
         """
         self.decoder = model if isinstance(model, Decoder) else load_decoder(model, dtype, device)
         config = self.decoder.config
@@ -91,26 +102,40 @@ class NativeGenerator:
                 "lower sampling.max_prompt_tokens or sampling.max_new_tokens"
             )
         self._stop = frozenset(config.eos_token_ids if stop_token_ids is None else stop_token_ids)
-        self._cache = KVCache(config, self.decoder.dtype, self.decoder.device, max_sequences, self.max_length)
+        self._prefill_tokens, self._recompute = prefill_tokens, recompute_on_update
+        self._pages = page_budget(
+            config, self.decoder.dtype, self.decoder.device, kv_bytes, max_sequences, self.max_length
+        )
+        self._memory = self._new_memory()
         self._scheduler = Scheduler()
+        self._starting: list[Sequence] = []
+        """those whose prompt is not complete"""
         self._live: list[Sequence] = []
-        """row b of every batch, and slot b of the cache"""
+        """row b of every batch"""
+        self._tables = np.zeros((max_sequences, -(-self.max_length // PAGE)), np.int64)
+        """row b: pages of live sequence b"""
+        self._groups: dict[int, int] = {}
+        """samples of each group that have not finished"""
         self._drafting = Drafting(drafter or NoDrafter(), self.decoder, on_event)
-        self._weight_loads = 0
         self._stats = GeneratorStats()
         self._mark = 0.0
 
     # ---- the seam ------------------------------------------------------------------------------------------------
 
     def load_weights(self, folder: Path, version: int) -> None:
-        """Overwrites the weights in place; sequences under way keep their keys and values, and say so.
+        """Overwrites the weights; sequences under way keep their keys and values, and say so, or compute them anew.
 
         Raises:
             UsageError: the folder does not hold this model's weights; nothing has changed then.
         """
         load_weights_into(self.decoder, folder)
         self.version = version
-        self._weight_loads += 1
+        self._memory.forget_prompts()
+        again = self._starting + (self._live if self._recompute else [])
+        self._starting, self._live = [], [] if self._recompute else self._live
+        for sequence in sorted(again, key=lambda s: s.id, reverse=True):
+            self._memory.free(sequence)
+            self._scheduler.put_back(sequence)
         for sequence in self._live:
             sequence.kv_kept = sequence.kv_kept or sequence.cached > 0
         self._drafting.weights_changed(version)
@@ -131,38 +156,48 @@ class NativeGenerator:
             raise UsageError(f"a prompt of {len(prompt)} tokens does not fit between 1 and {self.max_length - 1}")
         if prompt.min() < 0 or prompt.max() >= vocab_size:
             raise UsageError(f"prompt token id {prompt.max()} is outside the vocabulary of {vocab_size} tokens")
-        if request.id in self._scheduler.groups() or any(s.request.id == request.id for s in self._live):
+        if request.id in self._groups:
             raise ValueError(f"group {request.id} is already running")
         wanted = limits or [request.sampling.max_new_tokens] * len(request.seeds)
         room = self.max_length - len(prompt)
         stop = self._stop.union(request.sampling.stop_token_ids)
+        self._groups[request.id] = len(request.seeds)
         self._scheduler.add(request, [min(limit, room) for limit in wanted], stop)
 
     def cancel(self, group: int) -> None:
-        self._scheduler.cancel(group)
-        self._release([row for row, s in enumerate(self._live) if s.request.id == group])
+        self._groups.pop(group, None)
+        stopped = self._scheduler.cancel(group)
+        for sequence in [s for s in self._starting if s.group == group]:
+            self._starting.remove(sequence)
+            self._memory.free(sequence)
+            stopped.append(sequence)
+        self._drafting.end([s.id for s in stopped if s.begun])
+        self._release([row for row, s in enumerate(self._live) if s.group == group])
+        self._memory.forget_prompt(group)
 
     def has_work(self) -> bool:
-        return bool(self._live) or len(self._scheduler) > 0
+        return bool(self._live or self._starting) or len(self._scheduler) > 0
 
     def running(self) -> int:
-        return len(self._live) + len(self._scheduler)
+        return len(self._live) + len(self._starting) + len(self._scheduler)
 
     def close(self) -> None:
         """Forgets everything under way and frees the cache."""
-        for group in self._scheduler.groups() | {s.request.id for s in self._live}:
+        for group in list(self._groups):
             self.cancel(group)
-        self._cache = KVCache(
-            self.decoder.config, self.decoder.dtype, self.decoder.device, self.max_sequences, self.max_length
-        )
+        self._memory = self._new_memory()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of keys and values that was ever in use."""
+        return self._memory.cache.bytes
 
     def stats(self) -> GeneratorStats:
         """Totals so far; the object is the caller's."""
-        s = self._stats
-        return GeneratorStats(
-            s.generated_tokens, s.verifications, s.drafted, s.accepted, self._drafting.failures,
-            s.forward_seconds, s.drafter_seconds, s.sampling_seconds, s.other_seconds,
-        )  # fmt: skip
+        return replace(self._stats, drafter_failures=self._drafting.failures)
+
+    def _new_memory(self) -> Memory:
+        return Memory(KVCache(self.decoder.config, self.decoder.dtype, self.decoder.device, self._pages))
 
     def drafter_counters(self) -> dict[str, float]:
         """The drafter's own figures so far; what they are is the drafter's business."""
@@ -179,10 +214,12 @@ class NativeGenerator:
         """
         self._mark = time.perf_counter()
         self._admit()
+        self._start()
+        budgets = self._make_room()
         if not self._live:
             return []
         temperatures = np.array([s.temperature for s in self._live], np.float32)
-        proposal = self._propose(temperatures)
+        proposal = self._propose(budgets, temperatures)
         began = self._mark
         hidden = self._forward(proposal)
         logits = self.decoder.logits(hidden)
@@ -201,17 +238,78 @@ class NativeGenerator:
         return self._finish()
 
     def _admit(self) -> None:
-        starting = self._scheduler.start(self.max_sequences - len(self._live))
-        if not starting:
-            return
-        start_sequences(self.decoder, self._cache, self._live, starting, self._weight_loads)
-        self._lap("forward_seconds")
-        starts = [SequenceStart(s.id, s.request.prompt_ids, s.request.id, s.temperature, s.seed) for s in starting]
-        self._drafting.begin(starts)
-        self._lap("drafter_seconds")
+        """Starts those next in the queue while there is memory for them."""
+        while len(self._live) + len(self._starting) < self.max_sequences:
+            sequence = self._scheduler.next()
+            if sequence is None or not self._memory.fits(sequence, self._starting, len(self._live)):
+                break
+            self._scheduler.start()
+            self._starting.append(sequence)
 
-    def _propose(self, temperatures: np.ndarray) -> Proposal:
-        budgets = np.array([min(self.max_draft_tokens, s.room) for s in self._live], np.int64)
+    def _start(self) -> None:
+        """Computes prompts, and makes those live whose is complete."""
+        if not self._starting:
+            return
+        computed = prefill(self.decoder, self._memory, self._starting, self._prefill_tokens)
+        self._lap("forward_seconds")
+        ready = [s for s in self._starting if s.ready]
+        if not (computed or ready or self._live):
+            self._preempt()  # they hold so much of the memory together that none can go on
+            return
+        self._starting = [s for s in self._starting if not s.ready]
+        for sequence in ready:
+            self._tables[len(self._live), : len(sequence.pages)] = sequence.pages
+            self._live.append(sequence)
+            self._last_member_started(sequence.group)
+        if ready:
+            self._drafting.begin([_start_of(s) for s in ready if not s.begun])
+            self._drafting.restore([_start_of(s) for s in ready if s.begun])
+            self._lap("drafter_seconds")
+        for sequence in ready:
+            sequence.begun = True
+
+    def _last_member_started(self, group: int) -> None:
+        """Frees a group's prompt once no sample will ask for it."""
+        if not self._scheduler.waits(group) and not any(s.group == group for s in self._starting):
+            self._memory.forget_prompt(group)
+
+    def _make_room(self) -> np.ndarray:
+        """Longest draft of each live sequence, int64 [B], for which it now has pages; preempts where even the next
+        token of one has none."""
+        budgets: list[int] = []
+        row = 0
+        while row < len(self._live):
+            sequence = self._live[row]
+            wanted = min(self.max_draft_tokens, sequence.room)
+            held = len(sequence.pages)
+            if not self._memory.grow(sequence, sequence.cached + 1 + wanted):
+                wanted = min(wanted, held * PAGE - sequence.cached - 1)
+                if wanted < 0 and not self._memory.grow(sequence, sequence.cached + 1):
+                    self._preempt()
+                    row, budgets = 0, []  # rows have moved
+                    continue
+                wanted = max(wanted, 0)
+            self._tables[row, held : len(sequence.pages)] = sequence.pages[held:]
+            budgets.append(wanted)
+            row += 1
+        return np.array(budgets, np.int64)
+
+    def _preempt(self) -> None:
+        """Takes the memory of prompts kept for later, else of the sequence that holds memory for the shortest time."""
+        if self._memory.forget_prompts():
+            return
+        if self._starting:
+            victim = self._starting.pop()
+        else:
+            row = max(range(len(self._live)), key=lambda r: self._live[r].id)
+            victim = self._live[row]
+            self._take_out(row)
+            self._drafting.preempt([victim.id])
+        self._memory.free(victim)
+        self._scheduler.put_back(victim)
+        self._stats.preemptions += 1
+
+    def _propose(self, budgets: np.ndarray, temperatures: np.ndarray) -> Proposal:
         self._lap("other_seconds")
         proposal = self._drafting.propose(DraftRequest([s.id for s in self._live], budgets, temperatures))
         self._lap("drafter_seconds")
@@ -224,8 +322,8 @@ class NativeGenerator:
         last = np.array([s.last_token for s in self._live], np.int64)
         columns = np.arange(proposal.token_ids.shape[1] + 1)
         tokens = np.concatenate([last[:, None], proposal.token_ids], axis=1)[columns < counts[:, None]]
-        plan = self._cache.plan(0, cached, counts)
-        return self.decoder.forward(torch.from_numpy(tokens).to(self.decoder.device), plan, self._cache)
+        plan = self._memory.cache.plan(self._tables[: len(self._live)], cached, counts)
+        return self.decoder.forward(torch.from_numpy(tokens).to(self.decoder.device), plan, self._memory.cache)
 
     def _verify(self, logits: Tensor, proposal: Proposal, temperatures: np.ndarray) -> VerifiedTokens:
         seeds = np.array([s.seed for s in self._live], np.int64)
@@ -278,17 +376,25 @@ class NativeGenerator:
         rows = [row for row, s in enumerate(self._live) if s.finish_reason]
         done = [self._live[row].finished(self.capabilities.entropy) for row in rows]
         self._release(rows)
+        for sample in done:
+            self._groups[sample.group] -= 1
+            if not self._groups[sample.group]:
+                del self._groups[sample.group]
         self._lap("other_seconds")
         return done
 
     def _release(self, rows: list[int]) -> None:
-        """Frees rows; the last live sequence moves into each hole, so that live ones stay in the first slots."""
+        """Ends live sequences."""
         self._drafting.end([self._live[row].id for row in rows])
         for row in sorted(rows, reverse=True):
-            last = self._live.pop()
-            if row < len(self._live):
-                self._cache.copy(len(self._live), row, last.cached)
-                self._live[row] = last
+            self._memory.free(self._live[row])
+            self._take_out(row)
+
+    def _take_out(self, row: int) -> None:
+        """The last live sequence moves into the hole, so that live ones stay in the first rows."""
+        last = len(self._live) - 1
+        self._live[row], self._tables[row] = self._live[last], self._tables[last]
+        self._live.pop()
 
     def _count(self, emissions: list[Emission]) -> None:
         stats = self._stats
@@ -303,6 +409,11 @@ class NativeGenerator:
         now = time.perf_counter()
         setattr(self._stats, part, getattr(self._stats, part) + now - self._mark)
         self._mark = now
+
+
+def _start_of(s: Sequence) -> SequenceStart:
+    response = s.token_ids[: s.count].copy()
+    return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response)
 
 
 def _padded(packed: Tensor, proposal: Proposal) -> Tensor:

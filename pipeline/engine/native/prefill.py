@@ -1,53 +1,67 @@
-"""Starting sequences: their prompts' keys and values, computed once a group."""
+"""Computing the keys and values of text that is known: prompts, and what preempted sequences had."""
 
 import numpy as np
 import torch
 
+from pipeline.engine.native.memory import Memory, page_table
 from pipeline.engine.native.sequence import Sequence
 from pipeline.models.decoder import Decoder
-from pipeline.models.kv_cache import KVCache
 
 _CHUNK = 512
-_TOKENS = 4096
-"""A forward pass of prompts takes at most this many tokens, and this wide a chunk of each: both bound its memory."""
+_PASS = 4096
+"""A forward pass takes at most so many tokens with padding, and so many of one sequence: both bound its memory."""
 
 
-def start_sequences(
-    decoder: Decoder, cache: KVCache, live: list[Sequence], starting: list[Sequence], weight_loads: int
-) -> None:
-    """Appends `starting` to `live`, each with all but the last token of its prompt in the cache.
+def prefill(decoder: Decoder, memory: Memory, starting: list[Sequence], tokens: int) -> int:
+    """Brings sequences nearer to being ready, in their order, by about `tokens` tokens altogether.
 
-    The last token is left to the first verification, which samples from it. A later member of a group copies the
-    prompt from a live one, unless weights have been loaded since that one's was computed.
+    The last token of each is left to its first verification. The prompt of a group is computed for its first sample;
+    the others wait for it. A sequence for which there are no pages waits too. Returns how many tokens were computed.
     """
-    slots = {s.request.id: slot for slot, s in enumerate(live) if s.prompt_weights == weight_loads}
-    leaders: list[Sequence] = []
-    followers: list[Sequence] = []
+    budget = tokens
     for sequence in starting:
-        sequence.prompt_weights = weight_loads
-        if sequence.request.id in slots:
-            followers.append(sequence)
-        else:
-            slots[sequence.request.id] = len(live) + len(leaders)
-            leaders.append(sequence)
-    first = len(live)
-    live += leaders + followers
-    cache.reserve(len(live), max(s.cached for s in starting))
-    _prefill(decoder, cache, first, [s.request.prompt_ids[:-1] for s in leaders])
-    for slot, sequence in enumerate(followers, first + len(leaders)):
-        cache.copy(slots[sequence.request.id], slot, sequence.cached)
+        memory.adopt_prompt(sequence)
+    while tokens > 0:
+        chunks = _next_chunks(memory, starting, tokens)
+        if not chunks:
+            break
+        _forward(decoder, memory, chunks)
+        tokens -= sum(count for _, count in chunks)
+        for sequence, _ in chunks:
+            if sequence.cached >= len(sequence.request.prompt_ids) - 1:
+                memory.keep_prompt(sequence)
+        for sequence in starting:
+            memory.adopt_prompt(sequence)
+    return budget - tokens
 
 
-def _prefill(decoder: Decoder, cache: KVCache, first: int, prompts: list[np.ndarray]) -> None:
-    """Prompt b goes into slot `first + b`."""
-    longest = max((len(p) for p in prompts), default=0)
-    if longest == 0:
-        return
-    rows = max(1, _TOKENS // min(longest, _CHUNK))
-    for start in range(0, len(prompts), rows):
-        batch = prompts[start : start + rows]
-        lengths = np.array([len(p) for p in batch], np.int64)
-        for offset in range(0, int(lengths.max()), _CHUNK):
-            tokens = np.concatenate([p[offset : offset + _CHUNK] for p in batch]).astype(np.int64)
-            plan = cache.plan(first + start, np.minimum(lengths, offset), np.clip(lengths - offset, 0, _CHUNK))
-            decoder.forward(torch.from_numpy(tokens).to(decoder.device), plan, cache)
+def _next_chunks(memory: Memory, starting: list[Sequence], tokens: int) -> list[tuple[Sequence, int]]:
+    """Sequences and how many tokens of each make up the next forward pass."""
+    chunks: list[tuple[Sequence, int]] = []
+    leading: set[int] = set()
+    widest = 0
+    for sequence in starting:
+        if sequence.ready or (sequence.group in leading and not sequence.cached):
+            continue
+        count = min(sequence.target - sequence.cached, _CHUNK, tokens)
+        if count <= 0 or (len(chunks) + 1) * max(widest, count) > _PASS:
+            break
+        if not memory.grow(sequence, sequence.cached + count):
+            break
+        widest = max(widest, count)
+        tokens -= count
+        chunks.append((sequence, count))
+        if sequence.cached < len(sequence.request.prompt_ids) - 1:
+            leading.add(sequence.group)
+    return chunks
+
+
+def _forward(decoder: Decoder, memory: Memory, chunks: list[tuple[Sequence, int]]) -> None:
+    sequences = [sequence for sequence, _ in chunks]
+    counts = np.array([count for _, count in chunks], np.int64)
+    cached = np.array([s.cached for s in sequences], np.int64)
+    tokens = np.concatenate([s.text(s.cached, s.cached + count) for s, count in chunks])
+    plan = memory.cache.plan(page_table(sequences), cached, counts)
+    decoder.forward(torch.from_numpy(tokens).to(decoder.device), plan, memory.cache)
+    for sequence, count in chunks:
+        sequence.cached += count

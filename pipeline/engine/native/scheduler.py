@@ -1,4 +1,4 @@
-"""Which sample starts next: groups in the order they came, as many of their samples as there is room for."""
+"""Which sample starts next: preempted ones first, then groups in the order they came, a group's samples together."""
 
 from collections import deque
 from collections.abc import Sequence as Items
@@ -21,35 +21,64 @@ class _Waiting:
 
 
 class Scheduler:
-    """The queue of samples that have not started."""
+    """The queue of samples that hold no memory: not started, or preempted. Only `cancel` walks through it."""
 
     def __init__(self) -> None:
-        self._waiting: deque[_Waiting] = deque()
+        self._groups: deque[_Waiting] = deque()
+        self._preempted: deque[Sequence] = deque()
+        self._left: dict[int, int] = {}
+        """samples of each group that have not started"""
+        self._count = 0
         self._next_id = 0
 
     def add(self, request: GroupRequest, limits: Items[int], stop: frozenset[int]) -> None:
         """Queues a group; sample i may have `limits[i]` tokens and ends at a token of `stop`."""
-        self._waiting.append(_Waiting(request, limits, stop))
+        self._groups.append(_Waiting(request, limits, stop))
+        self._left[request.id] = len(request.seeds)
+        self._count += len(request.seeds)
 
-    def cancel(self, group: int) -> None:
-        self._waiting = deque(w for w in self._waiting if w.request.id != group)
+    def put_back(self, sequence: Sequence) -> None:
+        """A sequence that lost its memory; it is the next to go on."""
+        self._preempted.appendleft(sequence)
+        self._count += 1
 
-    def start(self, room: int) -> list[Sequence]:
-        """Up to `room` sequences, a group's next to each other; what is left of a group stays first in the queue."""
-        starting: list[Sequence] = []
-        while self._waiting and len(starting) < room:
-            group = self._waiting[0]
-            for _ in range(min(group.left, room - len(starting))):
-                limit = group.limits[group.started]
-                starting.append(Sequence(self._next_id, group.request, group.started, limit, group.stop))
-                group.started += 1
-                self._next_id += 1
-            if not group.left:
-                self._waiting.popleft()
-        return starting
+    def next(self) -> Sequence | None:
+        """The next one to start or to go on; it stays in the queue until `start`."""
+        if self._preempted:
+            return self._preempted[0]
+        if not self._groups:
+            return None
+        group = self._groups[0]
+        return Sequence(self._next_id, group.request, group.started, group.limits[group.started], group.stop)
+
+    def start(self) -> None:
+        """Takes what `next` returned out of the queue."""
+        self._count -= 1
+        if self._preempted:
+            self._preempted.popleft()
+            return
+        group = self._groups[0]
+        group.started += 1
+        self._next_id += 1
+        self._left[group.request.id] -= 1
+        if not group.left:
+            self._groups.popleft()
+            del self._left[group.request.id]
+
+    def cancel(self, group: int) -> list[Sequence]:
+        """Forgets a group; returns its preempted sequences."""
+        preempted = [s for s in self._preempted if s.request.id == group]
+        self._preempted = deque(s for s in self._preempted if s.request.id != group)
+        self._groups = deque(w for w in self._groups if w.request.id != group)
+        self._count -= len(preempted) + self._left.pop(group, 0)
+        return preempted
+
+    def waits(self, group: int) -> bool:
+        """Whether samples of the group have not started."""
+        return group in self._left
 
     def groups(self) -> set[int]:
-        return {w.request.id for w in self._waiting}
+        return self._left.keys() | {s.request.id for s in self._preempted}
 
     def __len__(self) -> int:
-        return sum(w.left for w in self._waiting)
+        return self._count

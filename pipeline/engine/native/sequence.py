@@ -25,12 +25,12 @@ class Emission:
 class Sequence:
     """Prompt of P tokens and a response of up to `limit` ones.
 
-    The KV cache holds every token but the last: the last one is what the next forward pass reads.
+    It is ready for a verification when the KV cache holds every token but the last, which the next forward pass reads.
     """
 
     __slots__ = (
-        "count", "drafts", "entropies", "id", "kv_kept", "limit", "logprobs", "origins", "prompt_weights", "request",
-        "sample", "sources", "stop", "token_ids", "verifications", "versions",
+        "begun", "cached", "count", "drafts", "entropies", "id", "kv_kept", "limit", "logprobs", "origins", "pages",
+        "request", "sample", "sources", "stop", "token_ids", "verifications", "versions",
     )  # fmt: skip
 
     def __init__(self, id: int, request: GroupRequest, sample: int, limit: int, stop: frozenset[int]) -> None:
@@ -45,8 +45,12 @@ class Sequence:
         self.drafts: dict[str, tuple[int, int]] = {}
         """tokens drafted and accepted, by drafter"""
         self.kv_kept = False
-        self.prompt_weights = -1
-        """load count of the weights that computed the prompt's keys and values"""
+        self.begun = False
+        """whether the drafter knows it"""
+        self.cached = 0
+        """tokens whose keys and values are in the cache"""
+        self.pages: list[int] = []
+        """of the cache, in order"""
 
     @property
     def seed(self) -> int:
@@ -57,9 +61,23 @@ class Sequence:
         return self.request.sampling.temperature
 
     @property
-    def cached(self) -> int:
-        """Tokens whose keys and values are in the cache."""
+    def group(self) -> int:
+        return self.request.id
+
+    @property
+    def target(self) -> int:
+        """Tokens that must be in the cache before the next verification."""
         return len(self.request.prompt_ids) + self.count - 1
+
+    @property
+    def ready(self) -> bool:
+        return self.cached == self.target
+
+    def text(self, begin: int, end: int) -> np.ndarray:
+        """int64, tokens of prompt and response together."""
+        prompt = self.request.prompt_ids
+        response = self.token_ids[max(0, begin - len(prompt)) : max(0, end - len(prompt))]
+        return np.concatenate([prompt[begin:end], response]).astype(np.int64, copy=False)
 
     @property
     def last_token(self) -> int:
@@ -97,6 +115,7 @@ class Sequence:
             whole = 0 < emission.drafted == emission.accepted
             self.origins[end - 1] = TokenOrigin.BONUS if whole else TokenOrigin.SAMPLED
         self.count = end
+        self.cached = self.target  # the pass that sampled the last token computed all before it
         self.verifications += 1
         if emission.drafted:
             drafted, accepted = self.drafts.get(drafter, (0, 0))

@@ -1,0 +1,146 @@
+"""Pages of the sequences that hold any: admission, growth, and prompts shared by the samples of a group."""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.engine.native.sequence import Sequence
+from pipeline.errors import UsageError
+from pipeline.models.config import ModelConfig
+from pipeline.models.kv_cache import PAGE, KVCache, page_bytes
+
+
+@dataclass(slots=True)
+class _Prompt:
+    """Pages with all but the last token of a group's prompt, kept for samples that have not started."""
+
+    pages: list[int]
+    tokens: int
+
+
+class Memory:
+    """The KV cache within its budget, and who holds what of it."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self._prompts: dict[int, _Prompt] = {}
+
+    def fits(self, sequence: Sequence, starting: Items[Sequence], live: int) -> bool:
+        """Whether a sequence may start beside the `starting` ones, which have still to take theirs, and the `live`
+        ones, a page left for each to grow into."""
+        if not starting and not live:
+            return True
+        sharing, promised = set(self._prompts), 0
+        for other in (*starting, sequence):
+            promised += self._needs(other, other.group in sharing)
+            sharing.add(other.group)  # its first sample computes the prompt for the others
+        return promised + len(starting) + live <= self.cache.free
+
+    def _needs(self, sequence: Sequence, shares: bool) -> int:
+        """Pages it has still to take until it is ready."""
+        shared = (len(sequence.request.prompt_ids) - 1) // PAGE if shares else 0
+        return _pages(sequence.target + 1) - max(len(sequence.pages), shared)
+
+    def grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Pages for `tokens` tokens; False where there are not enough, nothing changed then."""
+        missing = _pages(tokens) - len(sequence.pages)
+        if missing > self.cache.free:
+            return False
+        if missing > 0:
+            sequence.pages += self.cache.take(missing)
+        return True
+
+    def free(self, sequence: Sequence) -> None:
+        self.cache.release(sequence.pages)
+        sequence.pages, sequence.cached = [], 0
+
+    def keep_prompt(self, sequence: Sequence) -> None:
+        """Its group's other samples take the prompt from here on."""
+        tokens = len(sequence.request.prompt_ids) - 1
+        if sequence.group in self._prompts or tokens == 0:
+            return
+        pages = sequence.pages[: _pages(tokens)]
+        self.cache.share(pages)
+        self._prompts[sequence.group] = _Prompt(pages, tokens)
+
+    def adopt_prompt(self, sequence: Sequence) -> None:
+        """A sequence that has nothing takes its group's prompt, if that is there: whole pages are shared; the last,
+        which it goes on writing, is copied."""
+        prompt = self._prompts.get(sequence.group)
+        if prompt is None or sequence.pages:
+            return
+        whole = prompt.tokens // PAGE
+        if prompt.tokens % PAGE and not self.cache.free:
+            return
+        sequence.pages = prompt.pages[:whole]
+        self.cache.share(sequence.pages)
+        if prompt.tokens % PAGE:
+            sequence.pages += self.cache.take(1)
+            self.cache.copy(prompt.pages[whole], sequence.pages[whole])
+        sequence.cached = prompt.tokens
+
+    def forget_prompt(self, group: int) -> None:
+        prompt = self._prompts.pop(group, None)
+        if prompt:
+            self.cache.release(prompt.pages)
+
+    def forget_prompts(self) -> bool:
+        """All of them: they are out of date, or their memory is needed. Whether there were any."""
+        groups = list(self._prompts)
+        for group in groups:
+            self.forget_prompt(group)
+        return bool(groups)
+
+
+def page_table(sequences: list[Sequence]) -> np.ndarray:
+    """int64 [B, most pages], short rows filled with page 0."""
+    table = np.zeros((len(sequences), max(len(s.pages) for s in sequences)), np.int64)
+    for row, sequence in enumerate(sequences):
+        table[row, : len(sequence.pages)] = sequence.pages
+    return table
+
+
+def page_budget(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, kv_bytes: int, sequences: int, length: int
+) -> int:
+    """How many pages the cache may have.
+
+    Args:
+        config: of the model.
+        dtype: of keys and values.
+        device: where they are.
+        kv_bytes: the budget; 0: what `sequences` of `length` tokens need, at most half of the memory that is free.
+        sequences: most at once.
+        length: longest one, in tokens.
+
+    Raises:
+        UsageError: the budget does not hold one sequence of that length.
+    """
+    one = _pages(length)
+    size = page_bytes(config, dtype)
+    budget = kv_bytes or min(sequences * (one + 1) * size, _free_memory(device) // 2)
+    pages = budget // size
+    if pages < one + 1:
+        raise UsageError(
+            f"a KV cache of {budget} bytes does not hold one sequence of {length} tokens, which needs "
+            f"{(one + 1) * size}; raise engine.kv_bytes or lower sampling.max_new_tokens"
+        )
+    return int(min(pages, sequences * (one + 1)))
+
+
+def _pages(tokens: int) -> int:
+    return -(-tokens // PAGE)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 8 << 30

@@ -1,0 +1,122 @@
+"""From fused queries, keys and values of new tokens to what they attended to: for any device in torch, and for a few
+tokens a sequence on a CPU in compiled kernels."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.models.config import ModelConfig
+from pipeline.models.kv_cache import AttentionPlan, KVCache
+from pipeline.models.rope import RopeTable, rotate
+
+_WIDEST = 8
+"""New tokens a sequence up to which the kernels are used; wider passes (prompts) are work for matrix units."""
+
+
+class Attention(Protocol):
+    """Normalises and attends; one for all layers, made for one model on one device."""
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm [N, H]."""
+
+    def __call__(self, layer: int, qkv: Tensor, qk_norm: Tensor | None, plan: AttentionPlan, cache: KVCache) -> Tensor:
+        """[N, heads * D] of qkv [N, (heads + 2 kv_heads) D]; the new keys and values are cached.
+
+        Args:
+            layer: index in the cache.
+            qkv: of N packed tokens.
+            qk_norm: [2, D] norm weights of queries and of keys (Qwen3).
+            plan: of this forward pass.
+            cache: read and written.
+        """
+
+
+def attention_for(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Attention:
+    """The fastest for a model on a device."""
+    if device.type == "cpu":
+        return CPUAttention(config, dtype, device)
+    return TorchAttention(config, dtype, device)
+
+
+class TorchAttention:
+    """`torch.nn.functional.scaled_dot_product_attention`, rows padded to the widest."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._config = config
+        self._norm_rows = torch.tensor([0] * config.heads + [1] * config.kv_heads, device=device)
+        self._rope = RopeTable(config.rope, config.head_dim, dtype, device)
+        self._plan: AttentionPlan | None = None
+        self._mask: Tensor | None = None
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self._config.rms_norm_eps)
+
+    def __call__(self, layer: int, qkv: Tensor, qk_norm: Tensor | None, plan: AttentionPlan, cache: KVCache) -> Tensor:
+        c = self._config
+        if plan is not self._plan:
+            self._plan, self._mask = plan, plan.mask(c.heads // c.kv_heads, qkv.dtype)
+            self._angles = self._rope.at(plan.positions, plan.keys)
+        parts = qkv.view(len(qkv), -1, c.head_dim)
+        qk = parts[:, : c.heads + c.kv_heads]
+        if qk_norm is not None:
+            qk = F.rms_norm(qk, (c.head_dim,), None, c.rms_norm_eps) * qk_norm[self._norm_rows].to(qk.dtype)
+        qk = rotate(qk, *self._angles)
+        cache.write(layer, plan, qk[:, c.heads :], parts[:, c.heads + c.kv_heads :])
+        return self._attend(qk[:, : c.heads], plan, *cache.read(layer, plan))
+
+    def _attend(self, queries: Tensor, plan: AttentionPlan, keys: Tensor, values: Tensor) -> Tensor:
+        """[N, heads * D]. A KV head's query heads become further queries of it, so no key is repeated in memory."""
+        c, flat = self._config, queries.flatten(1)
+        rows, width, group = plan.rows, plan.width, c.heads // c.kv_heads
+        if plan.pad_index is not None:
+            flat = flat.new_zeros(rows * width, flat.shape[1]).index_copy_(0, plan.pad_index, flat)
+        folded = flat.view(rows, width, c.kv_heads, group, c.head_dim).transpose(1, 2).flatten(2, 3)
+        attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=self._mask)
+        flat = attended.unflatten(2, (width, group)).transpose(1, 2).reshape(rows * width, -1)
+        return flat if plan.pad_index is None else flat[plan.pad_index]
+
+
+class CPUAttention:
+    """Compiled kernels (`pipeline.models.cpu_kernels`) for narrow passes, `TorchAttention` for wide ones."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        from pipeline.models import cpu_kernels
+
+        self._kernels, self._config = cpu_kernels, config
+        self._wide = TorchAttention(config, dtype, device)
+        self._rope = RopeTable(config.rope, config.head_dim, torch.float32, device)
+        self._epsilon = np.float32(config.rms_norm_eps)
+        self._scale = np.float32(config.head_dim**-0.5)
+        self._no_norm = np.zeros((0, config.head_dim), np.float32)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        self._kernels.rms_norm(_array(x), weight.numpy(), self._epsilon, _array(out))
+        return out
+
+    def __call__(self, layer: int, qkv: Tensor, qk_norm: Tensor | None, plan: AttentionPlan, cache: KVCache) -> Tensor:
+        if plan.width > _WIDEST:
+            return self._wide(layer, qkv, qk_norm, plan, cache)
+        c = self._config
+        parts = _array(qkv).reshape(len(qkv), -1, c.head_dim)
+        keys, values = _array(cache.store[layer])
+        cos, sin = self._rope.halves(plan.keys)
+        queries = np.empty((len(parts), c.heads, c.head_dim), parts.dtype)
+        norm = self._no_norm if qk_norm is None else qk_norm.numpy()
+        self._kernels.prepare_attention(
+            parts, norm, self._epsilon, cos, sin, plan.position, plan.page, queries, keys, values
+        )
+        out = qkv.new_empty(len(qkv), c.heads * c.head_dim)
+        self._kernels.attend(
+            queries, keys, values, plan.tables, plan.cached, plan.starts, 1 << 40, self._scale,
+            _array(out).reshape(queries.shape), 0, plan.rows * c.kv_heads,
+        )  # fmt: skip
+        return out
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """The tensor's memory as numpy; bfloat16 as int16."""
+    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()

@@ -1,0 +1,262 @@
+"""What a decoding step does between its matrix products, compiled by numba: for a few tokens a sequence, on a CPU.
+
+There ATen's kernels are slow: `rms_norm` is six passes, attention over a ragged batch pays for the longest sequence in
+every row. These do one pass over what is live, in float32. Arrays are float32, or int16 holding the bits of bfloat16.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+_FAST = {"contract", "reassoc", "nsz"}
+"""Sums may be reordered; infinities and NaN keep their meaning."""
+
+
+@intrinsic
+def _widen(context: Any, x: Any) -> Any:
+    """float32 of a stored number."""
+
+    def of_bfloat16(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    def of_float32(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return arguments[0]
+
+    return types.float32(x), of_bfloat16 if x == types.int16 else of_float32
+
+
+@intrinsic
+def _narrow(context: Any, x: Any, like: Any) -> Any:
+    """A float32 in the type of `like`; bfloat16 rounds to nearest, ties to even."""
+
+    def to_bfloat16(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), ir.IntType(16))
+
+    def to_float32(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return arguments[0]
+
+    return like(types.float32, like), to_bfloat16 if like == types.int16 else to_float32
+
+
+@intrinsic
+def _power_of_two(context: Any, n: Any) -> Any:
+    """2^n of an int32 in [-126, 127]."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        biased = builder.add(arguments[0], ir.Constant(word, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(word, 23)), ir.FloatType())
+
+    return types.float32(types.int32), build
+
+
+@njit(fastmath=_FAST, inline="always")
+def _exp(x: float) -> float:
+    """e^x for x <= 0 to 2e-7 relative, without a call, so that a loop over it becomes vector instructions:
+    x = n ln 2 + r and the Taylor polynomial of e^r, degree 7, |r| <= ln(2) / 2."""
+    low = x if x > np.float32(-87.0) else np.float32(-87.0)
+    n = np.floor(low * np.float32(1.4426950408889634) + np.float32(0.5))
+    # ln 2 in two parts, the first with zeros at its end: n times it is exact
+    r = (low - n * np.float32(0.693359375)) - n * np.float32(-2.12194440054690583e-4)
+    p = np.float32(1 / 5040)
+    p = p * r + np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + np.float32(0.5)
+    p = p * r + np.float32(1.0)
+    p = p * r + np.float32(1.0)
+    return p * _power_of_two(np.int32(n))
+
+
+@njit(fastmath=_FAST, cache=True)
+def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.ndarray) -> None:
+    """Rows of `x` [N, H] over their root mean square, times `weight` float32 [H] (Zhang and Sennrich, 2019)."""
+    rows, width = x.shape
+    for n in range(rows):
+        squares = np.float32(0)
+        for i in range(width):
+            value = _widen(x[n, i])
+            squares += value * value
+        scale = np.float32(1) / np.sqrt(squares / np.float32(width) + epsilon)
+        for i in range(width):
+            out[n, i] = _narrow(_widen(x[n, i]) * scale * weight[i], x[n, i])
+
+
+@njit(fastmath=_FAST, cache=True)
+def prepare_attention(
+    qkv: np.ndarray,
+    norm: np.ndarray,
+    epsilon: float,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    positions: np.ndarray,
+    pages: np.ndarray,
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+) -> None:
+    """Queries and keys normalised (Qwen3) and rotated; keys and values into their pages.
+
+    Args:
+        qkv: [N, heads + 2 kv_heads, D], of N new tokens.
+        norm: float32 [2, D] weights for queries and keys; [0, D] where the model has none.
+        epsilon: of that norm.
+        cos, sin: float32 [positions, D / 2].
+        positions, pages: int64 [N], of each token.
+        queries: [N, heads, D], written.
+        keys, values: [pages, kv_heads, page, D], written at the tokens' places.
+    """
+    tokens, heads, dimension = queries.shape
+    kv_heads, half = keys.shape[1], dimension // 2
+    row = np.empty(dimension, np.float32)
+    for n in range(tokens):
+        position, page = positions[n], pages[n]
+        place = position % keys.shape[2]
+        for head in range(heads + kv_heads):
+            squares = np.float32(0)
+            for d in range(dimension):
+                row[d] = _widen(qkv[n, head, d])
+                squares += row[d] * row[d]
+            if norm.shape[0]:
+                which = 0 if head < heads else 1
+                scale = np.float32(1) / np.sqrt(squares / np.float32(dimension) + epsilon)
+                for d in range(dimension):
+                    row[d] *= scale * norm[which, d]
+            for d in range(half):
+                c, s = cos[position, d], sin[position, d]
+                first = _narrow(row[d] * c - row[d + half] * s, qkv[n, head, d])
+                second = _narrow(row[d + half] * c + row[d] * s, qkv[n, head, d])
+                if head < heads:
+                    queries[n, head, d], queries[n, head, d + half] = first, second
+                else:
+                    keys[page, head - heads, place, d], keys[page, head - heads, place, d + half] = first, second
+        for head in range(kv_heads):
+            for d in range(dimension):
+                values[page, head, place, d] = qkv[n, heads + kv_heads + head, d]
+
+
+@njit(fastmath=_FAST, cache=True)
+def attend(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    tables: np.ndarray,
+    cached: np.ndarray,
+    starts: np.ndarray,
+    window: int,
+    scale: float,
+    out: np.ndarray,
+    begin: int,
+    end: int,
+) -> None:
+    """Causal attention of each sequence's new tokens over its own keys; time grows with the live keys alone.
+
+    Args:
+        queries: [N, heads, D], packed by sequence.
+        keys, values: [pages, kv_heads, page, D]; a page is a multiple of 4 tokens.
+        tables: int64 [B, most pages], each sequence's pages in order.
+        cached: int64 [B], keys before this pass.
+        starts: int64 [B + 1], where each sequence's new tokens begin.
+        window: a query sees itself and the `window - 1` keys before it.
+        scale: of the scores.
+        out: [N, heads, D], written.
+        begin, end: of the B * kv_heads pieces of work, those to do.
+    """
+    kv_heads = keys.shape[1]
+    for item in range(begin, end):
+        b, kv = item // kv_heads, item % kv_heads
+        if starts[b + 1] > starts[b]:
+            _attend_one(queries, keys, values, tables, cached[b], starts[b], starts[b + 1], b, kv, window, scale, out)
+
+
+@njit(fastmath=_FAST, cache=True)
+def _attend_one(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    tables: np.ndarray,
+    cached: int,
+    start: int,
+    stop: int,
+    b: int,
+    kv: int,
+    window: int,
+    scale: float,
+    out: np.ndarray,
+) -> None:
+    """One sequence, one KV head. Whole arrays and indices, no slices: of a slice the compiler does not know that its
+    rows are contiguous, and loads each number by itself."""
+    kv_heads, page, dimension = keys.shape[1:]
+    group = queries.shape[1] // kv_heads
+    rows, length = (stop - start) * group, cached + stop - start
+    first_page = max(0, cached - window + 1) // page
+    last_page = (length - 1) // page
+    offset = first_page * page
+    query = np.empty((rows, dimension), np.float32)
+    for r in range(rows):
+        for d in range(dimension):
+            query[r, d] = _widen(queries[start + r // group, kv * group + r % group, d]) * scale
+    weights = np.empty((rows, (last_page + 1) * page - offset), np.float32)
+    four = np.empty((4, dimension), np.float32)
+    for index in range(first_page, last_page + 1):
+        held = tables[b, index]
+        for j in range(0, min(page, length - index * page), 4):  # four keys at once: a query is read once for all
+            for i in range(4):
+                for d in range(dimension):
+                    four[i, d] = _widen(keys[held, kv, j + i, d])
+            at = index * page + j - offset
+            for r in range(rows):
+                s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+                for d in range(dimension):
+                    q = query[r, d]
+                    s0 += q * four[0, d]
+                    s1 += q * four[1, d]
+                    s2 += q * four[2, d]
+                    s3 += q * four[3, d]
+                weights[r, at], weights[r, at + 1], weights[r, at + 2], weights[r, at + 3] = s0, s1, s2, s3
+    for r in range(rows):
+        newest = cached + r // group
+        _softmax(weights, r, max(0, newest - window + 1) - offset, newest + 1 - offset)
+    result = np.zeros((rows, dimension), np.float32)
+    for index in range(first_page, last_page + 1):
+        held = tables[b, index]
+        for j in range(0, min(page, length - index * page), 4):
+            for i in range(4):
+                for d in range(dimension):
+                    four[i, d] = _widen(values[held, kv, j + i, d])
+            at = index * page + j - offset
+            for r in range(rows):
+                w0, w1, w2, w3 = weights[r, at], weights[r, at + 1], weights[r, at + 2], weights[r, at + 3]
+                for d in range(dimension):
+                    result[r, d] += w0 * four[0, d] + w1 * four[1, d] + w2 * four[2, d] + w3 * four[3, d]
+    for r in range(rows):
+        for d in range(dimension):
+            out[start + r // group, kv * group + r % group, d] = _narrow(result[r, d], queries[0, 0, 0])
+
+
+@njit(fastmath=_FAST, inline="always")
+def _softmax(weights: np.ndarray, r: int, begin: int, end: int) -> None:
+    """In place over weights[r, begin:end]; the rest of the row becomes 0."""
+    greatest = np.float32(-np.inf)
+    for k in range(begin, end):
+        greatest = max(greatest, weights[r, k])
+    total = np.float32(0)
+    for k in range(begin, end):
+        weights[r, k] = _exp(weights[r, k] - greatest)
+        total += weights[r, k]
+    inverse = np.float32(1) / total
+    for k in range(begin, end):
+        weights[r, k] *= inverse
+    for k in range(begin):
+        weights[r, k] = 0
+    for k in range(end, weights.shape[1]):
+        weights[r, k] = 0
