@@ -34,6 +34,7 @@ class PromptLookupDrafter(BaseDrafter):
                 f"drafter {self.name}: min_ngram = {self.options.min_ngram} is more than "
                 f"max_ngram = {self.options.max_ngram}"
             )
+        first_place(np.zeros(1, np.int64), 1, 1)  # compiled before the first sequence waits for it
         self._texts: dict[int, np.ndarray] = {}
         """int64 [capacity], prompt and output"""
         self._lengths: dict[int, int] = {}

@@ -6,6 +6,7 @@ run (`drafters.suffix.memory`), the continuation is the most frequent one instea
 draft ends where it becomes unlikely.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +35,8 @@ class SuffixAutomatonDrafter(CompositeDrafter):
         Where no match has `auxiliary_below` tokens, the drafter `auxiliary` is asked (a name, or a table with name and
         options).
 
-        `memory_mb` bounds kept text (about 75 bytes a token), beside which `corpora` are folders that `rollahead corpus
+        `memory_mb` bounds kept text (about 75 bytes a token); 0 keeps nothing beyond a prompt's live sequences, so that a
+        restart forgets nothing either. Beside it, `corpora` are folders that `rollahead corpus
         build` made; a match in one counts for `corpus_bias` tokens less than it has.
         """
 
@@ -44,7 +46,7 @@ class SuffixAutomatonDrafter(CompositeDrafter):
         max_tokens: Annotated[int, Meta(ge=1)] = 128
         min_frequency: Annotated[float, Meta(ge=0, le=1)] = 0.1
         prefer: Literal["frequent", "latest"] = "frequent"
-        memory_mb: Annotated[float, Meta(gt=0)] = 256.0
+        memory_mb: Annotated[float, Meta(ge=0)] = 256.0
         corpora: list[str] = field(default_factory=list)
         corpus_bias: Count = 5
         auxiliary: dict[str, Any] | str | None = None
@@ -59,6 +61,7 @@ class SuffixAutomatonDrafter(CompositeDrafter):
             [load_corpus(Path(folder)) for folder in self.options.corpora],
             latest=self.options.prefer == "latest",
         )
+        _compile()
         self._biases = np.zeros(CORPORA + len(self.options.corpora), np.int64)
         self._biases[CORPORA:] = self.options.corpus_bias
 
@@ -107,3 +110,16 @@ class SuffixAutomatonDrafter(CompositeDrafter):
             "bytes_a_token": memory.bytes / max(1, memory.tokens),
             "evicted": memory.evicted,
         }
+
+
+@functools.cache
+def _compile() -> None:
+    """The compiled parts, before the first sequence waits for them."""
+    memory = SuffixMemory(2**20)
+    memory.begin([SequenceStart(0, np.array([1, 2, 1]), 0, 1.0, 0)])
+    memory.observe([0], [np.arange(200)])
+    out = np.zeros((1, 1), np.int64)
+    kernels.propose(
+        memory.pool.heads, memory.automata, memory.places, memory.lengths, memory.rows([0]), np.ones(1, np.int64),
+        np.zeros(CORPORA, np.int64), 1, 1.0, 1.0, 0.0, out, out[0].copy(), out[0].copy(), np.zeros((1, 1), np.float32),
+    )  # fmt: skip

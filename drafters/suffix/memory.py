@@ -44,7 +44,12 @@ class SuffixMemory:
     """Automata, and where each live sequence stands in them."""
 
     def __init__(self, max_bytes: int, corpora: Sequence[Corpus] = (), latest: bool = False) -> None:
-        """`latest`: a state's best continuation is its latest one, not its most frequent one."""
+        """
+        Args:
+            max_bytes: of kept text; 0 keeps nothing beyond the live sequences of a prompt, and no recent texts.
+            corpora: to follow.
+            latest: a state's best continuation is its latest one, not its most frequent one.
+        """
         self.pool = AutomatonPool(latest)
         self.evicted = 0
         """automata given up for room"""
@@ -55,7 +60,7 @@ class SuffixMemory:
         """row of each live sequence in the arrays below"""
         self._digests: dict[int, bytes] = {}
         self._free_rows: list[int] = []
-        self._recent, self._before = self.pool.new(), -1
+        self._recent, self._before = self.pool.new() if max_bytes else -1, -1
         self._corpora = [self.pool.borrow(c.states, c.slots, c.header) for c in corpora]
         tracks = CORPORA + len(corpora)
         self.own = np.arange(tracks) < BEFORE
@@ -92,7 +97,8 @@ class SuffixMemory:
             known.users += 1
             tail = np.concatenate([prompt[-_TAIL:], response])
             self._enter(row, PROMPT, known.automaton, response, known.place, len(prompt))
-            self._enter(row, RECENT, self._recent, tail)
+            if self._recent >= 0:
+                self._enter(row, RECENT, self._recent, tail)
             for track, automaton in enumerate([self._before, *self._corpora], BEFORE):
                 self.automata[row, track] = automaton
                 self.places[row, track] = self.lengths[row, track] = 0
@@ -105,7 +111,7 @@ class SuffixMemory:
         np.cumsum([len(tokens) for tokens in emitted], out=borders[1:])
         tokens = np.concatenate(emitted) if len(emitted) else np.zeros(0, np.int64)
         self._observe(self.rows(ids), tokens.astype(np.int64, copy=False), borders, None)
-        if self.pool.size(self._recent) > self._max_bytes // _RECENT_SHARE:
+        if self._recent >= 0 and self.pool.size(self._recent) > self._max_bytes // _RECENT_SHARE:
             self._turn()
 
     def end(self, ids: Sequence[int]) -> None:
