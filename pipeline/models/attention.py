@@ -15,6 +15,9 @@ from pipeline.models.rope import RopeTable, rotate
 _WIDEST = 8
 """New tokens a sequence up to which the kernels are used; wider passes (prompts) are work for matrix units."""
 
+_WORTH_SHARING = 4096
+"""Query heads times keys (some 20 microseconds of work) from which on several threads attend."""
+
 
 class Attention(Protocol):
     """Normalises and attends; one for all layers, made for one model on one device."""
@@ -88,8 +91,8 @@ class CPUAttention:
         self._kernels, self._config = cpu_kernels, config
         self._wide = TorchAttention(config, dtype, device)
         self._rope = RopeTable(config.rope, config.head_dim, torch.float32, device)
-        self._epsilon = np.float32(config.rms_norm_eps)
-        self._scale = np.float32(config.head_dim**-0.5)
+        self._epsilon = config.rms_norm_eps
+        self._scale = config.head_dim**-0.5
         self._no_norm = np.zeros((0, config.head_dim), np.float32)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -110,10 +113,14 @@ class CPUAttention:
             parts, norm, self._epsilon, cos, sin, plan.position, plan.page, queries, keys, values
         )
         out = qkv.new_empty(len(qkv), c.heads * c.head_dim)
-        self._kernels.attend(
+        arguments = (
             queries, keys, values, plan.tables, plan.cached, plan.starts, 1 << 40, self._scale,
-            _array(out).reshape(queries.shape), 0, plan.rows * c.kv_heads,
+            _array(out).reshape(queries.shape),
         )  # fmt: skip
+        if torch.get_num_threads() > 1 and int(plan.cached.sum()) * c.heads * plan.width > _WORTH_SHARING:
+            self._kernels.attend_in_parallel(*arguments)
+        else:
+            self._kernels.attend(*arguments, np.zeros(1, np.int64).ctypes.data)
         return out
 
 

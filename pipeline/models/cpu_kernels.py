@@ -4,12 +4,15 @@ There ATen's kernels are slow: `rms_norm` is six passes, attention over a ragged
 every row. These do one pass over what is live, in float32. Arrays are float32, or int16 holding the bits of bfloat16.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
+
+from pipeline.models.openmp import pointer, take_number, team
 
 _FAST = {"contract", "reassoc", "nsz"}
 """Sums may be reordered; infinities and NaN keep their meaning."""
@@ -86,7 +89,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.ndarray)
         for i in range(width):
             value = _widen(x[n, i])
             squares += value * value
-        scale = np.float32(1) / np.sqrt(squares / np.float32(width) + epsilon)
+        scale = np.float32(1) / np.sqrt(squares / np.float32(width) + np.float32(epsilon))
         for i in range(width):
             out[n, i] = _narrow(_widen(x[n, i]) * scale * weight[i], x[n, i])
 
@@ -128,7 +131,7 @@ def prepare_attention(
                 squares += row[d] * row[d]
             if norm.shape[0]:
                 which = 0 if head < heads else 1
-                scale = np.float32(1) / np.sqrt(squares / np.float32(dimension) + epsilon)
+                scale = np.float32(1) / np.sqrt(squares / np.float32(dimension) + np.float32(epsilon))
                 for d in range(dimension):
                     row[d] *= scale * norm[which, d]
             for d in range(half):
@@ -155,8 +158,7 @@ def attend(
     window: int,
     scale: float,
     out: np.ndarray,
-    begin: int,
-    end: int,
+    number: int,
 ) -> None:
     """Causal attention of each sequence's new tokens over its own keys; time grows with the live keys alone.
 
@@ -169,13 +171,28 @@ def attend(
         window: a query sees itself and the `window - 1` keys before it.
         scale: of the scores.
         out: [N, heads, D], written.
-        begin, end: of the B * kv_heads pieces of work, those to do.
+        number: address of an int64, 0 at first: which piece of work is next, for the threads that share it.
     """
     kv_heads = keys.shape[1]
-    for item in range(begin, end):
+    item = take_number(number)
+    while item < len(cached) * kv_heads:
         b, kv = item // kv_heads, item % kv_heads
         if starts[b + 1] > starts[b]:
-            _attend_one(queries, keys, values, tables, cached[b], starts[b], starts[b + 1], b, kv, window, scale, out)
+            _attend_one(
+                queries,
+                keys,
+                values,
+                tables,
+                cached[b],
+                starts[b],
+                starts[b + 1],
+                b,
+                kv,
+                window,
+                np.float32(scale),
+                out,
+            )
+        item = take_number(number)
 
 
 @njit(fastmath=_FAST, cache=True)
@@ -260,3 +277,65 @@ def _softmax(weights: np.ndarray, r: int, begin: int, end: int) -> None:
         weights[r, k] = 0
     for k in range(end, weights.shape[1]):
         weights[r, k] = 0
+
+
+_ARGUMENTS = 18
+
+
+def attend_in_parallel(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    tables: np.ndarray,
+    cached: np.ndarray,
+    starts: np.ndarray,
+    window: int,
+    scale: float,
+    out: np.ndarray,
+) -> None:
+    """`attend` on all of torch's threads; arrays must be contiguous."""
+    run = team()
+    number = np.zeros(1, np.int64)
+    if run is None:
+        attend(queries, keys, values, tables, cached, starts, window, scale, out, number.ctypes.data)
+        return
+    packed = np.empty(_ARGUMENTS, np.int64)
+    packed[:9] = [
+        queries.ctypes.data, keys.ctypes.data, values.ctypes.data, tables.ctypes.data, cached.ctypes.data,
+        starts.ctypes.data, out.ctypes.data, number.ctypes.data, window,
+    ]  # fmt: skip
+    packed[9:17] = [*queries.shape, *keys.shape[:3], *tables.shape]
+    packed[17:].view(np.float64)[0] = scale
+    run(_part(queries.dtype == np.int16), packed.ctypes.data)
+
+
+@cache
+def _part(bfloat16: bool) -> int:
+    """Address of a C function that does what one thread gets of `attend`; its argument is `packed` above."""
+    kind = np.int16 if bfloat16 else np.float32
+
+    @cfunc(types.void(types.CPointer(types.int64)))
+    def part(address: Any) -> None:
+        a = carray(address, (_ARGUMENTS,))
+        tokens, heads, dimension, pages, kv_heads, page = a[9], a[10], a[11], a[12], a[13], a[14]
+        rows, columns = a[15], a[16]
+        attend(
+            carray(pointer(a[0]), (tokens, heads, dimension), kind),
+            carray(pointer(a[1]), (pages, kv_heads, page, dimension), kind),
+            carray(pointer(a[2]), (pages, kv_heads, page, dimension), kind),
+            carray(pointer(a[3]), (rows, columns), np.int64),
+            carray(pointer(a[4]), (rows,), np.int64),
+            carray(pointer(a[5]), (rows + 1,), np.int64),
+            a[8],
+            a[17:18].view(np.float64)[0],
+            carray(pointer(a[6]), (tokens, heads, dimension), kind),
+            a[7],
+        )
+
+    compiled: int = part.address
+    _kept.append(part)
+    return compiled
+
+
+_kept: list[Any] = []
+"""Compiled functions whose address is in use."""

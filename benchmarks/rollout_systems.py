@@ -1,0 +1,210 @@
+"""What `rollahead bench rollouts` compares, each run in a process of its own (`python -m benchmarks.rollout_systems`).
+
+A process loads its model once, then answers lines of JSON on standard input: a `Job` in, a `Timing` out.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from benchmarks.results import resident_bytes
+from pipeline.errors import UsageError
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """One timed run: `tokens` new ones for each of the prompts, `batch` at a time, none ended early."""
+
+    drafter: str
+    batch: int
+    prompts: list[list[int]]
+    group_size: int
+    """samples of each prompt"""
+    tokens: int
+    temperature: float
+    max_draft_tokens: int
+    seed: int
+
+
+class Timing(msgspec.Struct, kw_only=True):
+    """What a run took and made."""
+
+    seconds: float
+    tokens: int
+    drafted: int = 0
+    accepted: int = 0
+    verifications: int = 0
+    outside_forward: float | None = None
+    """share of the time that was not the model's forward pass"""
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    resident_bytes: int = 0
+    """peak of the process so far"""
+
+
+class System(Protocol):
+    def run(self, job: Job) -> Timing: ...
+
+
+class Rollahead:
+    """The native generator."""
+
+    def __init__(self, model: Path) -> None:
+        from pipeline.models.checkpoint import load_decoder
+
+        self._decoder = load_decoder(model)
+
+    def run(self, job: Job) -> Timing:
+        from drafters.registry import build
+        from pipeline.engine.generator import GroupRequest
+        from pipeline.engine.native.generator import NativeGenerator
+        from pipeline.messages import SamplingParams
+
+        sampling = SamplingParams(temperature=job.temperature, max_new_tokens=job.tokens)
+        start = time.perf_counter()
+        generator = NativeGenerator(
+            self._decoder,
+            drafter=build({"name": job.drafter}),
+            max_sequences=job.batch,
+            max_draft_tokens=job.max_draft_tokens,
+            max_length=max(map(len, job.prompts)) + job.tokens,
+            stop_token_ids=(),
+        )
+        for i, prompt in enumerate(job.prompts):
+            seeds = tuple(job.seed * 1_000_003 + i * job.group_size + s for s in range(job.group_size))
+            generator.add(GroupRequest(i, np.array(prompt, np.int64), sampling, seeds))
+        while generator.has_work():
+            generator.step()
+        seconds = time.perf_counter() - start
+        stats = generator.stats()
+        return Timing(
+            seconds=seconds,
+            tokens=stats.generated_tokens,
+            drafted=stats.drafted,
+            accepted=stats.accepted,
+            verifications=stats.verifications,
+            outside_forward=1 - stats.forward_seconds / seconds,
+            weights_bytes=self._decoder.bytes,
+            kv_bytes=generator.kv_bytes,
+            resident_bytes=resident_bytes(peak=True),
+        )
+
+
+class Transformers:
+    """`generate` of transformers, batched; with prompt lookup where it allows the batch size (1)."""
+
+    def __init__(self, model: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._torch = torch
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+
+    def run(self, job: Job) -> Timing:
+        if job.drafter not in ("none", "prompt-lookup"):
+            raise UsageError(f"transformers has no drafter {job.drafter!r}; it has none, prompt-lookup")
+        torch = self._torch
+        torch.manual_seed(job.seed)
+        rows = [prompt for prompt in job.prompts for _ in range(job.group_size)]
+        options: dict[str, Any] = {"do_sample": job.temperature > 0}
+        if job.temperature > 0:
+            options |= {"temperature": job.temperature, "top_k": 0, "top_p": 1.0}
+        if job.drafter == "prompt-lookup":
+            options["prompt_lookup_num_tokens"] = max(1, job.max_draft_tokens)
+        made = 0
+        start = time.perf_counter()
+        with torch.no_grad():
+            for first in range(0, len(rows), job.batch):
+                batch = rows[first : first + job.batch]
+                width = max(map(len, batch))
+                ids = torch.tensor([[0] * (width - len(row)) + row for row in batch])
+                mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
+                out = self._model.generate(
+                    ids, attention_mask=mask, min_new_tokens=job.tokens, max_new_tokens=job.tokens,
+                    pad_token_id=0, eos_token_id=None, use_cache=True, **options,
+                )  # fmt: skip
+                made += (out.shape[1] - width) * len(batch)
+        seconds = time.perf_counter() - start
+        config = self._model.config
+        width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        row_bytes = config.num_key_value_heads * width * next(self._model.parameters()).element_size()
+        length = max(map(len, job.prompts)) + job.tokens
+        return Timing(
+            seconds=seconds,
+            tokens=made,
+            weights_bytes=sum(p.numel() * p.element_size() for p in self._model.parameters()),
+            kv_bytes=config.num_hidden_layers * 2 * row_bytes * length * min(job.batch, len(rows)),
+            resident_bytes=resident_bytes(peak=True),
+        )
+
+
+class VLLM:
+    """vLLM's offline engine, with its own n-gram drafter on request. One engine serves one drafter."""
+
+    def __init__(self, model: Path) -> None:
+        self._model = model
+        self._engines: dict[tuple[str, int], Any] = {}
+
+    def run(self, job: Job) -> Timing:
+        from vllm import SamplingParams
+
+        engine = self._engine(job)
+        sampling = SamplingParams(
+            n=job.group_size, temperature=job.temperature, min_tokens=job.tokens, max_tokens=job.tokens,
+            ignore_eos=True, detokenize=False, seed=job.seed,
+        )  # fmt: skip
+        start = time.perf_counter()
+        made = engine.generate([{"prompt_token_ids": prompt} for prompt in job.prompts], sampling, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        return Timing(
+            seconds=seconds,
+            tokens=sum(len(output.token_ids) for request in made for output in request.outputs),
+            resident_bytes=resident_bytes(peak=True),
+        )
+
+    def _engine(self, job: Job) -> Any:
+        key = (job.drafter, job.batch)
+        if key not in self._engines:
+            from vllm import LLM
+
+            speculative = None
+            if job.drafter == "ngram":
+                speculative = {
+                    "method": "ngram", "num_speculative_tokens": job.max_draft_tokens,
+                    "prompt_lookup_min": 2, "prompt_lookup_max": 4,
+                }  # fmt: skip
+            elif job.drafter != "none":
+                raise UsageError(f"vllm has no drafter {job.drafter!r} here; it has none, ngram")
+            self._engines[key] = LLM(
+                str(self._model), max_num_seqs=job.batch, enable_prefix_caching=True, speculative_config=speculative,
+                max_model_len=1024, disable_log_stats=True,
+            )  # fmt: skip
+        return self._engines[key]
+
+
+SYSTEMS: dict[str, type[Rollahead] | type[Transformers] | type[VLLM]] = {
+    "rollahead": Rollahead,
+    "transformers": Transformers,
+    "vllm": VLLM,
+}
+
+
+def serve(system: str, model: Path, threads: int) -> None:
+    """Answers jobs until standard input ends."""
+    import torch
+
+    torch.set_num_threads(threads)
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # libraries that print must not spoil the answers
+    runner: System = SYSTEMS[system](model)
+    for line in sys.stdin:
+        timing = runner.run(msgspec.json.decode(line, type=Job))
+        answers.write(msgspec.json.encode(timing).decode() + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

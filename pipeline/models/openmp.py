@@ -1,0 +1,57 @@
+"""Runs numba kernels on torch's own OpenMP threads.
+
+A pool of numba's beside torch's would fight with it: threads of the one wait actively for work while those of the other
+have it. GNU OpenMP's entry point, which torch has already loaded, takes any C function, and a numba `cfunc` is one.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+Kernel = Callable[[int, int], None]
+"""Runs a C function (its address) on a struct (its address) in all threads of a team; returns when all have."""
+
+
+@cache
+def team() -> Kernel | None:
+    """None where torch uses another OpenMP runtime than GNU's."""
+    assert torch.get_num_threads() > 0  # torch, and with it the runtime, is loaded
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+
+    def run(function: int, data: int) -> None:
+        parallel(function, data, torch.get_num_threads(), 0)
+
+    return run
+
+
+@intrinsic
+def pointer(context: Any, address: Any) -> Any:
+    """An int64 address as a pointer, for `numba.carray`."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), build
+
+
+@intrinsic
+def take_number(context: Any, address: Any) -> Any:
+    """The int64 at an address, which becomes one more: no two threads get the same."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        place = builder.inttoptr(arguments[0], word.as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(word, 1), "monotonic")
+
+    return types.int64(types.int64), build

@@ -1,0 +1,66 @@
+"""Benchmarks run from the command line in their short form, and write what they promise."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def bench(*arguments, code=0):
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main())", "bench", *arguments],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def results(folder):
+    found = json.loads((folder / "results.json").read_text())
+    assert {"what", "machine", "versions", "model", "seed", "rows"} <= found.keys() and found["rows"]
+    return found
+
+
+def test_rollouts_are_measured_against_transformers(tmp_path):
+    bench(
+        "rollouts", "--model", "random-2x64x256", "--batch", "1,3", "--tokens", "8", "--repeats", "2", "--group-size",
+        "2", "--peers", "transformers", "--threads", "1", "--out", str(tmp_path),
+    )  # fmt: skip
+    rows = results(tmp_path)["rows"]
+    assert [(r["system"], r["drafter"], r["batch"]) for r in rows] == [
+        ("rollahead", "none", 1), ("rollahead", "suffix-automaton", 1), ("transformers", "none", 1),
+        ("transformers", "prompt-lookup", 1), ("rollahead", "none", 3), ("rollahead", "suffix-automaton", 3),
+        ("transformers", "none", 3),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["tokens"] == {1: 2 * 8, 3: 4 * 8}[row["batch"]]
+        speed = row["tokens_per_second"]
+        assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+        assert row["ratio_to_plain"]["median"] > 0 and row["memory"]["resident_bytes"] > 0
+    ours = [row for row in rows if row["system"] == "rollahead"]
+    assert all(row["ratio_to_peer"]["transformers"]["median"] > 0 for row in ours)
+    assert all(0 < row["outside_forward"]["median"] < 1 for row in ours)
+
+
+def test_bandwidth_share_runs_without_a_gpu(tmp_path):
+    bench(
+        "decode-bandwidth", "--models", "random-2x64x256", "--batch", "1,2", "--tokens", "4", "--repeats", "1",
+        "--device", "cpu", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert [row["batch"] for row in results(tmp_path)["rows"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["rolouts"], "did you mean rollouts"),
+        (["rollouts", "--model", "nowhere"], "neither a folder nor"),
+        (["rollouts", "--model", "random-2x64x256", "--peers", "llama", "--batch", "1"], "known are"),
+    ],
+)
+def test_a_wrong_benchmark_command_is_said_in_one_line(arguments, said, tmp_path):
+    out = bench(*arguments, *(["--out", str(tmp_path)] if len(arguments) > 1 else []), code=2)
+    assert said in out and "Traceback" not in out
