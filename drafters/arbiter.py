@@ -101,7 +101,7 @@ class ArbiterDrafter(CompositeDrafter):
         `urgency` is what a token of the last or longest sequence of a group is worth more than another."""
 
         drafters: list[dict[str, Any] | str] = msgspec.field(default_factory=lambda: ["suffix-automaton"])
-        calibration_seconds: Annotated[float, Meta(ge=0)] = 1.5
+        calibration_seconds: Annotated[float, Meta(ge=0)] = 1.0
         measure: bool = True
         urgency: Annotated[float, Meta(ge=0, le=1)] = 0.1
 

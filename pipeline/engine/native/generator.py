@@ -67,6 +67,7 @@ class NativeGenerator:
         kv_bytes: int = 0,
         prefill_tokens: int = 2048,
         recompute_on_update: bool = False,
+        stagger: bool = False,
         version: int = -1,
         on_event: Callable[[str], None] | None = None,
     ) -> None:
@@ -83,6 +84,8 @@ class NativeGenerator:
                 When it runs out, the sequences that started last are preempted and computed again later.
             prefill_tokens: tokens of prompts computed between two verifications.
             recompute_on_update: whether new weights compute the keys and values of sequences under way anew.
+            stagger: whether, of more samples than run at once, one of each group goes ahead, so that the others' drafts
+                can follow it; groups finish later then.
             version: publication that `model` is.
             on_event: told in one sentence when the drafter is switched off or stuck; None: `warnings.warn`.
 
@@ -107,7 +110,7 @@ class NativeGenerator:
             config, self.decoder.dtype, self.decoder.device, kv_bytes, max_sequences, self.max_length
         )
         self._memory = self._new_memory()
-        self._scheduler = Scheduler()
+        self._scheduler = Scheduler(stagger)
         self._starting: list[Sequence] = []
         """those whose prompt is not complete"""
         self._live: list[Sequence] = []
@@ -377,6 +380,7 @@ class NativeGenerator:
         done = [self._live[row].finished(self.capabilities.entropy) for row in rows]
         self._release(rows)
         for sample in done:
+            self._scheduler.finished(sample.group)
             self._groups[sample.group] -= 1
             if not self._groups[sample.group]:
                 del self._groups[sample.group]
