@@ -25,10 +25,10 @@ from drafters.suffix.corpus import Corpus
 from drafters.suffix.pool import AutomatonPool
 
 PROMPT, RECENT, BEFORE, CORPORA = range(4)
-_TAIL = 16
+_TAIL = 8
 """tokens of the prompt that a sequence's text begins with outside its prompt's own automaton"""
-_RECENT_SHARE = 4
-"""the recent automaton, and that of one prompt, is full at this part of the bytes, 1/4"""
+_FULL = 3 / 8
+"""the recent automaton, and that of one prompt, is full at this part of the bytes"""
 
 
 @dataclass(slots=True)
@@ -111,7 +111,7 @@ class SuffixMemory:
         np.cumsum([len(tokens) for tokens in emitted], out=borders[1:])
         tokens = np.concatenate(emitted) if len(emitted) else np.zeros(0, np.int64)
         self._observe(self.rows(ids), tokens.astype(np.int64, copy=False), borders, None)
-        if self._recent >= 0 and self.pool.size(self._recent) > self._max_bytes // _RECENT_SHARE:
+        if self._recent >= 0 and self.pool.size(self._recent) > _FULL * self._max_bytes:
             self._turn()
 
     def end(self, ids: Sequence[int]) -> None:
@@ -121,15 +121,18 @@ class SuffixMemory:
             if row is not None:
                 self._free_rows.append(row)
                 self.automata[row] = -1
-                self._prompts[self._digests.pop(i)].users -= 1
+                known = self._prompts[self._digests.pop(i)]
+                known.users -= 1
+                if not known.users:
+                    self.pool.trim(known.automaton)
         self._fit()
 
     def _prompt(self, digest: bytes, tokens: np.ndarray) -> _Prompt:
         known = self._prompts.get(digest)
-        if known and not known.users and self.pool.size(known.automaton) > self._max_bytes // _RECENT_SHARE:
+        if known and not known.users and self.pool.size(known.automaton) > _FULL * self._max_bytes:
             self._forget(self._prompts.pop(digest).automaton)
         if digest not in self._prompts:
-            automaton = self.pool.new(states=2 * len(tokens) + 2, slots=len(tokens))
+            automaton = self.pool.new(states=3 * len(tokens) // 2 + 2, slots=len(tokens) // 2)
             self._prompts[digest] = _Prompt(automaton, self.pool.extend(automaton, tokens))
         self._prompts.move_to_end(digest)
         return self._prompts[digest]

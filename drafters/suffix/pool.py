@@ -86,6 +86,14 @@ class AutomatonPool:
             self._point(number)
         self.bytes += _size(blocks) - before
 
+    def trim(self, number: int) -> None:
+        """Gives back room for states that an automaton which nobody extends does not need now."""
+        head, blocks = self.heads[number], self._blocks[number]
+        self.bytes -= blocks.states.nbytes
+        blocks.states = blocks.states[: head[k.STATES]].copy()
+        self.bytes += blocks.states.nbytes
+        self._point(number)
+
     def blocks(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """States and slots as they are now, up to the last in use."""
         blocks = self._blocks[number]
