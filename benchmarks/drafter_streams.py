@@ -1,5 +1,6 @@
-"""Text streams for `rollahead bench drafters`: what drafters learn from and draft for, and a peer behind our protocol."""
+"""Text for `rollahead bench drafters`: what drafters learn from and draft for, and a peer behind our protocol."""
 
+import importlib
 import json
 import time
 from collections.abc import Sequence
@@ -79,7 +80,12 @@ def seconds_a_token(drafter: Drafter, texts: Sequence[RecordedText], rows: int) 
 def core_seconds_a_token(drafter: SuffixAutomatonDrafter, texts: Sequence[RecordedText]) -> float:
     """The same for one sequence at a time without Python between two tokens."""
     memory, seconds, tokens = drafter.memory, 0.0, 0
-    out = np.zeros((1, LENGTH), np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, LENGTH), np.float32)
+    out = (
+        np.zeros((1, LENGTH), np.int64),
+        np.zeros(1, np.int64),
+        np.zeros(1, np.int64),
+        np.zeros((1, LENGTH), np.float32),
+    )
     for i, text in enumerate(texts):
         memory.begin([SequenceStart(i, text.prompt_ids, i, 1.0, i)])
         row, done, position = memory.rows([i]), np.zeros((1, len(memory.own)), np.int64), 0
@@ -128,12 +134,12 @@ class ArcticDrafter(BaseDrafter):
 
     def __init__(self) -> None:
         try:
-            from arctic_inference.suffix_decoding import SuffixDecodingCache
+            cache = importlib.import_module("arctic_inference.suffix_decoding").SuffixDecodingCache
         except ImportError as error:
             raise UsageError(
                 "the comparison needs arctic-inference: pip install --no-deps arctic-inference==0.3.0"
             ) from error
-        self._cache: Any = SuffixDecodingCache()
+        self._cache: Any = cache()
         self._texts: dict[int, np.ndarray] = {}
         self._requests: dict[int, int] = {}
         self._next = 0

@@ -17,10 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.drafter_streams import (
-    LENGTH, ArcticDrafter, core_seconds_a_token, recorded, seconds_a_token, teach,
+    LENGTH,
+    ArcticDrafter,
+    core_seconds_a_token,
+    recorded,
+    seconds_a_token,
+    teach,
 )  # fmt: skip
 from benchmarks.results import resident_bytes, spread, write_results
 from drafters.arbiter import ArbiterDrafter
@@ -96,7 +100,7 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------------
+# ---- memory ---------------------------------------------------------------------------------------------------------
 
 
 def _stream(options: argparse.Namespace) -> list[Row]:
@@ -126,7 +130,12 @@ def _stream(options: argparse.Namespace) -> list[Row]:
             "teach_seconds": taught,
         }
         # A group of one sample: what is drafted comes from the memory and the sequence itself.
-        totals = replay(drafter, [dataclasses.replace(t, group=-1 - i) for i, t in enumerate(test)], slots=16, max_draft_tokens=LENGTH)
+        totals = replay(
+            drafter,
+            [dataclasses.replace(t, group=-1 - i) for i, t in enumerate(test)],
+            slots=16,
+            max_draft_tokens=LENGTH,
+        )
         row |= {"accepted": totals.accepted, "drafted": totals.drafted, "of_tokens": totals.tokens}
         row |= {f"microseconds_a_token_batch_{b}": 1e6 * seconds_a_token(drafter, test[:256], b) for b in (1, 16, 64)}
         if isinstance(drafter, SuffixAutomatonDrafter):
@@ -140,7 +149,7 @@ def _stream(options: argparse.Namespace) -> list[Row]:
 def _build(options: argparse.Namespace) -> list[Row]:
     texts = recorded(options.train, options.model)
     rng = np.random.default_rng(options.seed)
-    documents = []
+    documents: list[np.ndarray] = []
     tokens = 0
     while tokens < options.build_tokens:
         text = texts[len(documents) % len(texts)]
@@ -164,7 +173,7 @@ def _build(options: argparse.Namespace) -> list[Row]:
     ]  # fmt: skip
 
 
-# ---- choices -----------------------------------------------------------------------------------------------------------
+# ---- choices --------------------------------------------------------------------------------------------------------
 
 
 def _arbiter(options: argparse.Namespace) -> list[Row]:
@@ -209,7 +218,9 @@ def _prompt_sets(options: argparse.Namespace) -> list[tuple[str, list[np.ndarray
     return [*sets, ("random", [rng.integers(3, largest + 1, 48) for _ in range(64)])]
 
 
-def _speed(decoder: Decoder, piece: Row, prompts: Sequence[np.ndarray], batch: int, options: argparse.Namespace) -> float:
+def _speed(
+    decoder: Decoder, piece: Row, prompts: Sequence[np.ndarray], batch: int, options: argparse.Namespace
+) -> float:
     """Tokens a second of `GROUP` samples of each prompt, each exactly `options.tokens` long; drafting in the clock."""
     generator = NativeGenerator(
         decoder, drafter=build(piece), max_sequences=batch, max_draft_tokens=CAP, stop_token_ids=(), stagger=True
@@ -252,10 +263,14 @@ def _replay(options: argparse.Namespace) -> list[Row]:
             speeds = {"none": _on_paper(NoDrafter(), texts, batch, costs)}
             for name in ("suffix-automaton", "prompt-lookup"):
                 for most in (1, 2, 3, 4, 6, 8, CAP):
-                    speeds[f"{name} up to {most}"] = _on_paper(_Capped(build({"name": name}), most), texts, batch, costs)
+                    speeds[f"{name} up to {most}"] = _on_paper(
+                        _Capped(build({"name": name}), most), texts, batch, costs
+                    )
             pieces = ArbiterDrafter.Options(drafters=["suffix-automaton", "prompt-lookup"], urgency=0)
             # Asking costs nothing on paper, for the arbiter as for the others.
-            ours = _on_paper(ArbiterDrafter(pieces, CostModel(costs.table, learns=False), clock=lambda: 0.0), texts, batch, costs)
+            ours = _on_paper(
+                ArbiterDrafter(pieces, CostModel(costs.table, learns=False), clock=lambda: 0.0), texts, batch, costs
+            )
             best = max(speeds, key=lambda name: speeds[name])
             rows.append({"prompts": label, "batch": batch, "best_single": best, "regret": 1 - ours / speeds[best]})
     milliseconds = {f"{b}x{n}": 1e3 * s for (b, n), s in measured.items()}
@@ -277,5 +292,3 @@ def _sampled(decoder: Decoder, prompts: Sequence[np.ndarray], options: argparse.
 def _on_paper(drafter: Drafter, texts: list[RecordedText], batch: int, costs: CostModel) -> float:
     totals = replay(drafter, texts, slots=batch, max_draft_tokens=CAP, costs=costs.seconds)
     return totals.tokens_per_second
-
-

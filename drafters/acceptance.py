@@ -8,8 +8,8 @@ import numpy as np
 from numba import njit
 
 MATCHES, CONFIDENCES, DEPTHS = 8, 8, 5
-"""buckets: matched tokens unknown or 0, 1, 2, 3-4, 5-8, 9-16, 17-32, more; confidence unknown, then up to 0.4, 0.6, 0.7,
-0.8, 0.9, 0.97, more; depth 1, 2, 3-4, 5-8, more"""
+"""buckets: matched tokens unknown or 0, 1, 2, 3-4, 5-8, 9-16, 17-32, more; confidence unknown, then up to 0.4, 0.6,
+0.7, 0.8, 0.9, 0.97, more; depth 1, 2, 3-4, 5-8, more"""
 MOST = 400.0
 """A cell that has seen more is halved: policies change, and what they did long ago is forgotten."""
 NOMINAL = (0.5, 0.3, 0.5, 0.65, 0.75, 0.85, 0.94, 0.98)

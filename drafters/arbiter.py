@@ -236,7 +236,7 @@ class ArbiterDrafter(CompositeDrafter):
         return bool(self._seconds[index] > _DEAR * self.costs.seconds(rows, rows))
 
     def _worth_asking(self, index: int, rows: int) -> bool:
-        """Cheap drafters always are; a dear one where it paid for its time, and now and then to see whether it would."""
+        """Cheap drafters always are; a dear one where it paid for its time, or now and then to see whether it would."""
         if not self._asked[index] or not self._dear(index, rows) or self._gain[index] > 0:
             return True
         since = self._steps - self._asked[index]

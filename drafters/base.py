@@ -92,9 +92,12 @@ class Verified:
     accepted: np.ndarray
     """int64 [B], accepted draft tokens"""
     hidden: torch.Tensor | None = None
-    """[B, K+1, H]"""
+    """[N, H], final-norm hidden states after each row's last token and after each of its draft tokens, row by row"""
     logits: torch.Tensor | None = None
-    """[B, K+1, V]"""
+    """[N, V], float32, at the same places"""
+    starts: np.ndarray | None = None
+    """int64 [B], where each row's places begin; given with either. The first `len(emitted[b])` of row b are those that
+    its emitted tokens were sampled from"""
     seconds: float = 0.0
     """wall time of the verification: forward pass and sampling, without drafting; 0: not measured"""
 
@@ -126,7 +129,8 @@ class Drafter(Protocol):
         """These sequences pause and give their place on the device back; `restore` or `end` follows."""
 
     def restore(self, sequences: Sequence[SequenceStart]) -> None:
-        """These sequences, preempted before, go on; what was given up with the place is made again from `response_ids`."""
+        """These sequences, preempted before, go on; what was given up with their place is made again from
+        `response_ids`."""
 
     def weights_changed(self, version: int) -> None:
         """The target runs publication `version` from the next verification on."""

@@ -15,8 +15,8 @@ PER_ROW = np.array([1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32], np.float64)
 """places of the table: sequences, and tokens a sequence"""
 _WHOLE_RATE, _PLACE_RATE = 0.1, 0.05
 """of a step's surprise, how much moves all, and of what is left, how much moves its place, once many steps have been
-seen. The n-th step moves all by 1/n and the n-th at a place this by 1/(n + 1): what steps really take soon outweighs what
-was measured or guessed before, and the machine's speed is known before the curve is bent"""
+seen. The n-th step moves all by 1/n and the n-th at a place this by 1/(n + 1): what steps really take soon outweighs
+what was measured or guessed before, and the machine's speed is known before the curve is bent"""
 _MOST_SURPRISE = 0.7
 """a step may be taken to be off by this factor's logarithm at most: a pause of the machine is no cost"""
 
@@ -95,9 +95,7 @@ def verification_seconds(table: np.ndarray, scale: float, rows: int, tokens: int
 
 
 @njit(cache=True)
-def _correct(
-    table: np.ndarray, met: np.ndarray, scale: np.ndarray, rows: int, tokens: int, seconds: float
-) -> None:
+def _correct(table: np.ndarray, met: np.ndarray, scale: np.ndarray, rows: int, tokens: int, seconds: float) -> None:
     surprise = np.log(seconds / verification_seconds(table, scale[0], rows, tokens))
     steps = met.sum()
     if steps >= 3:

@@ -25,7 +25,7 @@ class TooSlow(RuntimeError):
 
 @runtime_checkable
 class Host(Protocol):
-    """A drafter that hands out other drafters' drafts and guards each of them, so that one failure costs one drafter."""
+    """A drafter that hands out other drafters' drafts and guards each of them: one failure costs one drafter."""
 
     failures: int
     """of its drafters"""

@@ -21,7 +21,7 @@ class PromptLookupDrafter(BaseDrafter):
     name = "prompt-lookup"
 
     class Options(Struct, kw_only=True, forbid_unknown_fields=True):
-        """The longest n-gram of `min_ngram` to `max_ngram` tokens that occurs earlier gives up to `max_tokens` tokens."""
+        """The longest n-gram of `min_ngram` to `max_ngram` tokens that occurs earlier gives up to `max_tokens`."""
 
         min_ngram: Annotated[int, Meta(ge=1)] = 2
         max_ngram: Annotated[int, Meta(ge=1)] = 5

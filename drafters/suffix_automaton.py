@@ -24,7 +24,7 @@ Count = Annotated[int, Meta(ge=0)]
 
 
 class SuffixAutomatonDrafter(CompositeDrafter):
-    """Copies what followed the longest known suffix: in the prompt, its group, earlier epochs, recent texts, corpora."""
+    """Copies what followed the longest known suffix: in the prompt, its group, earlier epochs, other texts, corpora."""
 
     name = "suffix-automaton"
 
@@ -35,9 +35,9 @@ class SuffixAutomatonDrafter(CompositeDrafter):
         Where no match has `auxiliary_below` tokens, the drafter `auxiliary` is asked (a name, or a table with name and
         options).
 
-        `memory_mb` bounds kept text (about 75 bytes a token); 0 keeps nothing beyond a prompt's live sequences, so that a
-        restart forgets nothing either. Beside it, `corpora` are folders that `rollahead corpus
-        build` made; a match in one counts for `corpus_bias` tokens less than it has.
+        `memory_mb` bounds kept text (about 65 bytes a token, twice for a prompt's own); 0 keeps nothing beyond a
+        prompt's live sequences, so that a restart forgets nothing either. Beside it, `corpora` are folders that
+        `rollahead corpus build` made; a match in one counts for `corpus_bias` tokens less than it has.
         """
 
         min_match: Annotated[int, Meta(ge=1)] = 1
@@ -105,9 +105,9 @@ class SuffixAutomatonDrafter(CompositeDrafter):
     def counters(self) -> dict[str, float]:
         memory = self.memory
         return super().counters() | {
-            "memory_bytes": memory.bytes,
+            "memory_bytes": memory.held_bytes,
             "memory_tokens": memory.tokens,
-            "bytes_a_token": memory.bytes / max(1, memory.tokens),
+            "bytes_a_token": memory.held_bytes / max(1, memory.tokens),
             "evicted": memory.evicted,
         }
 

@@ -40,17 +40,19 @@ def check_drafter(make: Callable[[], Drafter], *, samples: int = 2000) -> None:
     Raises:
         NotADrafter: a check failed.
     """
-    for check in (
-        check_protocol, check_ragged_batches, check_deterministic_drafts_keep_the_text, check_distribution,
-        check_ends_and_preemption, check_new_weights, check_past_alone,
-    ):  # fmt: skip
+    checks: dict[str, Callable[[], None]] = {
+        "protocol": lambda: check_protocol(make),
+        "ragged batches": lambda: check_ragged_batches(make),
+        "deterministic drafts keep the text": lambda: check_deterministic_drafts_keep_the_text(make),
+        "distribution": lambda: check_distribution(make, samples),
+        "ends and preemption": lambda: check_ends_and_preemption(make),
+        "new weights": lambda: check_new_weights(make),
+        "past alone": lambda: check_past_alone(make),
+    }
+    for name, check in checks.items():
         try:
-            if check is check_distribution:
-                check_distribution(make, samples)
-            else:
-                check(make)
+            check()
         except Exception as error:  # whatever a drafter raises is what its author has to see
-            name = check.__name__.removeprefix("check_").replace("_", " ")
             raise NotADrafter(f"{name}: {type(error).__name__}: {error}") from error
 
 
@@ -169,7 +171,10 @@ class Rehearsal:
     def _propose(self) -> Proposal:
         ids = [text.start.id for text in self.live]
         # Ragged on purpose: a budget is anything from nothing to as much as is left.
-        most = [min(text.limit - len(text.tokens) - 1, (text.start.id + self.budget) % (self.budget + 1)) for text in self.live]
+        most = [
+            min(text.limit - len(text.tokens) - 1, (text.start.id + self.budget) % (self.budget + 1))
+            for text in self.live
+        ]
         temperatures = np.array([text.start.temperature for text in self.live], np.float32)
         request = DraftRequest(ids, np.array(most, np.int64), temperatures)
         proposal = Proposal.empty(len(ids))
@@ -212,21 +217,15 @@ class Rehearsal:
                     [text.start.id for text in self.live],
                     emitted,
                     accepted,
-                    _padded(hidden, proposal) if Needs.HIDDEN_STATES in needs else None,
-                    _padded(logits, proposal) if Needs.LOGITS in needs else None,
+                    hidden if Needs.HIDDEN_STATES in needs else None,
+                    logits if Needs.LOGITS in needs else None,
+                    np.cumsum(proposal.lengths + 1) - (proposal.lengths + 1),
                 )
             )
             if done:
                 self.drafter.end([text.start.id for text in done])
         self.finished |= {text.start.id: text.tokens for text in done}
         self.live = [text for text in self.live if not text.done]
-
-
-def _padded(packed: torch.Tensor, proposal: Proposal) -> torch.Tensor:
-    row, depth = (torch.from_numpy(index) for index in packed_rows(proposal.lengths))
-    out = packed.new_zeros(len(proposal.lengths), proposal.token_ids.shape[1] + 1, packed.shape[1])
-    out[row, depth] = packed
-    return out
 
 
 def _restored(text: _Text) -> SequenceStart:
@@ -236,7 +235,9 @@ def _restored(text: _Text) -> SequenceStart:
     )
 
 
-def sequences(count: int, first: int = 0, temperature: float | None = None, group: int | None = None) -> list[SequenceStart]:
+def sequences(
+    count: int, first: int = 0, temperature: float | None = None, group: int | None = None
+) -> list[SequenceStart]:
     """Mixed temperatures, greedy among them, in groups of three that share a prompt."""
     prompts = [[1, 5, 9, 5, 9], [1], list(range(3, 20)), [7, 7, 7]]
     temperatures = [1.0, 0.5, 0.0]
@@ -303,13 +304,17 @@ def check_distribution(make: Callable[[], Drafter], samples: int) -> None:
         seen[tokens[0], tokens[1] if len(tokens) > 1 else 0] += 1
     expected = law * samples
     common = expected >= 5
-    observed, wanted = np.append(seen[common], seen[~common].sum()), np.append(expected[common], expected[~common].sum())
+    observed, wanted = (
+        np.append(seen[common], seen[~common].sum()),
+        np.append(expected[common], expected[~common].sum()),
+    )
     statistic = float((((observed - wanted) ** 2) / np.maximum(wanted, 1e-9)).sum())
     degrees = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
     p_value = float(torch.special.gammaincc(degrees, torch.tensor(statistic / 2, dtype=torch.float64)))
     assert p_value > 1e-6, (
         f"with its drafts the first two tokens do not follow the target: chi-square {statistic:.0f} at "
-        f"{len(wanted) - 1} degrees of freedom, p = {p_value:.1e}; are its probabilities those its tokens were drawn from?"
+        f"{len(wanted) - 1} degrees of freedom, p = {p_value:.1e}; are its probabilities those that its tokens were "
+        "drawn from?"
     )
 
 

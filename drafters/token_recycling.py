@@ -1,8 +1,8 @@
 """Token Recycling: the token that the target itself thought likeliest the last time it stood at this token.
 
-After Luo et al. (arXiv 2408.08696), in its chain form: the paper keeps the eight likeliest successors of every token and
-drafts a fixed tree of them; a chain needs the first alone. The paper also learns from rejected draft tokens; here only
-emitted ones count, whoever drafted them.
+After Luo et al. (arXiv 2408.08696), in its chain form: the paper keeps the eight likeliest successors of every token
+and drafts a fixed tree of them; a chain needs the first alone. The paper also learns from rejected draft tokens; here
+only emitted ones count, whoever drafted them.
 """
 
 from collections.abc import Sequence
@@ -50,19 +50,20 @@ class TokenRecyclingDrafter(BaseDrafter):
         return Proposal(tokens, lengths)
 
     def observe(self, verified: Verified) -> None:
-        assert verified.logits is not None
+        assert verified.logits is not None and verified.starts is not None
         if not len(self._successors):
-            self._successors = np.full(verified.logits.shape[2], -1, np.int64)
-        before: list[np.ndarray] = []
+            self._successors = np.full(verified.logits.shape[1], -1, np.int64)
+        before: list[int] = []
         """the tokens after which the target was asked"""
-        likeliest: list[torch.Tensor] = []
-        for row, (i, emitted) in enumerate(zip(verified.ids, verified.emitted, strict=True)):
+        places: list[int] = []
+        for i, emitted, start in zip(verified.ids, verified.emitted, verified.starts.tolist(), strict=True):
             if len(emitted):
-                before.append(np.concatenate([[self._last[i]], emitted[:-1]]))
-                likeliest.append(verified.logits[row, : len(emitted)])
+                before += [self._last[i], *emitted[:-1].tolist()]
+                places += range(start, start + len(emitted))
                 self._last[i] = int(emitted[-1])
         if before:
-            self._successors[np.concatenate(before)] = torch.cat(likeliest).argmax(-1).cpu().numpy()
+            rows = torch.tensor(places, device=verified.logits.device)
+            self._successors[before] = verified.logits[rows].argmax(-1).cpu().numpy()
 
     def end(self, ids: Sequence[int]) -> None:
         for i in ids:

@@ -74,7 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     corpus.add_argument("action", choices=["build"])
     corpus.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".jsonl, a document a line, or a text")
     corpus.add_argument("--out", required=True, type=Path, metavar="CORPUS", help="folder to write")
-    corpus.add_argument("--tokenizer", type=Path, metavar="DIR", help="checkpoint directory; not for lines of token_ids")
+    corpus.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="checkpoint directory; not for lines of token_ids"
+    )
     corpus.add_argument("--template", default="{text}", help="text of a line; {field} is replaced")
 
     _command(commands, "drafters", "list the drafters that are installed", _drafters)
@@ -173,9 +175,9 @@ def _corpus(options: argparse.Namespace) -> int:
     tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else None
     size = build_corpus(read_documents(options.files, tokenizer, options.template), options.out)
     print(
-        f"{options.out}: {size.tokens:,} tokens of {size.documents:,} documents, {size.bytes / size.tokens:.0f} bytes a "
-        f"token, {time.perf_counter() - began:.1f} s; use it with engine.drafter = "
-        f'{{name = "suffix-automaton", corpora = ["{options.out}"]}}'
+        f"{options.out}: {size.tokens:,} tokens of {size.documents:,} documents, "
+        f"{size.bytes / size.tokens:.0f} bytes a token, {time.perf_counter() - began:.1f} s; use it with "
+        f'engine.drafter = {{name = "suffix-automaton", corpora = ["{options.out}"]}}'
     )
     return 0
 

@@ -76,10 +76,13 @@ def load_corpus(folder: Path) -> Corpus:
     try:
         description = json.loads((folder / "corpus.json").read_text())
         if description["format"] != _FORMAT:
-            raise UsageError(f"corpus {folder} has format {description['format']}, this version reads {_FORMAT}; {remedy}")
+            raise UsageError(
+                f"corpus {folder} has format {description['format']}, this version reads {_FORMAT}; {remedy}"
+            )
         # Mapped copy-on-write: the kernels take one type of array for what they follow and what they write.
         states, slots = (
-            np.asarray(np.load(folder / name, mmap_mode="c", allow_pickle=False)) for name in ("states.npy", "slots.npy")
+            np.asarray(np.load(folder / name, mmap_mode="c", allow_pickle=False))
+            for name in ("states.npy", "slots.npy")
         )
         header = np.zeros(k.HEADER_WIDTH, np.int64)
         for name, column in _HEADER.items():

@@ -1,16 +1,16 @@
 """The suffix automaton's compiled core: append, match, continue, for many automata in one call.
 
 A state is a row of eight int32, a transition beyond a state's first is a row of four in an open-addressing table with
-linear probing. Most states have one transition, so the table holds few and most lookups touch one cache line. State 0 is
-the empty string; no transition leads to it, so target 0 means "none".
+linear probing. Most states have one transition, so the table holds few and most lookups touch one cache line. State 0
+is the empty string; no transition leads to it, so target 0 means "none".
 
 Construction after Blumer et al. (1985), for many documents that grow at the same time: a document's text is always the
 longest string of its state (no longer string ends where the document began), so its place in the automaton stays put
 while others grow, and extending it continues there.
 
-`COUNT` of a state is how often its strings occur, `BEST` its most frequent transition (the latest among equals), or its
-latest where that is asked for. An appended token changes both on the chain of suffix links; the walk is cut after `WALK`
-states, because a text of one token repeated has a state for each suffix.
+`COUNT` of a state is how often its strings occur, `BEST` its most frequent transition (the latest among equals), or
+its latest where that is asked for. An appended token changes both on the chain of suffix links; the walk is cut after
+`WALK` states, because a text of one token repeated has a state for each suffix.
 """
 
 from typing import Any
@@ -60,7 +60,7 @@ def _slots(head: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True)
-def _find(slots: np.ndarray, state: int, token: int) -> int:
+def _find(slots: np.ndarray, state: int, token: int) -> Any:
     """The transition's slot, or -1 - the free slot where it belongs."""
     mask = np.uint64(len(slots) - 1)
     mixed = (np.uint64(state) << np.uint64(32) | np.uint64(token)) * np.uint64(0x9E3779B97F4A7C15)
@@ -216,9 +216,7 @@ def _prefer(states: np.ndarray, slots: np.ndarray, state: int, token: int, lates
 
 
 @njit(cache=True)
-def extend(
-    head: np.ndarray, tokens: np.ndarray, start: int, last: int, counted: bool, latest: bool
-) -> tuple[int, int]:
+def extend(head: np.ndarray, tokens: np.ndarray, start: int, last: int, counted: bool, latest: bool) -> tuple[int, int]:
     """Appends `tokens[start:]` to the document that stands at `last`; not `counted`: `spread_counts` does it later.
 
     Returns how many tokens of `tokens` are in, fewer than all where the automaton must grow first, and the document's
@@ -431,8 +429,9 @@ def draft(
 ) -> int:
     """Up to `count` tokens from a state with a continuation on, into `tokens`; returns how many.
 
-    `confidences` are as `_confidence` says. The draft ends where the product of c/n falls below `least`. Where a text ends (a sibling's newest token, say) it
-    goes on from that text's longest suffix that was continued: a repetition goes on as it began.
+    `confidences` are as `_confidence` says. The draft ends where the product of c/n falls below `least`. Where a text
+    ends (a sibling's newest token, say) it goes on from that text's longest suffix that was continued: a repetition
+    goes on as it began.
     """
     survival = 1.0
     for k in range(count):

@@ -2,8 +2,8 @@
 
 Every live sequence stands in several automata at once, its tracks:
 
-- `PROMPT`: one automaton for each prompt, by the prompt's content. It holds the prompt, what the sequences of its groups
-  have generated so far, and what they generated in earlier epochs; old policies' text is as good a guess as any.
+- `PROMPT`: one automaton for each prompt, by the prompt's content. It holds the prompt, what the sequences of its
+  groups have generated so far, and what they generated in earlier epochs; old policies' text is as good a guess as any.
 - `RECENT`: one automaton of what all sequences generate, until it is full; then another begins.
 - `BEFORE`: the one that was full, only followed.
 - from `CORPORA` on: automata built beforehand from files, only followed.
@@ -71,7 +71,7 @@ class SuffixMemory:
         self.lengths = np.zeros((0, tracks), np.int64)
 
     @property
-    def bytes(self) -> int:
+    def held_bytes(self) -> int:
         """Of all automata but the corpora, which are mapped from files."""
         return self.pool.bytes
 
@@ -137,16 +137,12 @@ class SuffixMemory:
         self._prompts.move_to_end(digest)
         return self._prompts[digest]
 
-    def _enter(
-        self, row: int, track: int, automaton: int, tokens: np.ndarray, place: int = 0, length: int = 0
-    ) -> None:
+    def _enter(self, row: int, track: int, automaton: int, tokens: np.ndarray, place: int = 0, length: int = 0) -> None:
         self.automata[row, track] = automaton
         self.places[row, track] = self.pool.extend(automaton, tokens, place)
         self.lengths[row, track] = length + len(tokens)
 
-    def _observe(
-        self, rows: np.ndarray, tokens: np.ndarray, borders: np.ndarray, only: np.ndarray | None
-    ) -> None:
+    def _observe(self, rows: np.ndarray, tokens: np.ndarray, borders: np.ndarray, only: np.ndarray | None) -> None:
         """`only`: bool [T], tracks to take the tokens into."""
         done = np.zeros((len(rows), len(self.own)), np.int64)
         if only is not None:

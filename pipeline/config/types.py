@@ -79,7 +79,9 @@ class EngineSection(Section):
     drafter: Annotated[Piece, option("drafter by name or module:Class, with its options")] = field(
         default_factory=lambda: {"name": "arbiter", "drafters": ["suffix-automaton"]}
     )
-    stagger: Annotated[bool, option("of more samples than run at once, one of each group goes ahead of the others")] = True
+    stagger: Annotated[bool, option("of more samples than run at once, one of each group goes ahead of the others")] = (
+        True
+    )
     spool_bytes: Annotated[PositiveInt, option("unacknowledged trajectories an engine keeps on disk, in bytes")] = (
         256 << 20
     )

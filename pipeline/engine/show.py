@@ -66,8 +66,9 @@ def _print(sample: FinishedSample, tokenizer: Tokenizer, counters: dict[str, flo
             text.append(f"‹{source}:{piece}›" if several else f"‹{piece}›")
     console.print(text)
     drafts = Text(", ").join(
-        Text(f"{number}: {name}" if several else name, style=_colour(number))
-        .append(f" {counts.drafted} drafted, {counts.accepted} accepted", style="")
+        Text(f"{number}: {name}" if several else name, style=_colour(number)).append(
+            f" {counts.drafted} drafted, {counts.accepted} accepted", style=""
+        )
         for number, (name, counts) in enumerate(sample.drafters.items(), 1)
     )
     console.print(

@@ -27,7 +27,7 @@ class RepeatLast(BaseDrafter):
         return Proposal(np.repeat(last[:, None], int(lengths.max()), axis=1), lengths)
 
     def observe(self, verified):
-        self.last |= {i: int(e[-1]) for i, e in zip(verified.ids, verified.emitted) if len(e)}
+        self.last |= {i: int(e[-1]) for i, e in zip(verified.ids, verified.emitted, strict=True) if len(e)}
 
     def end(self, ids):
         for i in ids:

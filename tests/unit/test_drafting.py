@@ -73,7 +73,9 @@ def test_a_drafter_that_does_not_return_is_named_while_it_does_not():
     caller.join()
     # The other drafter fails on the nonsense it is given; that is one event, and no reason to name it.
     stuck = [event for event in events if "not returned" in event]
-    assert len(stuck) >= 2 and all(event.startswith("drafter around (in stuck) has not returned for") for event in stuck)
+    assert len(stuck) >= 2 and all(
+        event.startswith("drafter around (in stuck) has not returned for") for event in stuck
+    )
     calm = len(events)
     time.sleep(0.3)
     assert len(events) == calm

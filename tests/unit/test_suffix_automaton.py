@@ -153,7 +153,7 @@ def test_memory_stays_within_its_bytes_and_gives_up_the_oldest_prompts_first():
     drafter.begin([start(1000, prompts[0])])  # lives through it all
     for n in range(60):
         follow(n, n)
-        assert drafter.memory.bytes <= 0.3 * 2**20
+        assert drafter.memory.held_bytes <= 0.3 * 2**20
     counters = drafter.counters()
     assert counters["evicted"] > 10 and 50 < counters["bytes_a_token"] < 200
     assert follow(59, 100) and follow(0, 101)

@@ -192,7 +192,7 @@ def test_the_latest_continuation_is_the_latest():
 @given(documents, st.lists(st.integers(0, 3), max_size=60))
 def test_the_latest_continuation_is_followed_where_that_is_asked_for(docs, order):
     said = {}
-    for pool, number, grown, places in interleaved(docs, order, latest=True):
+    for pool, number, grown, _places in interleaved(docs, order, latest=True):
         states, slots = arrays(pool, number)
         (doc,) = [d for d in grown if d != said.get(id(d), [])]
         for n in range(len(doc)):
@@ -211,7 +211,7 @@ def test_a_short_match_gives_way_to_a_surer_shorter_one():
     pool.extend(number, ids([4, 2, 7]))
     states, slots = arrays(pool, number)
     assert k._surest(states, slots, state_of(pool, number, [4, 2])) == state_of(pool, number, [2])
-    pool.extend(number, ids([4, 2, 7] * 1))
+    pool.extend(number, ids([4, 2, 7]))
     for _ in range(20):
         pool.extend(number, ids([4, 2, 7]))
     states, slots = arrays(pool, number)

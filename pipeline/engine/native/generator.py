@@ -23,7 +23,7 @@ from pipeline.messages import Capabilities
 from pipeline.models.checkpoint import load_decoder, load_weights_into
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import PAGE, KVCache
-from pipeline.sampling.verification import TokenUniforms, VerifiedTokens, packed_rows, verify
+from pipeline.sampling.verification import TokenUniforms, VerifiedTokens, verify
 
 
 @dataclass(slots=True)
@@ -369,8 +369,9 @@ class NativeGenerator:
                 ids=[s.id for s in self._live],
                 emitted=[e.token_ids for e in emissions],
                 accepted=np.array([e.accepted for e in emissions], np.int64),
-                hidden=_padded(hidden, proposal) if Needs.HIDDEN_STATES in self._drafting.needs else None,
-                logits=_padded(logits, proposal) if Needs.LOGITS in self._drafting.needs else None,
+                hidden=hidden if Needs.HIDDEN_STATES in self._drafting.needs else None,
+                logits=logits if Needs.LOGITS in self._drafting.needs else None,
+                starts=np.cumsum(proposal.lengths + 1) - (proposal.lengths + 1),
                 seconds=seconds,
             )
         )
@@ -418,11 +419,3 @@ class NativeGenerator:
 def _start_of(s: Sequence) -> SequenceStart:
     response = s.token_ids[: s.count].copy()
     return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response)
-
-
-def _padded(packed: Tensor, proposal: Proposal) -> Tensor:
-    """[B, K+1, ...] of packed rows [N, ...], zeros behind each row's own."""
-    row, depth = packed_rows(proposal.lengths)
-    out = packed.new_zeros(len(proposal.lengths), proposal.token_ids.shape[1] + 1, *packed.shape[1:])
-    out[torch.from_numpy(row), torch.from_numpy(depth)] = packed
-    return out
