@@ -5,16 +5,37 @@ arguments of a model's forward (`cu_seq_lens_q`, ...), so no quadratic mask is e
 sequence, and padded or cached calls behave as "sdpa" does.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 PACKED_ATTENTION = "packed_sdpa"
+
+_listener: tuple[int, list[torch.Tensor]] | None = None
+"""(layer, where its attention entropies go) while somebody wants them"""
+
+
+@contextmanager
+def attention_entropies(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[torch.Tensor]]:
+    """Within it, every packed forward pass of `model` adds to the list the attention entropy of its middle layer at
+    each of its L positions, float32 [L]: mean of the heads, over the log of the context length, 0 at a first token.
+
+    The layer's probabilities are formed for one sequence at a time, quadratic in its length; not differentiated.
+    """
+    global _listener
+    found: list[torch.Tensor] = []
+    _listener = (model.config.num_hidden_layers // 2, found) if wanted else None
+    try:
+        yield found
+    finally:
+        _listener = None
 
 
 def segment_arguments(cu_seq_lens: torch.Tensor) -> dict[str, Any]:
@@ -69,6 +90,8 @@ def packed_sdpa(
             enable_gqa=query_BHLD.shape[1] != key_BGLD.shape[1],
         )
         outputs_BSHD.append(output_BHSD.transpose(1, 2))
+    if _listener is not None and getattr(module, "layer_idx", None) == _listener[0]:
+        _listener[1].append(_entropies(query_BHLD[0], key_BGLD[0], bounds, scaling, sliding_window))
     return torch.cat(outputs_BSHD, dim=1), None
 
 
@@ -79,6 +102,27 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
     return (distance >= 0) & (distance < window)
+
+
+@torch.no_grad()
+def _entropies(
+    query_HLD: torch.Tensor, key_GLD: torch.Tensor, bounds: list[int], scaling: float | None, window: int | None
+) -> torch.Tensor:
+    """Attention entropy over log(context length) at each position, mean of the heads; float32 [L]."""
+    heads, dimension = query_HLD.shape[0], query_HLD.shape[-1]
+    key_HLD = key_GLD.repeat_interleave(heads // key_GLD.shape[0], 0)
+    scale = dimension**-0.5 if scaling is None else scaling
+    parts = []
+    for start, end in pairwise(bounds):
+        scores_HSS = (query_HLD[:, start:end] @ key_HLD[:, start:end].transpose(1, 2)).float() * scale
+        length = end - start
+        seen = _window_mask(length, window, query_HLD.device)
+        if seen is None:
+            seen = torch.ones(length, length, dtype=torch.bool, device=query_HLD.device).tril()
+        probabilities_HSS = scores_HSS.masked_fill(~seen, -torch.inf).softmax(-1)
+        entropy_S = torch.special.entr(probabilities_HSS).sum(-1).mean(0)
+        parts.append(entropy_S / seen.sum(-1).clamp(min=2).log())
+    return torch.cat(parts)
 
 
 def packed_mask(

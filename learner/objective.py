@@ -1,131 +1,26 @@
-"""One training step's objective: advantages -> corrections -> surrogate -> gates -> regularisers -> aggregation.
+"""One training step's objective: shaping -> advantages -> modulators -> corrections -> surrogate -> gates ->
+regularisers -> aggregation.
 
-The pieces live one a file in the folders of those names; this module holds what they exchange and composes them.
-Symbols: pi the policy now, pi_old the policy at the start of the batch (recomputed by the learner), mu the
-distribution that sampled. All log-probs are nats at the sampling temperature, float32.
+The pieces live one a file in the folders of those names (signatures: `learner.protocols`, tensors: `learner.tokens`);
+this module composes them.
 """
 
-from dataclasses import dataclass
-from enum import Flag, auto
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from learner.pieces import build
+from learner.pieces import build, trait
+from learner.protocols import Advantage, Aggregation, Correction, Gate, Modulator, Regulariser, Shaping, Surrogate
+from learner.tokens import BatchMetrics, BatchTokens, GroupRewards, Layout, MicroBatchTokens, Needs, TokenMetrics
 from pipeline.config.types import ObjectiveSection
 
 CONTRACT_METRICS = frozenset({"clip_fraction", "entropy_ratio_kept"})
 """Metrics a piece reports under their own name; all its others are reported as "piece/metric"."""
 
-
-class Needs(Flag):
-    """What a piece reads beyond log-probs and advantages; what no piece reads is not computed."""
-
-    NOTHING = 0
-    BEHAVIOUR_LOGPROBS = auto()
-    """log mu as the engine recorded it"""
-    OLD_ENTROPY = auto()
-    """entropy of pi_old, from the learner's own pass"""
-    ENTROPY = auto()
-    """entropy of pi, as a value"""
-    ENTROPY_GRADIENT = auto()
-    """entropy of pi, differentiated"""
-    ENGINE_ENTROPY = auto()
-    """entropy as the engine recorded it"""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupRewards:
-    """What an advantage estimator sees: all S samples of an optimiser batch."""
-
-    rewards: torch.Tensor
-    """float32 [S]"""
-    groups: torch.Tensor
-    """int64 [S], samples with the same number answer the same prompt; numbered from 0"""
-    lengths: torch.Tensor
-    """int64 [S], trained response tokens"""
-    truncated: torch.Tensor
-    """bool [S], stopped by the length limit"""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchTokens:
-    """What a correction sees: all N trained tokens of an optimiser batch, before the first optimiser step."""
-
-    logp_old: torch.Tensor
-    """float32 [N]"""
-    logp_behaviour: torch.Tensor
-    """float32 [N], log mu as the engine recorded it"""
-    sequence: torch.Tensor
-    """int64 [N], index of the token's sample"""
-    advantage: torch.Tensor
-    """float32 [N]"""
-    age: torch.Tensor
-    """int64 [N], publications between the token's policy and the newest"""
-    sampler: torch.Tensor
-    """int64 [N], `pipeline.messages.Sampler`"""
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatchTokens:
-    """What surrogates, gates and regularisers see: the T trained tokens of one micro-batch."""
-
-    logp: torch.Tensor
-    """float32 [T], log pi, with gradient"""
-    entropy: torch.Tensor
-    """float32 [T], full-vocabulary entropy of pi; with gradient if a piece needs `Needs.ENTROPY_GRADIENT`"""
-    logp_old: torch.Tensor
-    entropy_old: torch.Tensor
-    logp_behaviour: torch.Tensor
-    advantage: torch.Tensor
-    weight: torch.Tensor
-    """float32 [T], the correction's importance weight, detached"""
-    sequence: torch.Tensor
-    """int64 [T], index of the token's sample in the optimiser batch"""
-
-
-TokenMetrics = dict[str, torch.Tensor]
-"""Metric -> value of each of T tokens, detached; reported as the mean over the batch's trained tokens."""
-
-
-class Advantage(Protocol):
-    name: str
-    needs: Needs
-
-    def __call__(self, samples: GroupRewards) -> torch.Tensor:
-        """Advantage of each sample, float32 [S]."""
-
-
-class Correction(Protocol):
-    name: str
-    needs: Needs
-
-    def __call__(self, batch: BatchTokens) -> tuple[torch.Tensor, dict[str, float]]:
-        """Importance weight of each token, float32 [N], finite and detached; and metrics of the batch."""
-
-
-class Surrogate(Protocol):
-    name: str
-    needs: Needs
-
-    def __call__(self, tokens: MicroBatchTokens) -> tuple[torch.Tensor, TokenMetrics]:
-        """Loss of each token, float32 [T], to minimise, before the correction's weight."""
-
-
-class Gate(Protocol):
-    name: str
-    needs: Needs
-
-    def __call__(self, loss: torch.Tensor, tokens: MicroBatchTokens) -> tuple[torch.Tensor, TokenMetrics]:
-        """The loss [T] with gradient only where the gate lets it through."""
-
-
-class Regulariser(Protocol):
-    name: str
-    needs: Needs
-
-    def __call__(self, tokens: MicroBatchTokens) -> tuple[torch.Tensor, TokenMetrics]:
-        """A term [T] added to the loss, its coefficient included."""
+Plans = dict[str, torch.Tensor]
+"""Piece -> what its `plan` returned, first axis the tokens it is for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,71 +28,214 @@ class Objective:
     """The pieces of one objective, in the order they are applied."""
 
     advantage: Advantage
-    correction: Correction
     surrogate: Surrogate
+    aggregation: Aggregation
+    shaping: tuple[Shaping, ...] = ()
+    modulators: tuple[Modulator, ...] = ()
+    corrections: tuple[Correction, ...] = ()
     gates: tuple[Gate, ...] = ()
     regularisers: tuple[Regulariser, ...] = ()
+    proximal: str = "recompute"
+    """where pi_old comes from: `objective.proximal`"""
+    needs: Needs = field(init=False)
+
+    def __post_init__(self) -> None:
+        needs = Needs.NOTHING
+        for piece in self.pieces():
+            needs |= piece.needs
+        object.__setattr__(self, "needs", needs)
 
     @classmethod
     def from_config(cls, section: ObjectiveSection) -> "Objective":
-        """Build the pieces a configuration names.
+        """Build the pieces a configuration names; `learner.composition.check_composition` says if they fit together.
 
         Raises:
             UsageError: an unknown piece or option.
         """
         return cls(
+            shaping=tuple(build("shaping", piece) for piece in section.shaping),
             advantage=build("advantage", section.advantage),
-            correction=build("correction", section.correction),
+            modulators=tuple(build("modulator", piece) for piece in section.modulators),
+            corrections=tuple(build("correction", piece) for piece in section.corrections),
             surrogate=build("surrogate", section.surrogate),
             gates=tuple(build("gate", piece) for piece in section.gates),
             regularisers=tuple(build("regulariser", piece) for piece in section.regularisers),
+            aggregation=build("aggregation", section.aggregation),
+            proximal=section.proximal,
         )
 
-    @property
-    def needs(self) -> Needs:
-        needs = self.advantage.needs | self.correction.needs | self.surrogate.needs
-        for gate in self.gates:
-            needs |= gate.needs
-        for regulariser in self.regularisers:
-            needs |= regulariser.needs
-        return needs
+    def pieces(self) -> Iterator[Any]:
+        """All pieces, in the order they are applied."""
+        yield from self.shaping
+        yield self.advantage
+        yield from self.modulators
+        yield from self.corrections
+        yield self.surrogate
+        yield from self.gates
+        yield from self.regularisers
+        yield self.aggregation
 
     @property
     def needs_entropy_from_engine(self) -> bool:
         """Whether engines must record entropies; the learner refuses engines that cannot."""
-        return Needs.ENGINE_ENTROPY in self.needs
+        old = Needs.OLD_ENTROPY in self.needs and self.proximal == "behaviour"
+        return old or Needs.ENGINE_ENTROPY in self.needs
+
+    @property
+    def needs_old_pass(self) -> bool:
+        """Whether the policy at the start of the batch is evaluated before the first optimiser step."""
+        return self.proximal == "recompute" or Needs.ATTENTION_ENTROPY in self.needs
+
+    @property
+    def nucleus(self) -> float:
+        """Probability mass that nucleus entropies are taken on; 0: none are."""
+        return max(trait(piece, "nucleus") for piece in self.pieces())
+
+    @property
+    def planners(self) -> list[tuple[str, Any]]:
+        """Pieces with a `plan`, and the keys of what they plan."""
+        parts: list[Any] = [self.surrogate, *self.gates, *self.regularisers]
+        return [(f"{index}:{piece.name}", piece) for index, piece in enumerate(parts) if hasattr(piece, "plan")]
+
+    @property
+    def plans_from_policy(self) -> bool:
+        """Whether a plan looks at the policy now."""
+        return any(trait(piece, "plans_from_policy") for _, piece in self.planners)
+
+    # ---- a batch -------------------------------------------------------------------------------------------------
+
+    def shaped(self, samples: GroupRewards) -> GroupRewards:
+        """The samples with shaped rewards."""
+        for shape in self.shaping:
+            samples = replace(samples, rewards=shape(samples))
+        return samples
 
     def advantages(self, samples: GroupRewards) -> torch.Tensor:
-        """Advantage of each sample, float32 [S]."""
+        """Advantage of each sample, float32 [S], from rewards that are shaped."""
         return self.advantage(samples)
 
-    def weights(self, batch: BatchTokens) -> tuple[torch.Tensor, dict[str, float]]:
-        """Importance weight of each token, float32 [N], and metrics under the piece's name."""
-        weight, metrics = self.correction(batch)
-        return weight, {_metric_key(self.correction.name, key): value for key, value in metrics.items()}
+    def modulated(self, batch: BatchTokens) -> tuple[BatchTokens, BatchMetrics]:
+        """The batch with the modulators' advantages; pieces that look at batches have seen it."""
+        metrics: BatchMetrics = {}
+        for modulator in self.modulators:
+            advantage, measured = modulator(batch)
+            batch = replace(batch, advantage=advantage)
+            metrics |= _named(modulator.name, measured)
+        for piece in self.pieces():
+            if hasattr(piece, "begin"):
+                piece.begin(batch)
+        return batch, metrics
 
-    def loss(self, tokens: MicroBatchTokens, denominator: float) -> tuple[torch.Tensor, TokenMetrics]:
-        """The micro-batch's share of the loss: the sum over its tokens / `denominator`.
+    def weights(self, batch: BatchTokens) -> tuple[torch.Tensor, BatchMetrics]:
+        """Importance weight of each token, float32 [N], and metrics under the pieces' names."""
+        weight = torch.ones_like(batch.advantage)
+        metrics: BatchMetrics = {}
+        for correction in self.corrections:
+            weight, measured = correction(weight, batch)
+            metrics |= _named(correction.name, measured)
+        return weight, metrics
+
+    # ---- an optimiser mini-batch -----------------------------------------------------------------------------------
+
+    def coefficients(self, layout: Layout) -> torch.Tensor:
+        """What each token's loss is multiplied by before the sum, float32 [M]."""
+        return self.aggregation(layout)
+
+    def plans(self, tokens: MicroBatchTokens) -> Plans:
+        """What pieces plan from all M tokens of the mini-batch."""
+        with torch.no_grad():
+            usable = self._usable(tokens)
+            return {key: piece.plan(usable) for key, piece in self.planners}
+
+    def loss(self, tokens: MicroBatchTokens, plans: Plans | None = None) -> tuple[torch.Tensor, TokenMetrics]:
+        """The micro-batch's share of the loss: the sum over its tokens, each times its coefficient.
+
+        A token that any log-prob is not finite of is not trained; it stays in the denominator.
 
         Args:
             tokens: the T trained tokens of a micro-batch.
-            denominator: trained tokens of the whole optimiser mini-batch over all its micro-batches and ranks (token
-                mean, DAPO, arXiv 2503.14476). Tokens that a gate or a weight of 0 takes out stay in it.
+            plans: those of the mini-batch, cut to these tokens; needed if there are `planners`.
 
         Returns:
             The scalar to differentiate, and metrics as scalar sums over the T tokens.
         """
-        loss, metrics = self.surrogate(tokens)
+        plans = plans or {}
+        tokens = self._usable(tokens)
+        parts: list[Any] = [self.surrogate, *self.gates, *self.regularisers]
+        views = [
+            replace(tokens, planned=plans[key]) if (key := f"{index}:{piece.name}") in plans else tokens
+            for index, piece in enumerate(parts)
+        ]
+        loss, metrics = self.surrogate(views[0])
         sums = _sums(self.surrogate.name, metrics)
-        loss = loss * tokens.weight
-        for gate in self.gates:
-            loss, metrics = gate(loss, tokens)
+        loss = torch.where(tokens.weight != 0, loss * tokens.weight, torch.zeros_like(loss))
+        for gate, view in zip(self.gates, views[1:], strict=False):
+            loss, metrics = gate(loss, view)
             sums |= _sums(gate.name, metrics)
-        for regulariser in self.regularisers:
-            term, metrics = regulariser(tokens)
+        for regulariser, view in zip(self.regularisers, views[1 + len(self.gates) :], strict=True):
+            term, metrics = regulariser(view)
             loss = loss + term
             sums |= _sums(regulariser.name, metrics)
-        return loss.sum() / denominator, sums
+        return (loss * tokens.coefficient).sum(), sums
+
+    def with_proximal(self, tokens: MicroBatchTokens) -> MicroBatchTokens:
+        """Under `proximal = "interpolate"`: pi_old between mu and pi, and the importance weights that follow.
+
+        log pi_old = log mu + age / (age + 1) (sg(log pi) - log mu), where age + 1 is the number of publications from
+        the one that sampled the token to the one being made; as AReaL (arXiv 2505.24298) interpolates it in its code. A
+        token of the newest publication has pi_old = mu.
+        """
+        if self.proximal != "interpolate":
+            return tokens
+        share = tokens.age / (tokens.age + 1.0)
+        logp_old = tokens.logp_behaviour + share * (tokens.logp.detach() - tokens.logp_behaviour)
+        tokens = replace(tokens, logp_old=logp_old)
+        batch = BatchTokens(
+            logp_old=logp_old, logp_behaviour=tokens.logp_behaviour, sequence=tokens.sequence,
+            advantage=tokens.advantage, age=tokens.age, sampler=tokens.sampler, step=tokens.step,
+        )  # fmt: skip
+        return replace(tokens, weight=self.weights(batch)[0])
+
+    # ---- between batches -------------------------------------------------------------------------------------------
+
+    def lease_temperature(self, lease_id: int) -> float | None:
+        """Temperature that a lease is sampled at; None: the run's."""
+        asked = (p.lease_temperature(lease_id) for p in self.modulators if hasattr(p, "lease_temperature"))
+        return next((temperature for temperature in asked if temperature is not None), None)
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """What pieces remember between batches, for a checkpoint."""
+        return {key: piece.state() for key, piece in self._with_state()}
+
+    def restore(self, state: dict[str, dict[str, float]]) -> None:
+        for key, piece in self._with_state():
+            piece.restore(state.get(key, {}))
+
+    def _with_state(self) -> Iterator[tuple[str, Any]]:
+        return ((f"{i}:{piece.name}", piece) for i, piece in enumerate(self.pieces()) if hasattr(piece, "state"))
+
+    def _usable(self, tokens: MicroBatchTokens) -> MicroBatchTokens:
+        """Tokens with a value that is not finite get weight 0, advantage 0, ratio 1 and no gradient. Not by a product:
+        0 times infinity is not a number."""
+        usable = tokens.logp.detach().isfinite() & tokens.logp_old.isfinite() & tokens.logp_behaviour.isfinite()
+        for values in (tokens.entropy.detach(), tokens.entropy_old, tokens.logp_reference):
+            usable = usable & values.isfinite() if len(values) else usable
+        if bool(usable.all()):
+            return tokens
+        names = (
+            "logp", "logp_old", "logp_behaviour", "entropy", "entropy_old", "advantage", "weight", "logp_reference",
+            "expected_score", "nucleus_entropy",
+        )  # fmt: skip
+        changed: dict[str, Any] = {
+            name: torch.where(usable, value, torch.zeros_like(value))
+            for name in names
+            if len(value := getattr(tokens, name))
+        }
+        return replace(tokens, **changed)
+
+
+def _named(piece: str, metrics: BatchMetrics) -> BatchMetrics:
+    return {_metric_key(piece, key): value for key, value in metrics.items()}
 
 
 def _metric_key(piece: str, metric: str) -> str:

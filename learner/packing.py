@@ -34,6 +34,12 @@ class Pack:
     """int64 [T], publication that sampled the token"""
     sampler: torch.Tensor
     """int64 [T], `pipeline.messages.Sampler`"""
+    temperature: torch.Tensor
+    """float32 [T], that the token was sampled at"""
+    turn: torch.Tensor
+    """int64 [T], runs of environment tokens before the token, those at the start of the response not counted"""
+    entropy_engine: torch.Tensor
+    """float32 [T], as the engine recorded it; not a number where it did not"""
 
     def __len__(self) -> int:
         """Trained tokens."""
@@ -81,6 +87,7 @@ def pack(samples: Sequence[Trajectory], indices: Sequence[int], micro_batch_toke
 def _pack_row(samples: Sequence[Trajectory], members: Sequence[int], device: str) -> Pack:
     inputs, positions, starts = [], [], [0]
     predictor, target, sequence, logp, version, sampler = [], [], [], [], [], []
+    temperature, turn, entropy = [], [], []
     for index in members:
         sample = samples[index]
         tokens = np.concatenate([sample.prompt_ids, sample.token_ids]).astype(np.int64)
@@ -93,6 +100,9 @@ def _pack_row(samples: Sequence[Trajectory], members: Sequence[int], device: str
         logp.append(sample.logprobs[trained])
         version.append(sample.versions[trained])
         sampler.append(sample.samplers[trained])
+        temperature.append(np.full(len(trained), sample.header.sampling.temperature))
+        turn.append(_turns(sample.roles)[trained])
+        entropy.append(np.full(len(trained), np.nan) if sample.entropies is None else sample.entropies[trained])
         starts.append(starts[-1] + len(tokens) - 1)
     return Pack(
         input_ids=_tensor(inputs, np.int64, device)[None],
@@ -104,7 +114,17 @@ def _pack_row(samples: Sequence[Trajectory], members: Sequence[int], device: str
         logp_behaviour=_tensor(logp, np.float32, device),
         version=_tensor(version, np.int64, device),
         sampler=_tensor(sampler, np.int64, device),
+        temperature=_tensor(temperature, np.float32, device),
+        turn=_tensor(turn, np.int64, device),
+        entropy_engine=_tensor(entropy, np.float32, device),
     )
+
+
+def _turns(roles: np.ndarray) -> np.ndarray:
+    """int64 [T]: how many runs of environment tokens that follow a generated one began before each token."""
+    environment = roles == Role.ENVIRONMENT
+    begins = environment[1:] & ~environment[:-1]
+    return np.concatenate([[0], np.cumsum(begins)])[: len(roles)]
 
 
 def _tensor(arrays: list[np.ndarray], dtype: type[np.generic], device: str) -> torch.Tensor:

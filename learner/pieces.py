@@ -3,36 +3,150 @@
 A piece is a class with
 
 - `Options`, a nested `pipeline.config.types.Section` whose defaults are the paper's values,
-- `name` and `needs` (`learner.objective.Needs`),
-- `__init__(options)` and `__call__`, whose signature is the Protocol of its kind in `learner.objective`.
+- `name` and `needs` (`learner.tokens.Needs`),
+- `__init__(options)` and `__call__`, whose signature is the Protocol of its kind in `learner.protocols`,
+
+or a function with that signature, whose keyword-only arguments are its options. `Piece` is the base of the built-in
+ones and holds what else a piece may declare. `learner.testing.check_piece` tests what a piece must keep to.
 """
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import msgspec
 
+from learner.tokens import Needs
 from pipeline.config.types import Section
 from pipeline.errors import UsageError
 from pipeline.plugins import search_working_directory
 
 BUILT_IN: dict[str, dict[str, str]] = {
-    "advantage": {"grpo": "learner.advantages.grpo:GRPO"},
-    "correction": {
-        "none": "learner.corrections.none:NoCorrection",
-        "tis": "learner.corrections.tis:TruncatedImportanceSampling",
+    "shaping": {
+        "overlong": "learner.shaping.overlong:OverlongPunishment",
+        "signed": "learner.shaping.signed:SignedRewards",
     },
-    "surrogate": {"ppo-clip": "learner.surrogates.ppo_clip:PPOClip"},
-    "gate": {"erc": "learner.gates.erc:EntropyRatioClipping"},
-    "regulariser": {"entropy-bonus": "learner.regularisers.entropy_bonus:EntropyBonus"},
+    "advantage": {
+        "grpo": "learner.advantages.grpo:GRPO",
+        "leave-one-out": "learner.advantages.leave_one_out:LeaveOneOut",
+        "reward": "learner.advantages.reward:Reward",
+        "token-group": "learner.advantages.token_group:TokenGroup",
+    },
+    "modulator": {
+        "aepo": "learner.modulators.aepo:AEPO",
+        "attention-entropy": "learner.modulators.attention_entropy:AttentionEntropyWeights",
+        "d3s": "learner.modulators.d3s:D3S",
+        "empg": "learner.modulators.empg:EMPG",
+        "entrocraft": "learner.modulators.entrocraft:Entrocraft",
+        "entropic": "learner.modulators.entropic:EntroPIC",
+        "overlong-filter": "learner.modulators.overlong_filter:OverlongFilter",
+    },
+    "correction": {
+        "age-mask": "learner.corrections.age_mask:AgeMask",
+        "batch-normalisation": "learner.corrections.batch_normalisation:BatchNormalisation",
+        "geometric-mask": "learner.corrections.geometric_mask:GeometricMask",
+        "icepop": "learner.corrections.icepop:IcePop",
+        "mis": "learner.corrections.mis:MaskedImportanceSampling",
+        "product-mask": "learner.corrections.product_mask:ProductMask",
+        "rejection": "learner.corrections.rejection:DivergenceRejection",
+        "tis": "learner.corrections.tis:TruncatedImportanceSampling",
+        "veto": "learner.corrections.veto:Veto",
+    },
+    "surrogate": {
+        "ce-gppo": "learner.surrogates.ce_gppo:CEGPPO",
+        "cispo": "learner.surrogates.cispo:CISPO",
+        "dppo": "learner.surrogates.dppo:DPPO",
+        "gmpo": "learner.surrogates.gmpo:GMPO",
+        "gppo": "learner.surrogates.gppo:GPPO",
+        "gspo": "learner.surrogates.gspo:GSPO",
+        "hapo": "learner.surrogates.hapo:HAPO",
+        "m2po": "learner.surrogates.m2po:M2PO",
+        "ppo-clip": "learner.surrogates.ppo_clip:PPOClip",
+        "reinforce": "learner.surrogates.reinforce:Reinforce",
+        "sapo": "learner.surrogates.sapo:SAPO",
+        "topr": "learner.surrogates.topr:TOPR",
+        "unclipped": "learner.surrogates.unclipped:Unclipped",
+    },
+    "gate": {
+        "clip-b": "learner.gates.clip_b:ClipB",
+        "clip-cov": "learner.gates.clip_cov:ClipCov",
+        "clip-v": "learner.gates.clip_v:ClipV",
+        "earl": "learner.gates.earl:EARL",
+        "erc": "learner.gates.erc:EntropyRatioClipping",
+        "high-entropy": "learner.gates.high_entropy:HighEntropyTokens",
+        "kl-cov": "learner.gates.kl_cov:KLCov",
+        "opsm": "learner.gates.opsm:OffPolicySequenceMask",
+        "spine": "learner.gates.spine:SPINE",
+        "steer": "learner.gates.steer:STEER",
+    },
+    "regulariser": {
+        "adaptive-entropy": "learner.regularisers.adaptive_entropy:AdaptiveEntropy",
+        "entropy-bonus": "learner.regularisers.entropy_bonus:EntropyBonus",
+        "kl": "learner.regularisers.kl:KLToReference",
+        "log-ratio": "learner.regularisers.log_ratio:SquaredLogRatio",
+        "positive-nll": "learner.regularisers.positive_nll:PositiveNLL",
+        "siren": "learner.regularisers.siren:SIREN",
+    },
+    "aggregation": {
+        "constant-horizon": "learner.aggregations.constant_horizon:ConstantHorizon",
+        "prompt-mean": "learner.aggregations.prompt_mean:PromptMean",
+        "sequence-mean": "learner.aggregations.sequence_mean:SequenceMean",
+        "sequence-sum": "learner.aggregations.sequence_sum:SequenceSum",
+        "token-mean": "learner.aggregations.token_mean:TokenMean",
+    },
 }
-"""kind -> name -> where its class is; loaded when used."""
+"""kind -> name -> where its class is, in the order a training step applies the kinds; loaded when used."""
 
 
-def find(kind: str, name: str) -> type:
-    """The class of a piece, by registered name or as "module:attribute".
+class Piece:
+    """Base of the built-in pieces. A user's own piece need not inherit from it: what it does not have is as here."""
+
+    name: ClassVar[str]
+    needs: ClassVar[Needs] = Needs.NOTHING
+    reconstructed: ClassVar[bool] = False
+    """the formula, or a value of it, is our reconstruction: needs `objective.reconstructed = true`"""
+    weighs: ClassVar[bool] = False
+    """correction: multiplies the loss by pi_old / mu; surrogate: its own weight goes down to mu"""
+    batch_statistics: ClassVar[bool] = False
+    """correction: looks at tokens beyond a sample, so it cannot act on a micro-batch"""
+    sequence_ratio: ClassVar[bool] = False
+    """surrogate: one ratio a sample"""
+    aggregations: ClassVar[tuple[str, ...]] = ()
+    """surrogate: the aggregations it is defined for; empty: any"""
+    plans_from_policy: ClassVar[bool] = True
+    """its `plan` looks at the policy now, which costs a forward pass over the mini-batch"""
+    nucleus: float = 0.0
+    """probability mass that `Needs.NUCLEUS_ENTROPY` is taken on"""
+    signed_rewards: ClassVar[bool] = False
+    """does nothing useful where no reward is below zero"""
+
+    class Options(Section):
+        pass
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+
+class FunctionPiece(Piece):
+    """A user's function as a piece; it may carry `needs` as an attribute, and may return metrics beside its result."""
+
+    needs = Needs.BEHAVIOUR_LOGPROBS | Needs.OLD_ENTROPY | Needs.ENTROPY
+
+    def __init__(self, function: Callable[..., Any], keywords: dict[str, Any], has_metrics: bool) -> None:
+        super().__init__(keywords)
+        self.function, self.has_metrics = function, has_metrics
+        self.name = getattr(function, "__name__", type(function).__name__)  # type: ignore[misc]
+        self.needs = getattr(function, "needs", type(self).needs)  # type: ignore[misc]
+
+    def __call__(self, *tensors: Any) -> Any:
+        result = self.function(*tensors, **self.options)
+        return (result, {}) if self.has_metrics and not isinstance(result, tuple) else result
+
+
+def find(kind: str, name: str) -> Any:
+    """The class or function of a piece, by registered name or as "module:attribute".
 
     Raises:
         UsageError: no piece of this kind has the name, or the module or attribute is not there.
@@ -42,7 +156,7 @@ def find(kind: str, name: str) -> type:
         return _load(kind, known[name])
     if ":" in name:
         return _load(kind, name)
-    raise UsageError(f"there is no {kind} named {name!r}{_nearest(name, known)}; known: {', '.join(sorted(known))}")
+    raise UsageError(f"there is no {kind} named {name!r}{nearest(name, known)}; known: {', '.join(sorted(known))}")
 
 
 def build(kind: str, piece: Mapping[str, Any]) -> Any:
@@ -60,10 +174,10 @@ def build(kind: str, piece: Mapping[str, Any]) -> Any:
         raise UsageError(f"the {kind} {dict(piece)!r} has no name; known: {', '.join(sorted(BUILT_IN[kind]))}")
     cls = find(kind, name)
     given = {key: value for key, value in piece.items() if key != "name"}
-    fields = [field.encode_name for field in msgspec.structs.fields(cls.Options)]  # type: ignore[attr-defined]
-    for key in given:
-        if key not in fields:
-            raise UsageError(f"the {kind} {name!r} has no option {key!r}{_nearest(key, fields)}")
+    if not isinstance(cls, type):
+        _refuse_unknown(kind, name, given, _keyword_only(cls))
+        return FunctionPiece(cls, given, has_metrics=kind not in ("shaping", "advantage", "aggregation"))
+    _refuse_unknown(kind, name, given, [field.encode_name for field in msgspec.structs.fields(cls.Options)])  # type: ignore[attr-defined]
     try:
         options = msgspec.convert(given, cls.Options)  # type: ignore[attr-defined]
     except msgspec.ValidationError as error:
@@ -71,23 +185,43 @@ def build(kind: str, piece: Mapping[str, Any]) -> Any:
     return cls(options)
 
 
-def _load(kind: str, target: str) -> type:
+def trait(piece: Any, name: str) -> Any:
+    """What a piece declares under a name of `Piece`, or the default there."""
+    return getattr(piece, name, getattr(Piece, name))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" with the known word that is closest."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _load(kind: str, target: str) -> Any:
     module_name, _, attribute = target.partition(":")
     search_working_directory()
     try:
-        cls = getattr(importlib.import_module(module_name), attribute)
+        found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"the {kind} {target!r} cannot be loaded ({error}); name it as module:Class") from error
-    options = getattr(cls, "Options", None)
-    if not (isinstance(cls, type) and isinstance(options, type) and issubclass(options, Section)):
+        raise UsageError(f"the {kind} {target!r} cannot be loaded ({error}); name it as module:attribute") from error
+    if inspect.isfunction(found):
+        return found
+    options = getattr(found, "Options", None)
+    if not (isinstance(found, type) and isinstance(options, type) and issubclass(options, Section)):
         raise UsageError(
-            f"the {kind} {target!r} is not a piece: give its class a nested Options(pipeline.config.types.Section)"
+            f"the {kind} {target!r} is not a piece: name a function, or a class with a nested "
+            "Options(pipeline.config.types.Section)"
         )
-    if not {"__call__", "name", "needs"} <= set(dir(cls)):
+    if not {"__call__", "name", "needs"} <= set(dir(found)):
         raise UsageError(f"the {kind} {target!r} is not a piece: give its class name, needs and __call__")
-    return cls
+    return found
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+def _keyword_only(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def _refuse_unknown(kind: str, name: str, given: Iterable[str], known: list[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise UsageError(f"the {kind} {name!r} has no option {key!r}{nearest(key, known)}")

@@ -18,10 +18,17 @@ class LeaseSource:
         encode: Callable[[str], list[int]],
         stop_token_ids: tuple[int, ...],
         config: Config,
+        temperature: Callable[[int], float | None] = lambda lease_id: None,
     ) -> None:
+        """
+        Args:
+            temperature: of a lease's samples, where it explores; None: the configuration's. The one thing in a lease
+                that need not be the same when it is issued again: samples say what they were sampled with.
+        """
         self._task, self._usable, self._encode = task, usable, encode
         self._order = PromptOrder(len(usable), config.run.seed)
         self._seed, self._group_size = config.run.seed, config.learner.group_size
+        self._temperature = temperature
         self._sampling = SamplingParams(
             temperature=config.sampling.temperature,
             max_new_tokens=config.sampling.max_new_tokens,
@@ -32,6 +39,7 @@ class LeaseSource:
         """Lease `lease_id`, to be started under publication `version` or later."""
         epoch, position = self._order(lease_id)
         example = self._task.train[self._usable[position]]
+        temperature = self._temperature(lease_id)
         return Lease(
             id=lease_id,
             epoch=epoch,
@@ -43,4 +51,5 @@ class LeaseSource:
             sampling=self._sampling,
             seeds=tuple(sample_seed(self._seed, epoch, lease_id, sample) for sample in range(self._group_size)),
             version=version,
+            temperatures=() if temperature is None else (temperature,) * self._group_size,
         )

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 from msgspec import Struct, structs
+from transformers import PreTrainedModel
 
 from learner import checkpoint
 from learner.audit import TrainedSamples
+from learner.composition import build_objective
 from learner.hub import Hub, Limits
 from learner.journal import Journal
 from learner.leases import Batch, Group, Ledger, LedgerState
@@ -24,6 +26,7 @@ from learner.policy import load_policy, policy_state
 from learner.prompts import LeaseSource
 from learner.step_metrics import Metrics
 from learner.step_record import step_metrics
+from learner.tokens import Needs
 from learner.trainer import Trainer
 from learner.warm_start import ensure_embedded_model
 from pipeline.config import Config, check_against_model, check_config, resolve_threads
@@ -53,7 +56,7 @@ REMEDIES = {
 def run_learner(config: Config) -> int:
     """Train until `run.steps` batches are done or a stop is asked for; returns the exit code."""
     check_config(config)
-    objective = Objective.from_config(config.objective)
+    objective = build_objective(config)
     stop, log = StopSignal(), Log("learner")
     run = RunDirectory(Path(config.run.out))
     run.lock()
@@ -76,6 +79,8 @@ class LearnerState(Struct, kw_only=True):
 
     step: int
     ledger: LedgerState
+    objective: dict[str, dict[str, float]] = {}
+    """what the objective's pieces remember"""
 
 
 class Learner:
@@ -87,14 +92,23 @@ class Learner:
         tokenizer = Tokenizer(self.model_folder)
         model_config = ModelConfig.from_folder(self.model_folder)
         check_against_model(config, model_config.max_positions)
-        source = _lease_source(config, tokenizer)
+        source = _lease_source(config, tokenizer, objective)
 
         model = load_policy(self.model_folder, config.learner.device)
-        self.trainer = Trainer(model, objective, config.learner, config.sampling.temperature, seed=config.run.seed)
+        self.trainer = Trainer(
+            model,
+            objective,
+            config.learner,
+            config.sampling.temperature,
+            seed=config.run.seed,
+            reference=_reference(config, objective, self.model_folder),
+            max_response_tokens=config.sampling.max_new_tokens,
+        )
         restored = checkpoint.restore(run.checkpoints, model, self.trainer.optimizer, LearnerState, warn=log)
         self.step = self.trainer.step = restored.state.step if restored else 0
         self.saved_step = self.step if restored else -1
         if restored:
+            objective.restore(restored.state.objective)
             log(f"resumed at step {self.step} from {restored.folder}")
 
         self.publisher = FilesystemPublisher(run.weights, config.weights.keep, self.model_folder)
@@ -215,7 +229,7 @@ class Learner:
                 self.step,
                 self.trainer.model,
                 self.trainer.optimizer,
-                LearnerState(step=self.step, ledger=ledger),
+                LearnerState(step=self.step, ledger=ledger, objective=self.trainer.objective.state()),
                 keep=self.config.learner.keep_checkpoints,
                 tokenizer_folder=self.model_folder,
             )
@@ -260,10 +274,20 @@ def _model_folder(config: Config, stop: StopSignal) -> Path:
         return ensure_embedded_model(config, lambda p: view.show(p, stop))
 
 
-def _lease_source(config: Config, tokenizer: Tokenizer) -> LeaseSource:
+def _reference(config: Config, objective: Objective, initial: Path) -> PreTrainedModel | None:
+    """The frozen model that the objective refers to; None when it refers to none."""
+    if Needs.REFERENCE not in objective.needs:
+        return None
+    folder = Path(config.learner.reference_path) if config.learner.reference_path else initial
+    return load_policy(folder, config.learner.device).requires_grad_(False)
+
+
+def _lease_source(config: Config, tokenizer: Tokenizer, objective: Objective) -> LeaseSource:
     task = load_task(config.task, config.run.seed)
     usable = check_prompts(task, tokenizer.encode, config.sampling.max_prompt_tokens, config.task.long_prompts)
-    return LeaseSource(task, usable, tokenizer.encode, tuple(tokenizer.eos_token_ids), config)
+    return LeaseSource(
+        task, usable, tokenizer.encode, tuple(tokenizer.eos_token_ids), config, objective.lease_temperature
+    )
 
 
 def _publish_dtype(config: Config, model_config: ModelConfig) -> torch.dtype:

@@ -2,15 +2,15 @@
 
 import torch
 
-from learner.objective import BatchTokens, GroupRewards
 from learner.ratios import effective_sample_fraction, k3
+from learner.tokens import BatchTokens, GroupRewards, MicroBatchTokens
 from pipeline.messages import Sampler
 
 Metrics = dict[str, float | None]
 """Key of `metrics.jsonl` -> value; None where there is nothing to measure."""
 
 
-def reward_metrics(samples: GroupRewards, response_lengths: torch.Tensor) -> Metrics:
+def reward_metrics(samples: GroupRewards) -> Metrics:
     """Rewards, lengths and lost signal of S samples.
 
     `reward_std` is the population standard deviation over the batch; `groups_without_signal` counts groups whose
@@ -25,28 +25,44 @@ def reward_metrics(samples: GroupRewards, response_lengths: torch.Tensor) -> Met
         "reward_mean": mean(rewards),
         "reward_std": float(rewards.std(correction=0)) if rewards.numel() else None,
         "groups_without_signal": float(equal),
-        "response_length_mean": mean(response_lengths),
+        "response_length_mean": mean(samples.response_lengths),
         "truncated_fraction": mean(samples.truncated),
     }
 
 
-def off_policy_metrics(tokens: BatchTokens, weight: torch.Tensor, kv_kept: torch.Tensor) -> Metrics:
-    """How far N tokens are from pi_old: age, importance weights, and the learner-engine mismatch.
+def off_policy_metrics(age: torch.Tensor, weight: torch.Tensor) -> Metrics:
+    """How old N tokens are, and the importance weights they were trained with."""
+    return {
+        "importance_weight_mean": mean(weight),
+        "importance_weight_ess": effective_sample_fraction(weight) if weight.numel() else None,
+        "staleness_mean": mean(age),
+        "staleness_max": float(age.max()) if age.numel() else None,
+    }
 
-    `mismatch_k3` looks only at tokens that the policy itself sampled at the learner's own version, in samples without
-    keys and values of an older one: there pi_old and mu are the same weights, and what differs is numerics.
+
+def mismatch(logp: torch.Tensor, tokens: BatchTokens | MicroBatchTokens, kv_kept: torch.Tensor) -> torch.Tensor:
+    """k3 between learner and engine, of those of N tokens that the policy itself sampled at the learner's own version,
+    in samples without keys and values of an older one: there both have the same weights, and what differs is numerics.
 
     Args:
+        logp: under the learner's weights at the start of the batch.
         kv_kept: bool [N], the token's sample went on under new weights with the keys and values of older ones.
     """
     same = (tokens.age == 0) & (tokens.sampler == int(Sampler.POLICY)) & ~kv_kept
-    return {
-        "mismatch_k3": mean(k3(tokens.logp_old[same], tokens.logp_behaviour[same])),
-        "importance_weight_mean": mean(weight),
-        "importance_weight_ess": effective_sample_fraction(weight) if weight.numel() else None,
-        "staleness_mean": mean(tokens.age),
-        "staleness_max": float(tokens.age.max()) if tokens.age.numel() else None,
-    }
+    return k3(logp[same], tokens.logp_behaviour[same])
+
+
+def age_metrics(logp: torch.Tensor, tokens: BatchTokens) -> Metrics:
+    """Mean k3 between the policy at the start of the batch and mu by the age of the tokens, where there are such
+    tokens: how fast data goes stale."""
+    distance = k3(logp, tokens.logp_behaviour)
+    bins = {"0": (0, 0), "1": (1, 1), "2_3": (2, 3), "4_up": (4, None)}
+    found: Metrics = {}
+    for name, (low, high) in bins.items():
+        inside = (tokens.age >= low) & (tokens.age <= high if high is not None else torch.ones_like(tokens.age).bool())
+        if bool(inside.any()):
+            found[f"k3/age_{name}"] = float(distance[inside].double().mean())
+    return found
 
 
 def mean(values: torch.Tensor) -> float | None:

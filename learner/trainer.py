@@ -7,33 +7,20 @@ then each of its mini-batches gives one optimiser step.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
 
-from learner.logprobs import pack_logprobs
-from learner.objective import BatchTokens, GroupRewards, MicroBatchTokens, Needs, Objective
+from learner.assembly import Groups, MicroBatch, batch_tokens, group_rewards, micro_batches
+from learner.logprobs import TokenValues, Wanted, pack_logprobs
+from learner.objective import Objective, Plans
 from learner.packing import Pack, pack, trained_positions
-from learner.step_metrics import Metrics, mean, off_policy_metrics, reward_metrics
+from learner.step_metrics import Metrics, age_metrics, mean, mismatch, off_policy_metrics, reward_metrics
+from learner.tokens import BatchTokens, GroupRewards, MicroBatchTokens, Needs, concatenated
 from pipeline.config.types import LearnerSection
 from pipeline.errors import UsageError
 from pipeline.messages import Trajectory
-
-Groups = Sequence[Sequence[Trajectory]]
-"""An optimiser batch: one inner sequence a group of samples of the same prompt."""
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """A pack with what is fixed before the first optimiser step, all float32 [T]."""
-
-    pack: Pack
-    logp_old: torch.Tensor
-    entropy_old: torch.Tensor
-    advantage: torch.Tensor
-    weight: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -41,12 +28,33 @@ class StepSums:
     """What the optimiser steps of one batch add up to."""
 
     loss: float = 0.0
-    """sum over tokens"""
+    """losses of the mini-batches, each times its tokens"""
     tokens: int = 0
+    entropy: float = 0.0
+    """sum over tokens, of the policy at each optimiser step"""
     skipped_steps: int = 0
     grad_norms: list[float] = field(default_factory=list)
+    weights: list[torch.Tensor] = field(default_factory=list)
+    """the corrections' weights, as used"""
+    mismatches: list[torch.Tensor] = field(default_factory=list)
+    """`mismatch` of the first mini-batch, where the policy was not evaluated before it"""
     metrics: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """the pieces' metrics, summed over tokens"""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A batch before its first optimiser step."""
+
+    minibatches: list[list[MicroBatch]]
+    batch: BatchTokens
+    samples: GroupRewards
+    """rewards as they came"""
+    kv_kept: torch.Tensor
+    """bool [S], the sample kept keys and values of older weights"""
+    evaluated: bool
+    """the policy at the start of the batch was evaluated"""
+    metrics: Metrics
 
 
 class Trainer:
@@ -59,26 +67,37 @@ class Trainer:
         learner: LearnerSection,
         temperature: float,
         seed: int = 0,
+        *,
+        reference: PreTrainedModel | None = None,
+        max_response_tokens: int = 0,
     ) -> None:
         """
         Args:
             model: loaded by `learner.policy.load_policy`.
-            temperature: of the rollouts; log-probs and entropies are taken at it.
+            temperature: of the run's rollouts. Log-probs and entropies of a sample are taken at its own.
             seed: of the division of a batch into mini-batches, with the step.
+            reference: frozen model for pieces that need `Needs.REFERENCE`.
+            max_response_tokens: `sampling.max_new_tokens`.
 
         Raises:
-            UsageError: temperature 0: greedy rollouts have no log-probs to train on.
+            UsageError: temperature 0: greedy rollouts have no log-probs to train on; or a reference is missing.
         """
         if temperature <= 0:
             raise UsageError(f"sampling.temperature {temperature} cannot be trained on; set it above 0")
+        if Needs.REFERENCE in objective.needs and reference is None:
+            raise UsageError("the objective needs a reference model; set learner.reference_path")
         self.model = model
         self.objective = objective
         self.learner = learner
         self.temperature = temperature
         self.seed = seed
+        self.reference = reference
+        self.max_response_tokens = max_response_tokens
         self.compute = torch.bfloat16 if learner.dtype == "bfloat16" else torch.float32
         self.step = 0
         self.optimizer = adamw(model, learner)
+        needs = objective.needs
+        self._wanted = Wanted(expected_score=Needs.EXPECTED_SCORE in needs, nucleus=objective.nucleus)
 
     def train(self, groups: Groups, publication: int) -> Metrics:
         """Train on one batch.
@@ -90,35 +109,20 @@ class Trainer:
         Returns:
             Metrics of the step, all of `metrics.jsonl` that the trainer can know, and the pieces' own.
         """
-        samples = [sample for group in groups for sample in group]
-        rewards = self._group_rewards(groups)
-        advantages = self.objective.advantages(rewards)
-        minibatches = [
-            pack(samples, indices, self.learner.micro_batch_tokens, str(self.model.device))
-            for indices in self._split(samples)
-        ]
-        old = [self._evaluate(row) for packs in minibatches for row in packs]
-        tokens = self._batch_tokens([row for packs in minibatches for row in packs], old, advantages, publication)
-        weight, correction_metrics = self.objective.weights(tokens)
-
+        prepared = self._prepare(groups, publication)
         sums = StepSums()
         learning_rate = self._set_learning_rate()
-        for minibatch in _prepare(minibatches, old, tokens.advantage, weight):
-            self._optimise(minibatch, sums)
+        for index, minibatch in enumerate(prepared.minibatches):
+            self._optimise(minibatch, sums, prepared, first=index == 0)
         self.step += 1
-
-        lengths = torch.tensor([len(sample.token_ids) for sample in samples])
-        kv_kept = torch.tensor(
-            [sample.header.kv_kept_across_update for sample in samples], dtype=torch.bool, device=self.model.device
-        )
-        entropies = torch.cat([entropy for _, entropy in old]) if old else torch.empty(0)
         return {
-            **reward_metrics(rewards, lengths),
-            **off_policy_metrics(tokens, weight, kv_kept[tokens.sequence]),
-            "entropy": mean(entropies),
+            **reward_metrics(prepared.samples),
+            **off_policy_metrics(prepared.batch.age, torch.cat([prepared.batch.age.new_zeros(0), *sums.weights])),
+            "entropy": sums.entropy / sums.tokens if sums.tokens else None,
             "entropy_ratio_kept": None,
             "clip_fraction": None,
-            **correction_metrics,
+            **prepared.metrics,
+            **({} if prepared.evaluated else {"mismatch_k3": mean(torch.cat([torch.empty(0), *sums.mismatches]))}),
             **{key: value / sums.tokens for key, value in sums.metrics.items()},
             "loss": sums.loss / sums.tokens if sums.tokens else 0.0,
             "grad_norm": sum(sums.grad_norms) / len(sums.grad_norms) if sums.grad_norms else None,
@@ -127,13 +131,35 @@ class Trainer:
             "skipped_steps": float(sums.skipped_steps),
         }
 
-    def _group_rewards(self, groups: Groups) -> GroupRewards:
+    def _prepare(self, groups: Groups, publication: int) -> Prepared:
+        """All that is fixed before the first optimiser step: packs, pi_old, advantages, corrections."""
+        objective, device = self.objective, self.model.device
         samples = [sample for group in groups for sample in group]
-        return GroupRewards(
-            rewards=torch.tensor([sample.header.reward for sample in samples], dtype=torch.float32),
-            groups=torch.tensor([g for g, group in enumerate(groups) for _ in group], dtype=torch.int64),
-            lengths=torch.tensor([trained_positions(sample).size for sample in samples], dtype=torch.int64),
-            truncated=torch.tensor([sample.header.finish_reason == "length" for sample in samples], dtype=torch.bool),
+        rewards = group_rewards(groups, self.temperature, self.max_response_tokens)
+        shaped = objective.shaped(rewards)
+        minibatches = [
+            pack(samples, indices, self.learner.micro_batch_tokens, str(device)) for indices in self._split(samples)
+        ]
+        packs = [row for packs in minibatches for row in packs]
+        evaluated = [self._evaluate(row) for row in packs] if objective.needs_old_pass else None
+        reference = [self._evaluate_reference(row) for row in packs] if self.reference is not None else []
+        advantages = objective.advantages(shaped)
+        batch = batch_tokens(packs, evaluated, shaped, advantages, objective, publication, self.step, device)
+        batch, metrics = objective.modulated(batch)
+        weight = torch.ones_like(batch.advantage)
+        if objective.proximal != "interpolate":
+            weight, corrections = objective.weights(batch)
+            metrics |= corrections
+        kv_kept = torch.tensor(
+            [sample.header.kv_kept_across_update for sample in samples], dtype=torch.bool, device=device
+        )
+        return Prepared(
+            micro_batches(minibatches, evaluated, batch, weight, reference, objective, seed=self.seed),
+            batch,
+            rewards,
+            kv_kept,
+            evaluated is not None,
+            {**metrics, **_old_policy_metrics(evaluated, batch, kv_kept)},
         )
 
     def _split(self, samples: Sequence[Trajectory]) -> list[list[int]]:
@@ -148,30 +174,16 @@ class Trainer:
         return minibatches
 
     @torch.no_grad()
-    def _evaluate(self, row: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+    def _evaluate(self, row: Pack) -> TokenValues:
         # On the very packs that are trained later: the same arithmetic makes all ratios of the first mini-batch 1.
-        return pack_logprobs(self.model, row, self.temperature, compute=self.compute)
+        attention = Needs.ATTENTION_ENTROPY in self.objective.needs
+        wanted = self._wanted._replace(attention_entropy=attention)
+        return pack_logprobs(self.model, row, row.temperature, wanted, self.compute)
 
-    def _batch_tokens(
-        self,
-        packs: Sequence[Pack],
-        old: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        advantages: torch.Tensor,
-        publication: int,
-    ) -> BatchTokens:
-        def joined(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-            return torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=self.model.device)
-
-        sequence = joined([row.sequence for row in packs], torch.int64)
-        version = joined([row.version for row in packs], torch.int64)
-        return BatchTokens(
-            logp_old=joined([logp for logp, _ in old], torch.float32),
-            logp_behaviour=joined([row.logp_behaviour for row in packs], torch.float32),
-            sequence=sequence,
-            advantage=advantages.to(self.model.device)[sequence],
-            age=(publication - version).clamp(min=0),
-            sampler=joined([row.sampler for row in packs], torch.int64),
-        )
+    @torch.no_grad()
+    def _evaluate_reference(self, row: Pack) -> torch.Tensor:
+        assert self.reference is not None
+        return pack_logprobs(self.reference, row, row.temperature, compute=self.compute).logp
 
     def _set_learning_rate(self) -> float:
         """Linear warm-up over the first `warmup_steps` batches."""
@@ -180,12 +192,18 @@ class Trainer:
             group["lr"] = self.learner.learning_rate * warmup
         return self.learner.learning_rate * warmup
 
-    def _optimise(self, minibatch: Sequence[MicroBatch], sums: StepSums) -> None:
+    def _optimise(self, minibatch: Sequence[MicroBatch], sums: StepSums, prepared: Prepared, *, first: bool) -> None:
         """One optimiser step, left out where the gradient is not finite or there is no token to train."""
-        denominator = sum(len(micro.pack) for micro in minibatch)
-        if not denominator:
+        count = sum(len(micro.pack) for micro in minibatch)
+        if not count:
             return
-        loss = sum(self._backward(micro, denominator, sums) for micro in minibatch)
+        loss = 0.0
+        for micro, plans in zip(minibatch, self._plans(minibatch, first), strict=True):
+            logp, share = self._backward(micro, plans, sums)
+            loss += share
+            if first and not prepared.evaluated:
+                kept = prepared.kv_kept[micro.fixed.sequence]
+                sums.mismatches.append(mismatch(logp, micro.fixed, kept).cpu())
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.learner.max_grad_norm))
         if math.isfinite(norm):
             self.optimizer.step()
@@ -193,28 +211,61 @@ class Trainer:
         else:
             sums.skipped_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
-        sums.loss += loss * denominator
-        sums.tokens += denominator
+        sums.loss += loss * count
+        sums.tokens += count
 
-    def _backward(self, micro: MicroBatch, denominator: int, sums: StepSums) -> float:
-        """Accumulate the gradient of one micro-batch; its share of the mini-batch's loss."""
-        differentiate_entropy = Needs.ENTROPY_GRADIENT in self.objective.needs
-        logp, entropy = pack_logprobs(self.model, micro.pack, self.temperature, differentiate_entropy, self.compute)
-        tokens = MicroBatchTokens(
-            logp=logp,
-            entropy=entropy,
-            logp_old=micro.logp_old,
-            entropy_old=micro.entropy_old,
-            logp_behaviour=micro.pack.logp_behaviour,
-            advantage=micro.advantage,
-            weight=micro.weight,
-            sequence=micro.pack.sequence,
-        )
-        loss, metrics = self.objective.loss(tokens, denominator)
+    def _plans(self, minibatch: Sequence[MicroBatch], first: bool) -> list[Plans]:
+        """What pieces plan from the whole mini-batch, cut to its micro-batches."""
+        if not self.objective.planners:
+            return [{} for _ in minibatch]
+        parts = [micro.fixed for micro in minibatch]
+        if self.objective.plans_from_policy:
+            # Before the first optimiser step the policy is the one that was evaluated at the start of the batch.
+            values = [
+                micro.evaluated if first and micro.evaluated is not None else self._evaluate(micro.pack)
+                for micro in minibatch
+            ]
+            parts = [_under(part, now) for part, now in zip(parts, values, strict=True)]
+        plans = self.objective.plans(self.objective.with_proximal(concatenated(parts)))
+        cut = {key: plan.split([len(micro.pack) for micro in minibatch]) for key, plan in plans.items()}
+        return [{key: plan[index] for key, plan in cut.items()} for index in range(len(minibatch))]
+
+    def _backward(self, micro: MicroBatch, plans: Plans, sums: StepSums) -> tuple[torch.Tensor, float]:
+        """Accumulate the gradient of one micro-batch; its log-probs, and its share of the mini-batch's loss."""
+        wanted = self._wanted._replace(entropy_gradient=Needs.ENTROPY_GRADIENT in self.objective.needs)
+        values = pack_logprobs(self.model, micro.pack, micro.pack.temperature, wanted, self.compute)
+        tokens = self.objective.with_proximal(_under(micro.fixed, values))
+        loss, metrics = self.objective.loss(tokens, plans)
         loss.backward()
         for key, value in metrics.items():
             sums.metrics[key] += float(value)
-        return float(loss.detach())
+        sums.weights.append(tokens.weight)
+        sums.entropy += float(values.entropy.detach().double().sum())
+        return values.logp.detach(), float(loss.detach())
+
+
+def _old_policy_metrics(evaluated: Sequence[TokenValues] | None, batch: BatchTokens, kv_kept: torch.Tensor) -> Metrics:
+    """What the evaluation of the policy at the start of the batch says; nothing where there was none."""
+    if evaluated is None:
+        return {}
+    empty = batch.advantage[:0]
+    logp = torch.cat([empty, *(values.logp for values in evaluated)])
+    return {
+        "mismatch_k3": mean(mismatch(logp, batch, kv_kept[batch.sequence])),
+        "entropy": mean(torch.cat([empty, *(values.entropy for values in evaluated)])),
+        **age_metrics(logp, batch),
+    }
+
+
+def _under(fixed: MicroBatchTokens, values: TokenValues) -> MicroBatchTokens:
+    """The tokens with what the policy now says of them."""
+    return replace(
+        fixed,
+        logp=values.logp,
+        entropy=values.entropy,
+        expected_score=values.expected_score,
+        nucleus_entropy=values.nucleus_entropy,
+    )
 
 
 def adamw(model: PreTrainedModel, learner: LearnerSection) -> torch.optim.AdamW:
@@ -229,17 +280,3 @@ def adamw(model: PreTrainedModel, learner: LearnerSection) -> torch.optim.AdamW:
         betas=(learner.beta1, learner.beta2),
         fused=True,
     )
-
-
-def _prepare(
-    minibatches: Sequence[Sequence[Pack]],
-    old: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    advantage: torch.Tensor,
-    weight: torch.Tensor,
-) -> list[list[MicroBatch]]:
-    """The batch's per-token values cut back to the packs of each mini-batch."""
-    packs = [row for packs in minibatches for row in packs]
-    sizes = [len(row) for row in packs]
-    parts = zip(packs, old, advantage.split(sizes), weight.split(sizes), strict=True)
-    micro = iter([MicroBatch(row, logp, entropy, a, w) for row, (logp, entropy), a, w in parts])
-    return [list(islice(micro, len(packs))) for packs in minibatches]

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec import structs
 
-from pipeline.messages import SCHEMA, BadMessage, Hello, Lease, Refused, Trajectory
+from pipeline.messages import SCHEMA, BadMessage, Hello, Lease, Refused, Trajectory, TrajectoryHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,5 +74,14 @@ def check_trajectory(
         raise BadMessage(f"{name} has no entropies, which the objective needs")
     if lease is not None and not np.array_equal(trajectory.prompt_ids, np.asarray(lease.prompt_ids, np.uint32)):
         raise BadMessage(f"{name} answers another prompt than was leased")
-    if lease is not None and header.sampling != lease.sampling:
-        raise BadMessage(f"{name} was sampled with {header.sampling} instead of {lease.sampling}")
+    if lease is not None and not _sampled_as_leased(header, lease):
+        raise BadMessage(f"{name} was sampled with {header.sampling} instead of {lease.sampling_of(header.sample)}")
+
+
+def _sampled_as_leased(header: TrajectoryHeader, lease: Lease) -> bool:
+    """An exploring lease that was issued again may have had another temperature before; log-probs are taken at the
+    sample's own, so any is trained rightly."""
+    expected = lease.sampling_of(header.sample)
+    if lease.temperatures and header.sampling.temperature > 0:
+        expected = structs.replace(expected, temperature=header.sampling.temperature)
+    return header.sampling == expected

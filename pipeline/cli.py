@@ -197,9 +197,9 @@ def _dry_run(config: object, parts: tuple[str, ...]) -> int:
     assert isinstance(config, Config)
     check_config(config)
     if "learner" in parts:
-        from learner.objective import Objective
+        from learner.composition import build_objective
 
-        Objective.from_config(config.objective)
+        build_objective(config)
     if "engine" in parts:
         from drafters.registry import build
         from pipeline.tasks.rewards import load_reward

@@ -28,6 +28,7 @@ STOP_SECONDS = 60.0
 def run(config: Config, demo: bool) -> int:
     """Run to the end; returns the exit code."""
     check_config(config)
+    _check_objective(config)
     # The processes share the cores: threads that spin while they wait for one another would take them from the others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _choose_address(config)
@@ -50,6 +51,13 @@ def run(config: Config, demo: bool) -> int:
     else:
         Log("run")(f"interrupted; state is kept in {directory.root}, the same command goes on from it")
     return code
+
+
+def _check_objective(config: Config) -> None:
+    """Before minutes of warm start, not after."""
+    from learner.composition import build_objective
+
+    build_objective(config)
 
 
 def _choose_address(config: Config) -> None:

@@ -165,6 +165,14 @@ class Lease(Struct, kw_only=True, frozen=True):
     """One a sample: f(run seed, epoch, lease, sample)."""
     version: int
     """The engine must have loaded this publication, or a later one, before it starts."""
+    temperatures: tuple[Annotated[float, Meta(gt=0)], ...] = ()
+    """One a sample, for a lease that explores at another temperature than `sampling`'s; empty: they do not."""
+
+    def sampling_of(self, sample: int) -> SamplingParams:
+        """What a sample is sampled with."""
+        if not self.temperatures:
+            return self.sampling
+        return msgspec.structs.replace(self.sampling, temperature=self.temperatures[sample])
 
 
 class Grant(Message, tag="grant", kw_only=True, frozen=True):

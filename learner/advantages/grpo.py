@@ -4,11 +4,12 @@ from typing import Annotated
 
 import torch
 
-from learner.objective import GroupRewards, Needs
+from learner.pieces import Piece
+from learner.tokens import GroupRewards
 from pipeline.config.types import NonNegativeFloat, Section, option
 
 
-class GRPO:
+class GRPO(Piece):
     """A_i = (R_i - mean of its group) / (std of its group + epsilon), the same for all tokens of sample i.
 
     Shao et al. 2024, "DeepSeekMath", arXiv 2402.03300, section 4.1.2. The standard deviation is the sample one (n - 1),
@@ -17,14 +18,11 @@ class GRPO:
     """
 
     name = "grpo"
-    needs = Needs.NOTHING
 
     class Options(Section):
         normalise_std: Annotated[bool, option("divide by the group's standard deviation")] = True
+        population_std: Annotated[bool, option("standard deviation over n instead of n - 1")] = False
         epsilon: Annotated[NonNegativeFloat, option("added to the standard deviation")] = 1e-6
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
 
     def __call__(self, samples: GroupRewards) -> torch.Tensor:
         """float32 [S]"""
@@ -38,6 +36,7 @@ class GRPO:
                 continue
             advantage = reward - reward.mean()
             if self.options.normalise_std:
-                advantage = advantage / (reward.std() + self.options.epsilon)
+                deviation = reward.std(correction=0 if self.options.population_std else 1)
+                advantage = advantage / (deviation + self.options.epsilon)
             advantages[members] = advantage
         return advantages.float()

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import torch
 
-from learner.objective import MicroBatchTokens, Needs, TokenMetrics
+from learner.pieces import Piece
+from learner.tokens import MicroBatchTokens, Needs, TokenMetrics
 from pipeline.config.types import PositiveFloat, Section, option
 from pipeline.errors import UsageError
 
@@ -12,7 +13,7 @@ STABILISER = 1e-8
 """Added to both entropies, nats: the ratio of two zero entropies is 1."""
 
 
-class EntropyRatioClipping:
+class EntropyRatioClipping(Piece):
     """Keeps the gradient of a token where low < q_t < high, q_t = H(pi(.|s_t)) / H(pi_old(.|s_t)).
 
     Su et al. 2025, "Entropy Ratio Clipping", arXiv 2512.05591. L_t <- K_t L_t + (1 - K_t) sg(L_t): the value and the
@@ -30,7 +31,7 @@ class EntropyRatioClipping:
     def __init__(self, options: Options) -> None:
         if not options.low < 1 < options.high:
             raise UsageError(f"erc: the band ({options.low}, {options.high}) must hold 1, the ratio without any change")
-        self.options = options
+        super().__init__(options)
 
     def __call__(self, loss: torch.Tensor, tokens: MicroBatchTokens) -> tuple[torch.Tensor, TokenMetrics]:
         """float32 [T]"""

@@ -4,11 +4,12 @@ from typing import Annotated
 
 import torch
 
-from learner.objective import MicroBatchTokens, Needs, TokenMetrics
+from learner.pieces import Piece
+from learner.tokens import MicroBatchTokens, Needs, TokenMetrics
 from pipeline.config.types import Section, option
 
 
-class EntropyBonus:
+class EntropyBonus(Piece):
     """Adds -coefficient * H(pi(.|s_t)) to the loss of each token: a positive coefficient keeps entropy up.
 
     Mnih et al. 2016, "Asynchronous methods for deep reinforcement learning", arXiv 1602.01783, section 4, whose
@@ -20,9 +21,6 @@ class EntropyBonus:
 
     class Options(Section):
         coefficient: Annotated[float, option("weight of the entropy, in nats")] = 0.01
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
 
     def __call__(self, tokens: MicroBatchTokens) -> tuple[torch.Tensor, TokenMetrics]:
         """float32 [T]"""

@@ -4,13 +4,14 @@ from typing import Annotated
 
 import torch
 
-from learner.objective import MicroBatchTokens, Needs, TokenMetrics
+from learner.pieces import Piece
 from learner.ratios import importance_ratio
+from learner.tokens import MicroBatchTokens, TokenMetrics
 from pipeline.config.types import NonNegativeFloat, Section, option
 from pipeline.errors import UsageError
 
 
-class PPOClip:
+class PPOClip(Piece):
     """L = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), r = pi / pi_old; then, where A < 0, min(L, -A c).
 
     Schulman et al. 2017, arXiv 1707.06347, eq. 7. The wider upper bound is DAPO's clip-higher (arXiv 2503.14476,
@@ -18,7 +19,6 @@ class PPOClip:
     """
 
     name = "ppo-clip"
-    needs = Needs.NOTHING
 
     class Options(Section):
         clip_low: Annotated[NonNegativeFloat, option("ratio is clipped below 1 minus this")] = 0.2
@@ -30,7 +30,7 @@ class PPOClip:
             raise UsageError(
                 f"ppo-clip: dual_clip {options.dual_clip} must be above 1 + clip_high = {1 + options.clip_high}, or 0"
             )
-        self.options = options
+        super().__init__(options)
 
     def __call__(self, tokens: MicroBatchTokens) -> tuple[torch.Tensor, TokenMetrics]:
         """float32 [T]; `clip_fraction` counts tokens whose gradient a bound removed."""

@@ -86,6 +86,7 @@ _FREE_TO_CHANGE = {
     "engine": None,
     "transport": None,
     "weights": {"keep"},
+    "objective": {"recipe", "reconstructed"},
     "learner": {"threads", "device", "checkpoint_every", "keep_checkpoints"},
 }
 

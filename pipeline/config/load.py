@@ -1,6 +1,5 @@
 """Reads a configuration: TOML file, then `--set a.b=c`, then types and bounds. Torch-free."""
 
-import difflib
 import re
 import tomllib
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 import tomli_w
 
+from pipeline.config.recipes import LISTS, SINGLE, apply_recipe, nearest
 from pipeline.config.types import Config
 from pipeline.errors import UsageError
 
@@ -41,6 +41,7 @@ def convert(tree: dict[str, Any]) -> Config:
     """A typed configuration from plain tables; errors name the key, the value and the remedy."""
     _refuse_unknown_keys(tree)
     _expand_piece_names(tree)
+    apply_recipe(tree)
     try:
         return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
@@ -81,37 +82,37 @@ def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
     sections = _sections()
     for name, table in tree.items():
         if name not in sections:
-            raise UsageError(f"unknown table [{name}] in the configuration{_nearest(name, list(sections))}")
+            raise UsageError(f"unknown table [{name}] in the configuration{nearest(name, list(sections))}")
         if not isinstance(table, dict):
             raise UsageError(f"{name} = {table!r} must be a table of options, written [{name}]")
         keys = [field.encode_name for field in msgspec.structs.fields(sections[name])]
         for key in table:
             if key not in keys:
-                raise UsageError(f"unknown key {name}.{key} = {table[key]!r}{_nearest(key, keys)}")
+                raise UsageError(f"unknown key {name}.{key} = {table[key]!r}{nearest(key, keys)}")
 
 
 def _expand_piece_names(tree: dict[str, Any]) -> None:
-    """`drafter = "none"` is short for `drafter = {name = "none"}`, also inside lists of pieces; options given without a
-    name are those of the default piece."""
-    defaults = Config()
-    for section, keys in (
-        ("engine", ("drafter",)),
-        ("objective", ("advantage", "correction", "surrogate", "gates", "regularisers")),
-    ):
-        table = tree.get(section, {})
-        for key in keys:
-            value = table.get(key)
-            if isinstance(value, str):
-                table[key] = {"name": value}
-            elif isinstance(value, dict):
-                table[key] = {"name": getattr(getattr(defaults, section), key)["name"], **value}
-            elif isinstance(value, list):
-                table[key] = [{"name": item} if isinstance(item, str) else item for item in value]
+    """`drafter = "none"` is short for `drafter = {name = "none"}`, also inside lists of pieces; a list of one needs no
+    brackets; options given without a name are those of the default piece, or of the recipe's."""
+    drafter = tree.get("engine", {}).get("drafter")
+    if drafter is not None:
+        tree["engine"]["drafter"] = _piece(drafter)
+        if isinstance(drafter, dict):
+            tree["engine"]["drafter"] = {**Config().engine.drafter, **drafter} if "name" not in drafter else drafter
+    objective = tree.get("objective", {})
+    for key in SINGLE:
+        if key in objective:
+            objective[key] = _piece(objective[key])
+    for key in LISTS:
+        value = objective.get(key)
+        if isinstance(value, str) or (isinstance(value, dict) and "name" in value):
+            value = [value]
+        if isinstance(value, list):
+            objective[key] = [_piece(item) for item in value]
 
 
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
+def _piece(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
 
 
 def _explain(message: str, tree: dict[str, Any]) -> str:

@@ -121,6 +121,9 @@ class LearnerSection(Section):
     max_grad_norm: Annotated[PositiveFloat, option("gradient norm is clipped to this")] = 1.0
     max_staleness: Annotated[Count, option("batches that rollouts may run ahead; 0: synchronous")] = 1
     max_age: Annotated[Count, option("drop samples whose oldest token is older, in publications; 0: never")] = 0
+    reference_path: Annotated[
+        str, option("checkpoint that pieces such as kl refer to; empty: the weights the run starts from")
+    ] = ""
     dynamic_sampling: Annotated[bool, option("leave out groups whose rewards are all equal, and draw others")] = False
     max_filtered_batches: Annotated[
         PositiveInt, option("batches' worth of groups left out in a row before giving up")
@@ -134,13 +137,26 @@ def _piece(name: str, **options: Any) -> Any:
 
 
 class ObjectiveSection(Section):
+    recipe: Annotated[str, option("named settings of a paper (docs/objectives.md); other keys override it")] = ""
+    reconstructed: Annotated[bool, option("allow pieces that are our reconstruction of a paper")] = False
+    shaping: Annotated[list[Piece], option("changes of the reward, applied in order")] = field(default_factory=list)
     advantage: Annotated[Piece, option("advantage estimator")] = _piece("grpo")
-    correction: Annotated[Piece, option("off-policy correction")] = _piece("tis")
+    modulators: Annotated[list[Piece], option("changes of tokens' advantages, applied in order")] = field(
+        default_factory=list
+    )
+    proximal: Annotated[
+        Literal["recompute", "behaviour", "interpolate"],
+        option("pi_old: the learner's own pass, the engine's log-probs, or between them and pi by version"),
+    ] = "recompute"
+    corrections: Annotated[list[Piece], option("off-policy corrections, applied in order")] = field(
+        default_factory=lambda: [{"name": "tis"}]
+    )
     surrogate: Annotated[Piece, option("policy-gradient surrogate")] = _piece("ppo-clip")
     gates: Annotated[list[Piece], option("token gates, applied in order")] = field(
         default_factory=lambda: [{"name": "erc"}]
     )
     regularisers: Annotated[list[Piece], option("terms added to the loss")] = field(default_factory=list)
+    aggregation: Annotated[Piece, option("how the losses of tokens are added up")] = _piece("token-mean")
 
 
 class Config(Section):

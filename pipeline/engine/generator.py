@@ -30,6 +30,8 @@ class GroupRequest:
     sampling: SamplingParams
     seeds: tuple[int, ...]
     """one a sample; a sample's text depends on its seed, the prompt and the weights, not on its neighbours"""
+    temperatures: tuple[float, ...] = ()
+    """one a sample, in place of the sampling parameters'; empty: theirs for all"""
 
 
 @dataclass(slots=True)

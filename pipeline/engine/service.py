@@ -179,9 +179,8 @@ class Engine:
             lease = work.lease
             if not work.started and lease.version <= self.generator.version:
                 work.started = True
-                self.generator.add(
-                    GroupRequest(lease.id, np.asarray(lease.prompt_ids, np.int64), lease.sampling, lease.seeds)
-                )
+                prompt_ids = np.asarray(lease.prompt_ids, np.int64)
+                self.generator.add(GroupRequest(lease.id, prompt_ids, lease.sampling, lease.seeds, lease.temperatures))
 
     def _generate(self) -> None:
         if self.generator is None or not self.generator.has_work():
@@ -240,7 +239,7 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
     header = TrajectoryHeader(
         schema=SCHEMA, producer="", incarnation=0, sequence=0, lease=lease.id, sample=index,
         prompt_tokens=len(lease.prompt_ids), response_tokens=tokens, has_entropy=sample.entropies is not None,
-        reward=score.reward, reward_parts={}, finish_reason=sample.finish_reason, sampling=lease.sampling,
+        reward=score.reward, reward_parts={}, finish_reason=sample.finish_reason, sampling=lease.sampling_of(index),
         drafters=sample.drafters, verifications=sample.verifications,
         kv_kept_across_update=sample.kv_kept_across_update,
     )  # fmt: skip

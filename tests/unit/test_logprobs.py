@@ -1,8 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from learner.logprobs import pack_logprobs, token_logprobs
+from learner.logprobs import Wanted, pack_logprobs, token_logprobs
 from learner.packing import pack
 from learner.policy import load_policy, policy_state
 from pipeline.errors import UsageError
@@ -27,7 +29,9 @@ def test_chunked_log_probs_and_gradients_equal_the_direct_computation(chunk, tem
     target = torch.randint(0, 50, (30,), generator=generator)
     mix = torch.randn(2, 30, generator=generator)
 
-    logp, entropy = token_logprobs(hidden, weight, target, temperature, entropy_gradient=True, chunk_tokens=chunk)
+    logp, entropy, *_ = token_logprobs(
+        hidden, weight, target, temperature, wanted=Wanted(entropy_gradient=True), chunk_tokens=chunk
+    )
     gradients = torch.autograd.grad((logp * mix[0] + entropy * mix[1]).sum(), (hidden, weight))
     expected_logp, expected_entropy = direct(hidden, weight, target, temperature)
     expected = torch.autograd.grad((expected_logp * mix[0] + expected_entropy * mix[1]).sum(), (hidden, weight))
@@ -40,7 +44,7 @@ def test_chunked_log_probs_and_gradients_equal_the_direct_computation(chunk, tem
 
 def test_entropy_is_not_differentiated_unless_asked():
     hidden = torch.randn(4, 8, requires_grad=True)
-    logp, entropy = token_logprobs(hidden, torch.randn(10, 8), torch.zeros(4, dtype=torch.int64), 1.0)
+    logp, entropy, *_ = token_logprobs(hidden, torch.randn(10, 8), torch.zeros(4, dtype=torch.int64), 1.0)
     assert logp.requires_grad
     assert not entropy.requires_grad
 
@@ -50,7 +54,7 @@ def test_entropies_of_nearly_certain_tokens_are_accurate_and_not_negative():
     gap = torch.tensor([8.0, 12.0, 16.0, 20.0, 30.0])
     weight = torch.zeros(50, 1)
     weight[3] = 1.0
-    _, entropy = token_logprobs(gap[:, None], weight, torch.full((5,), 3), 1.0)
+    _, entropy, *_ = token_logprobs(gap[:, None], weight, torch.full((5,), 3), 1.0)
     rest = 49 * torch.exp(-gap.double())
     expected = torch.log1p(rest) + rest / (1 + rest) * gap.double()
     assert (entropy >= 0).all()
@@ -67,7 +71,7 @@ def test_backward_holds_no_logits_of_the_whole_batch():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        logp, _ = token_logprobs(hidden, weight, torch.zeros(64, dtype=torch.int64), 1.0, chunk_tokens=4)
+        logp, *_ = token_logprobs(hidden, weight, torch.zeros(64, dtype=torch.int64), 1.0, chunk_tokens=4)
     logp.sum().backward()
     assert kept
     assert 4 * 1000 not in kept
@@ -75,7 +79,7 @@ def test_backward_holds_no_logits_of_the_whole_batch():
 
 
 def test_no_token_gives_no_log_prob():
-    logp, entropy = token_logprobs(torch.zeros(0, 8), torch.zeros(10, 8), torch.zeros(0, dtype=torch.int64), 1.0)
+    logp, entropy, *_ = token_logprobs(torch.zeros(0, 8), torch.zeros(10, 8), torch.zeros(0, dtype=torch.int64), 1.0)
     assert logp.shape == entropy.shape == (0,)
 
 
@@ -83,7 +87,7 @@ def test_a_packs_log_probs_equal_the_stock_models_logits(tmp_path):
     model = tiny_policy(tmp_path / "model", tied=False)
     samples = [sample for group in batch(groups=2, size=2) for sample in group]
     (row,) = pack(samples, range(4), 1000, "cpu")
-    logp, entropy = pack_logprobs(model, row, temperature=0.7)
+    logp, entropy, *_ = pack_logprobs(model, row, temperature=0.7)
     for index, sample in enumerate(samples):
         ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.token_ids]).astype(np.int64))[None]
         logits = model(ids, use_cache=False).logits[0].double() / 0.7
@@ -142,11 +146,83 @@ def test_bfloat16_compute_is_close_and_leaves_float32_results_and_gradients(tmp_
     model = tiny_policy(tmp_path / "model", tied=False)
     samples = [sample for group in batch(groups=2, size=2) for sample in group]
     (row,) = pack(samples, range(4), 1000, "cpu")
-    exact, _ = pack_logprobs(model, row, temperature=1.0)
-    rounded, entropy = pack_logprobs(model, row, temperature=1.0, compute=torch.bfloat16)
+    exact, *_ = pack_logprobs(model, row, temperature=1.0)
+    rounded, entropy, *_ = pack_logprobs(model, row, temperature=1.0, compute=torch.bfloat16)
     assert rounded.dtype == entropy.dtype == torch.float32
     difference = (rounded - exact).abs().max().item()
     assert 0 < difference < 0.2
     rounded.sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
+
+
+def test_every_token_has_its_own_temperature():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(12, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    target = torch.randint(0, 20, (12,), generator=generator)
+    temperatures = torch.tensor([0.5, 1.0, 1.3] * 4)
+    mixed = token_logprobs(hidden, weight, target, temperatures, chunk_tokens=5)
+    for temperature in (0.5, 1.0, 1.3):
+        own = temperatures == temperature
+        alone = token_logprobs(hidden[own], weight, target[own], temperature)
+        torch.testing.assert_close(mixed.logp[own], alone.logp)
+        torch.testing.assert_close(mixed.entropy[own], alone.entropy)
+
+
+def test_expected_scores_and_nucleus_entropies_equal_loops_over_the_vocabulary():
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = 2 * torch.randn(15, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    found = token_logprobs(
+        hidden, weight, torch.zeros(15, dtype=torch.int64), 0.9, wanted=Wanted(expected_score=True, nucleus=0.8)
+    )
+    for row, score, nucleus in zip(hidden.double() @ weight.double().T / 0.9, found.expected_score,
+                                   found.nucleus_entropy, strict=True):  # fmt: skip
+        p = row.softmax(-1).tolist()
+        h = -sum(v * math.log(v) for v in p)
+        assert score.item() == pytest.approx(sum(v * v * (math.log(v) + h) for v in p), abs=1e-6)
+        kept, mass = [], 0.0
+        for v in sorted(p, reverse=True):
+            if mass >= 0.8:
+                break
+            kept.append(v)
+            mass += v
+        assert nucleus.item() == pytest.approx(-sum(v / mass * math.log(v / mass) for v in kept), abs=1e-5)
+
+
+def test_nucleus_entropies_have_the_gradient_of_finite_differences():
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(4, 6, generator=generator)
+    weight = torch.randn(9, 6, generator=generator)
+    target = torch.zeros(4, dtype=torch.int64)
+
+    def total(point):
+        return token_logprobs(point, weight, target, 1.0, wanted=Wanted(nucleus=0.7)).nucleus_entropy.double().sum()
+
+    leaf = hidden.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(leaf), leaf)
+    for row, column in ((0, 0), (1, 3), (3, 5)):
+        step = torch.zeros_like(hidden)
+        step[row, column] = 1e-2
+        numeric = float((total(hidden + step) - total(hidden - step)) / 2e-2)
+        assert gradient[row, column].item() == pytest.approx(numeric, abs=2e-3)
+    assert gradient.isfinite().all() and (gradient != 0).any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_attention_entropies_equal_those_of_the_stock_models_probabilities(tmp_path, tied):
+    model = tiny_policy(tmp_path / "model", tied=tied)
+    stock = type(model).from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
+    samples = [sample for group in batch(groups=2, size=2) for sample in group]
+    (row,) = pack(samples, range(4), 1000, "cpu")
+    found = pack_logprobs(model, row, 1.0, Wanted(attention_entropy=True)).attention_entropy
+    assert found.shape == row.target.shape and not found.requires_grad
+    for index, sample in enumerate(samples):
+        ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.token_ids]).astype(np.int64))[None]
+        p = stock(ids, use_cache=False, output_attentions=True).attentions[1][0].double()
+        own = row.sequence == index
+        for position, value in zip(np.flatnonzero(sample.roles == 0), found[own], strict=True):
+            at = len(sample.prompt_ids) + int(position) - 1
+            entropy = torch.special.entr(p[:, at, : at + 1].detach()).sum(-1).mean()
+            expected = float(entropy) / math.log(at + 1) if at else 0.0
+            assert value.item() == pytest.approx(expected, abs=1e-5)
+    assert len(pack_logprobs(model, row, 1.0).attention_entropy) == 0

@@ -5,9 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from learner.attention import packed_sdpa, segment_arguments
 from learner.packing import first_fit_decreasing, pack
+from pipeline.messages import SamplingParams
 from tests.unit.learner_samples import batch, tiny_folder, tiny_policy, trajectory, transformers_class
 
 
@@ -114,3 +116,22 @@ def test_padded_and_cached_calls_equal_the_stock_attention(tmp_path):
     for position in range(6):
         expected = outputs[1].logits[position]
         torch.testing.assert_close(outputs[0].logits[position], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_turns_count_runs_of_environment_tokens_between_generated_ones():
+    rng = np.random.default_rng(0)
+    sample = trajectory(rng, response=9, environment=(0, 3, 4, 7))
+    (row,) = pack([sample], [0], 100, "cpu")
+    assert row.turn.tolist() == [0, 0, 1, 1, 2]  # positions 1, 2, 5, 6, 8
+
+
+def test_a_pack_says_what_each_token_was_sampled_with():
+    rng = np.random.default_rng(0)
+    hot, plain = trajectory(rng, response=2), trajectory(rng, response=3)
+    hot.header = structs.replace(hot.header, sampling=SamplingParams(temperature=1.2))
+    plain.entropies = np.array([0.1, 0.2, 0.3], np.float32)
+    (row,) = pack([hot, plain], [0, 1], 100, "cpu")
+    assert row.temperature[row.sequence == 0].tolist() == pytest.approx([1.2, 1.2])
+    assert row.temperature[row.sequence == 1].tolist() == [1.0] * 3
+    assert row.entropy_engine[row.sequence == 1].tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert row.entropy_engine[row.sequence == 0].isnan().all()

@@ -1,8 +1,9 @@
 import pytest
 
 from learner.gates.erc import EntropyRatioClipping
-from learner.objective import Needs, Objective
+from learner.objective import Objective
 from learner.pieces import BUILT_IN, build, find
+from learner.tokens import Needs
 from pipeline.config.types import ObjectiveSection, Section
 from pipeline.errors import UsageError
 
@@ -39,7 +40,7 @@ def test_the_default_objective_has_the_papers_values_and_asks_engines_for_no_ent
     objective = Objective.from_config(ObjectiveSection())
     clip = objective.surrogate.options
     assert (clip.clip_low, clip.clip_high, clip.dual_clip) == (0.2, 0.28, 10.0)
-    assert objective.correction.options.cap == 2.0
+    assert objective.corrections[0].options.cap == 2.0
     assert (objective.gates[0].options.low, objective.gates[0].options.high) == (0.95, 1.05)
     assert not objective.needs_entropy_from_engine
     assert Needs.OLD_ENTROPY in objective.needs

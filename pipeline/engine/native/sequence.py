@@ -58,7 +58,9 @@ class Sequence:
 
     @property
     def temperature(self) -> float:
-        return self.request.sampling.temperature
+        return (
+            self.request.temperatures[self.sample] if self.request.temperatures else self.request.sampling.temperature
+        )
 
     @property
     def group(self) -> int:

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from learner.objective import BatchTokens, GroupRewards, MicroBatchTokens, Objective
-from learner.pieces import build
+from learner.objective import Objective
+from learner.pieces import BUILT_IN, build
 from learner.ratios import effective_sample_fraction, finite_or_zero, importance_ratio, k3
+from learner.tokens import BatchTokens, GroupRewards, MicroBatchTokens
 from pipeline.config.types import ObjectiveSection
 
 RATIOS = torch.tensor([1.0, 0.4, 6.0, 0.9])
@@ -35,7 +36,7 @@ def batch_tokens(ratio):
     )
 
 
-def micro_batch(ratio, advantage, *, entropy=None, entropy_old=None, weight=None):
+def micro_batch(ratio, advantage, *, entropy=None, entropy_old=None, weight=None, denominator=1.0):
     """Tokens with the given pi / pi_old; log pi is a leaf, so that gradients with respect to it can be read."""
     ratio = torch.as_tensor(ratio, dtype=torch.float32)
     ones = torch.ones_like(ratio)
@@ -49,6 +50,7 @@ def micro_batch(ratio, advantage, *, entropy=None, entropy_old=None, weight=None
         advantage=torch.as_tensor(advantage, dtype=torch.float32),
         weight=ones if weight is None else torch.tensor(weight),
         sequence=torch.zeros(len(ratio), dtype=torch.int64),
+        coefficient=ones / denominator,
     )
 
 
@@ -94,16 +96,16 @@ def test_ratios_are_finite_for_any_log_probs_and_unusable_weights_are_zero():
 
 def test_tis_caps_the_published_vector_and_is_detached():
     tokens = batch_tokens(RATIOS.clone().requires_grad_())
-    weight, metrics = build("correction", {"name": "tis"})(tokens)
+    weight, metrics = build("correction", {"name": "tis"})(torch.ones(4), tokens)
     assert weight.tolist() == pytest.approx([1, 0.4, 2, 0.9])
     assert not weight.requires_grad
     assert metrics["capped_fraction"] == 0.25
     assert metrics["ratio_max"] == pytest.approx(6.0)
 
 
-@pytest.mark.parametrize("name", ["tis", "none"])
+@pytest.mark.parametrize("name", sorted(BUILT_IN["correction"]))
 def test_corrections_are_one_where_the_policy_itself_sampled(name):
-    weight, _ = build("correction", {"name": name})(batch_tokens(torch.ones(5)))
+    weight, _ = build("correction", {"name": name})(torch.ones(5), batch_tokens(torch.ones(5)))
     assert weight.tolist() == [1.0] * 5
 
 
@@ -180,10 +182,11 @@ def test_the_composed_objective_equals_loops_over_tokens():
     entropy = entropy_old * (1 + 0.05 * torch.randn(count, generator=generator))
     section = ObjectiveSection(regularisers=[{"name": "entropy-bonus", "coefficient": coefficient}])
     tokens = micro_batch(
-        ratio, advantage, entropy=entropy.tolist(), entropy_old=entropy_old.tolist(), weight=weight.tolist()
-    )
+        ratio, advantage, entropy=entropy.tolist(), entropy_old=entropy_old.tolist(), weight=weight.tolist(),
+        denominator=denominator,
+    )  # fmt: skip
 
-    loss, sums = Objective.from_config(section).loss(tokens, denominator)
+    loss, sums = Objective.from_config(section).loss(tokens)
     (gradient,) = torch.autograd.grad(loss, tokens.logp)
 
     columns = zip(
@@ -202,9 +205,9 @@ def test_the_composed_objective_equals_loops_over_tokens():
 def test_shares_of_micro_batches_add_up_to_the_loss_of_the_mini_batch():
     objective = Objective.from_config(ObjectiveSection())
     ratio, advantage = torch.linspace(0.5, 1.5, 12), torch.linspace(-1, 1, 12)
-    whole, _ = objective.loss(micro_batch(ratio, advantage), 12)
+    whole, _ = objective.loss(micro_batch(ratio, advantage, denominator=12))
     parts = [
-        objective.loss(micro_batch(ratio[cut], advantage[cut]), 12)[0]
+        objective.loss(micro_batch(ratio[cut], advantage[cut], denominator=12))[0]
         for cut in (slice(0, 1), slice(1, 8), slice(8, 12))
     ]
     assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-7)
@@ -217,3 +220,17 @@ def test_the_entropy_bonus_moves_entropy_up():
     term, _ = bonus(MicroBatchTokens(**{**{f: getattr(tokens, f) for f in tokens.__slots__}, "entropy": entropy}))
     (gradient,) = torch.autograd.grad(term.sum(), entropy)
     assert float(gradient) == -0.5
+
+
+def test_what_pieces_remember_is_kept_and_put_back():
+    table = {"name": "entropic", "target": 0.3}
+    section = ObjectiveSection(modulators=[table], regularisers=[{"name": "siren"}, {"name": "adaptive-entropy"}])
+    first, second = Objective.from_config(section), Objective.from_config(section)
+    first.modulators[0].restore({"integral": 0.25})
+    first.regularisers[0].restore({"anchor": 1.5})
+    first.regularisers[1].restore({"coefficient": 0.04})
+    second.restore(first.state())
+    assert second.state() == first.state()
+    assert sorted(value for state in second.state().values() for value in state.values()) == [0.04, 0.25, 1.5]
+    second.restore({})
+    assert second.state() == Objective.from_config(section).state()

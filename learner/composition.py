@@ -1,0 +1,100 @@
+"""Refuses objectives whose pieces cannot work together, before anything starts."""
+
+from learner.objective import Objective
+from learner.pieces import trait
+from learner.tokens import Needs
+from pipeline.config.types import Config
+from pipeline.errors import UsageError
+
+
+def build_objective(config: Config) -> Objective:
+    """The objective that a configuration names.
+
+    Raises:
+        UsageError: an unknown piece or option, or pieces that cannot work together.
+    """
+    objective = Objective.from_config(config.objective)
+    check_composition(objective, config)
+    return objective
+
+
+def check_composition(objective: Objective, config: Config) -> None:
+    """Raises UsageError: one sentence with what does not fit, why, and the remedy."""
+    _check_importance_weights(objective)
+    _check_inputs(objective)
+    _check_proximal(objective)
+    _check_aggregation(objective)
+    _check_rewards(objective, config)
+    if not config.objective.reconstructed:
+        for piece in objective.pieces():
+            if trait(piece, "reconstructed"):
+                raise UsageError(
+                    f"{piece.name} is reconstructed: its formula or a value of it is not known to be the paper's; "
+                    "set objective.reconstructed = true to use it all the same"
+                )
+
+
+def _check_importance_weights(objective: Objective) -> None:
+    """pi_old / mu may enter the loss once."""
+    weighing = [piece.name for piece in objective.corrections if trait(piece, "weighs")]
+    if len(weighing) > 1:
+        raise UsageError(
+            f"objective.corrections weigh by pi_old / mu more than once ({', '.join(weighing)}); keep one of them, "
+            "masks may be added"
+        )
+    if weighing and trait(objective.surrogate, "weighs"):
+        raise UsageError(
+            f"the surrogate {objective.surrogate.name} weighs by pi / mu itself, so {weighing[0]} would count the "
+            "importance weight twice; leave it out of objective.corrections"
+        )
+    if weighing and objective.proximal == "behaviour":
+        raise UsageError(
+            f'objective.proximal = "behaviour" makes the surrogate\'s ratio pi / mu, so {weighing[0]} would count the '
+            'importance weight twice; leave it out of objective.corrections or set objective.proximal = "recompute"'
+        )
+
+
+def _check_inputs(objective: Objective) -> None:
+    for piece in objective.pieces():
+        if Needs.OLD_ENTROPY in piece.needs and objective.proximal == "interpolate":
+            raise UsageError(
+                f"{piece.name} needs entropies of the policy at the start of the batch, and objective.proximal = "
+                '"interpolate" computes none; set objective.proximal = "recompute", or "behaviour" for the engine\'s'
+            )
+    nuclei = {trait(piece, "nucleus") for piece in objective.pieces()} - {0.0}
+    if len(nuclei) > 1:
+        raise UsageError(f"nucleus entropies of different mass ({', '.join(map(str, sorted(nuclei)))}); take one")
+
+
+def _check_proximal(objective: Objective) -> None:
+    if objective.proximal != "interpolate":
+        return
+    for piece in objective.corrections:
+        if trait(piece, "batch_statistics"):
+            raise UsageError(
+                f'{piece.name} looks at the whole batch, and objective.proximal = "interpolate" knows weights only '
+                'micro-batch by micro-batch; set objective.proximal = "recompute"'
+            )
+
+
+def _check_aggregation(objective: Objective) -> None:
+    allowed, chosen = trait(objective.surrogate, "aggregations"), objective.aggregation.name
+    if allowed and chosen not in allowed:
+        raise UsageError(
+            f"the surrogate {objective.surrogate.name} is defined as {' or '.join(allowed)}, not {chosen}; set "
+            f"objective.aggregation = {allowed[0]}"
+        )
+
+
+def _check_rewards(objective: Objective, config: Config) -> None:
+    """Pieces that look at the sign of raw rewards, with a reward that is 0 or 1."""
+    if config.task.reward != "numeric-answer" or any(piece.name == "signed" for piece in objective.shaping):
+        return
+    wanting = [piece.name for piece in objective.pieces() if trait(piece, "signed_rewards")]
+    if objective.surrogate.name == "topr" and objective.advantage.name == "reward":
+        wanting.append("topr with the advantage reward")
+    if wanting:
+        raise UsageError(
+            f'{wanting[0]} needs rewards below zero for wrong answers, and task.reward = "numeric-answer" gives 0 and '
+            '1; add "signed" to objective.shaping'
+        )

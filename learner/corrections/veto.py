@@ -1,0 +1,42 @@
+"""A sample with one impossible token is dropped."""
+
+from typing import Annotated
+
+import torch
+
+from learner.pieces import Piece
+from learner.ratios import log_ratio
+from learner.segments import sequence_any
+from learner.tokens import BatchMetrics, BatchTokens, Needs
+from pipeline.config.types import NonNegativeFloat, PositiveFloat, Section, option
+
+
+class Veto(Piece):
+    """Weight 0 for all tokens of a sample in which any rho_t = pi_old / mu is below `low` (or above `high`).
+
+    The veto of Sparse-RL (arXiv 2601.10079) and slime, 1e-4; SkyRL's outlier mask also has an upper bound of 100. Where
+    a cache is compressed such tokens mark the places at which context that was needed had gone. A pure mask.
+    """
+
+    name = "veto"
+    needs = Needs.BEHAVIOUR_LOGPROBS
+
+    class Options(Section):
+        low: Annotated[PositiveFloat, option("smallest ratio a sample may hold")] = 1e-4
+        high: Annotated[NonNegativeFloat, option("largest ratio a sample may hold; 0: any")] = 0.0
+
+    def __call__(self, weight: torch.Tensor, batch: BatchTokens) -> tuple[torch.Tensor, BatchMetrics]:
+        """float32 [N]"""
+        ratio = log_ratio(batch.logp_old, batch.logp_behaviour).detach().exp()
+        outlier = ratio < self.options.low
+        if self.options.high:
+            outlier = outlier | (ratio > self.options.high)
+        vetoed = sequence_any(outlier, batch.sequence)
+        weight = torch.where(vetoed, torch.zeros_like(weight), weight)
+        if not vetoed.numel():
+            return weight, {}
+        samples = batch.sequence.unique().numel()
+        return weight, {
+            "tokens_kept": float((~vetoed).float().mean()),
+            "vetoed_samples": batch.sequence[vetoed].unique().numel() / samples,
+        }

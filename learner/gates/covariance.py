@@ -1,0 +1,19 @@
+"""What Clip-Cov and KL-Cov share: how much each token's update will move the entropy."""
+
+import torch
+
+from learner import ranks
+from learner.tokens import MicroBatchTokens
+
+
+def covariance(tokens: MicroBatchTokens) -> torch.Tensor:
+    """(A_t - mean A)(log pi_t - mean log pi), float64 [M]; means over the whole mini-batch and all ranks.
+
+    arXiv 2505.22617, eq. 10: averaged over tokens it is the covariance whose negative the entropy change is.
+    """
+    advantage, logp = tokens.advantage.double(), tokens.logp.double()
+    if not len(logp):
+        return logp
+    sums = torch.stack([advantage.sum(), logp.sum(), torch.tensor(float(len(logp)), device=logp.device).double()])
+    sums = ranks.summed(sums)
+    return (advantage - sums[0] / sums[2]) * (logp - sums[1] / sums[2])

@@ -1,0 +1,210 @@
+"""Recipes: read, overridden key by key, refused by name, and trained."""
+
+import math
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from msgspec import structs
+
+from learner.composition import check_composition
+from learner.logprobs import pack_logprobs
+from learner.objective import Objective
+from learner.packing import pack
+from learner.tokens import Needs
+from learner.trainer import Trainer
+from pipeline.cli import main
+from pipeline.config import load_config, render
+from pipeline.config.load import convert
+from pipeline.config.recipes import load_recipe, recipe_names
+from pipeline.errors import UsageError
+from tests.unit.learner_samples import batch, tiny_folder, tiny_policy
+
+ACTS = {
+    "adaptive-entropy": ["objective.regularisers.adaptive-entropy.target=9"],
+    "clip-b": ["objective.gates.clip-b.mu=0.5"],
+    "clip-v": ["objective.gates.clip-v.mu=0.5"],
+    "entropic": ["objective.modulators.entropic.target=3"],
+    "entropy-schedule": [
+        "objective.modulators.entropic.target.start=3.2",
+        "objective.modulators.entropic.target.end=3",
+    ],
+    "kl-cov-7b": ["objective.gates.kl-cov.fraction=0.05"],
+}
+"""Values with which a piece that rarely acts, or on large batches only, acts on this one."""
+
+
+def objective_of(name, *overrides):
+    config = load_config(None, [f"objective.recipe={name}", *overrides])
+    return Objective.from_config(config.objective), config
+
+
+def samples_of(policy, seed, explore):
+    """Groups whose log-probs are the policy's own, but for drift: none in the first sample of each group, small in the
+    second, larger in the others, with one token far off in the very last."""
+    rng = np.random.default_rng(seed)
+    groups = batch(seed=seed)
+    samples = [sample for group in groups for sample in group]
+    for index, sample in enumerate(samples):
+        sample.roles[:] = 0
+        (row,) = pack([sample], [0], 1024, "cpu")
+        with torch.no_grad():
+            logp, entropy, *_ = pack_logprobs(policy, row, 1.0)
+        drift = rng.normal(0, (0.0, 0.004, 0.2, 0.6)[index % 4], len(logp))
+        sample.logprobs = np.minimum(logp.numpy() + drift, -1e-3).astype(np.float32)
+        sample.entropies = entropy.numpy()
+        if index % 4 == 2 and explore:
+            sampling = structs.replace(sample.header.sampling, temperature=1.2)
+            sample.header = structs.replace(sample.header, sampling=sampling)
+        sample.versions = np.full(len(logp), index % 3, np.uint32)
+    samples[-1].logprobs[0] = -1e-3
+    return groups
+
+
+def trained(folder, name, steps=2):
+    """Weights and metrics after some batches."""
+    settings = ["learner.micro_batch_tokens=1024", "sampling.max_new_tokens=16", "learner.minibatches=4"]
+    objective, config = objective_of(name, *settings, *ACTS.get(name, []))
+    check_composition(objective, config)
+    config.learner.learning_rate = 2e-2
+    policy = tiny_policy(folder)
+    reference = tiny_policy(folder) if Needs.REFERENCE in objective.needs else None
+    trainer = Trainer(policy, objective, config.learner, 1.0, reference=reference, max_response_tokens=16)
+    rows = [trainer.train(samples_of(policy, step, explore=name == "aepo"), publication=2) for step in range(steps)]
+    return torch.cat([p.detach().flatten() for p in policy.parameters()]), rows
+
+
+@pytest.mark.slow
+def test_every_recipe_trains_and_differs_from_the_others(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    before = torch.cat([p.detach().flatten() for p in tiny_policy(folder).parameters()])
+    weights = {}
+    for name in recipe_names():
+        weights[name], rows = trained(folder, name)
+        for row in rows:
+            assert all(value is None or math.isfinite(value) for value in row.values()), name
+            assert row["skipped_steps"] == 0 and row["grad_norm"] > 0, name
+        assert not torch.equal(weights[name], before), name
+    same = {}
+    for name, vector in weights.items():
+        same.setdefault(vector.numpy().tobytes(), []).append(name)
+    assert sorted(names for names in same.values() if len(names) > 1) == []
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_builds_says_where_it_is_from_and_survives_a_round_trip(name):
+    objective, config = objective_of(name)
+    check_composition(objective, config)
+    assert load_recipe(name).keys() <= {"paper", "objective", "learner"}
+    assert set(load_recipe(name)["paper"]) == {"source", "setting"}
+    assert convert(tomllib.loads(render(config))) == config
+    for given, piece in zip(config.objective.gates, objective.gates, strict=True):
+        assert piece.name == given["name"]
+
+
+def test_recipes_hold_the_papers_values():
+    erc, config = objective_of("dapo-erc")
+    assert (erc.gates[0].options.low, erc.gates[0].options.high) == (0.95, 1.05)
+    assert (erc.surrogate.options.clip_low, erc.surrogate.options.clip_high) == (0.2, 0.28)
+    assert config.learner.dynamic_sampling
+    assert objective_of("ce-gppo-7b")[0].surrogate.options.beta_low == 0.75
+    assert objective_of("ce-gppo-1.5b")[0].surrogate.options.beta_low == 0.5
+    sparse, _ = objective_of("sparse-rl")
+    assert [piece.name for piece in sparse.corrections] == ["veto", "icepop", "batch-normalisation"]
+    assert sparse.corrections[1].options.high == 1.5
+    gspo, config = objective_of("gspo")
+    assert gspo.surrogate.options.clip_high == 4e-4 and config.learner.minibatches == 4
+
+
+def test_a_recipe_has_no_piece_that_it_does_not_name():
+    objective, _ = objective_of("dapo")
+    assert objective.gates == objective.corrections == ()
+
+
+def test_no_recipe_is_the_default_objective():
+    config = load_config(None, [])
+    assert config.objective.gates == [{"name": "erc"}] and config.objective.corrections == [{"name": "tis"}]
+    assert not config.learner.dynamic_sampling
+
+
+def test_keys_override_a_recipe_one_by_one():
+    objective, config = objective_of(
+        "dapo-erc",
+        "objective.gates.erc.low=0.9",
+        "objective.surrogate.clip_high=0.4",
+        "learner.dynamic_sampling=false",
+    )
+    assert (objective.gates[0].options.low, objective.gates[0].options.high) == (0.9, 1.05)
+    assert (objective.surrogate.options.clip_low, objective.surrogate.options.clip_high) == (0.2, 0.4)
+    assert objective.surrogate.options.dual_clip == 10.0
+    assert not config.learner.dynamic_sampling
+    replaced, _ = objective_of("dapo-erc", "objective.surrogate=cispo", "objective.gates=[]")
+    assert replaced.surrogate.name == "cispo" and replaced.gates == ()
+    assert replaced.surrogate.options.cap == 5.0
+
+
+def test_the_default_objective_is_changed_the_same_way():
+    config = load_config(None, ["objective.corrections.tis.cap=5", "objective.gates=clip-cov"])
+    assert config.objective.corrections == [{"name": "tis", "cap": 5}]
+    assert config.objective.gates == [{"name": "clip-cov"}]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["objective.recipe=dapo-ercc"], "dapo-erc"),
+        (["objective.recipe=dapo", "objective.gates.erc.low=0.9"], "the recipe dapo has no such piece there"),
+        (["objective.gates.ecr.low=0.9"], "it has erc"),
+    ],
+)
+def test_what_a_recipe_does_not_have_is_refused(overrides, said):
+    with pytest.raises(UsageError, match=said):
+        load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (['objective.corrections=["tis", "icepop"]'], "more than once (tis, icepop)"),
+        (["objective.proximal=behaviour"], "tis would count the importance weight twice"),
+        (["objective.surrogate=topr"], "topr weighs by pi / mu itself"),
+        (["objective.surrogate=m2po"], "m2po weighs by pi / mu itself"),
+        (["objective.proximal=interpolate"], "erc needs entropies of the policy at the start of the batch"),
+        (
+            [
+                "objective.proximal=interpolate",
+                "objective.gates=[]",
+                'objective.corrections=["tis", "batch-normalisation"]',
+            ],
+            "batch-normalisation looks at the whole batch",
+        ),
+        (["objective.surrogate=gspo"], "objective.aggregation = sequence-mean"),
+        (["objective.modulators=entrocraft"], "needs rewards below zero"),
+        (["objective.surrogate=topr", "objective.corrections=[]", "objective.advantage=reward"], "rewards below zero"),
+        (["objective.gates=spine"], "objective.reconstructed = true"),
+        (["objective.modulators=d3s"], "objective.reconstructed = true"),
+        (['objective.modulators=[{name="entropic", target={start=0.4, end=0.2}}]'], "objective.reconstructed = true"),
+        (["objective.regularisers=[{name='kl', estimator='k1'}]"], "no gradient in expectation"),
+        (["objective.gates=[{name='erc', low=1.5}]"], "must hold 1"),
+    ],
+)  # fmt: skip
+def test_impossible_compositions_are_refused_in_one_sentence(overrides, said, capsys):
+    arguments = [text for override in overrides for text in ("--set", override)]
+    assert main(["run", "--dry-run", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
+
+
+def test_signed_rewards_and_a_reward_of_ones_own_make_entrocraft_possible():
+    for overrides in (["objective.shaping=signed"], ["task.reward=mine:reward"]):
+        config = load_config(None, ["objective.modulators=entrocraft", *overrides])
+        check_composition(Objective.from_config(config.objective), config)
+
+
+def test_erc_on_the_engines_log_probs_asks_engines_for_entropies():
+    objective, config = objective_of("grpo-erc", "objective.proximal=behaviour", "objective.corrections=[]")
+    check_composition(objective, config)
+    assert objective.needs_entropy_from_engine
+    assert not objective_of("grpo-erc")[0].needs_entropy_from_engine
+    assert not objective_of("bypass")[0].needs_entropy_from_engine
