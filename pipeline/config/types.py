@@ -101,9 +101,12 @@ class EngineSection(Section):
     update_kv: Annotated[
         Literal["keep", "recompute"], option("keys and values of sequences under way when new weights arrive")
     ] = "keep"
-    max_draft_tokens: Annotated[Annotated[int, Meta(ge=0, le=128)], option("longest draft a verification")] = 2
+    max_draft_tokens: Annotated[Annotated[int, Meta(ge=0, le=128)], option("longest draft a verification")] = 16
     drafter: Annotated[Piece, option("drafter by name or module:Class, with its options")] = field(
-        default_factory=lambda: {"name": "suffix-automaton"}
+        default_factory=lambda: {"name": "arbiter", "drafters": ["suffix-automaton"]}
+    )
+    stagger: Annotated[bool, option("of more samples than run at once, one of each group goes ahead of the others")] = (
+        True
     )
     spool_bytes: Annotated[PositiveInt, option("unacknowledged trajectories an engine keeps on disk, in bytes")] = (
         256 << 20
