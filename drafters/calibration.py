@@ -8,6 +8,7 @@ import torch
 
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import PAGE, KVCache
+from pipeline.sampling.target import plain_target
 from pipeline.sampling.verification import TokenUniforms, verify
 
 CONTEXT = 128
@@ -51,11 +52,11 @@ def _step(target: Decoder, rows: int, per_row: int, context: int) -> Callable[[]
     cached, counts = np.full(rows, context, np.int64), np.full(rows, per_row, np.int64)
     tokens = torch.arange(rows * per_row, device=device) % vocab_size
     drafts, lengths = np.zeros((rows, per_row - 1), np.int64), counts - 1
-    temperatures = torch.ones(rows, device=device)
+    temperatures = torch.ones(rows * per_row, device=device)
 
     def step() -> None:
         hidden = target.forward(tokens, cache.plan(tables, cached, counts), cache)
         draws = TokenUniforms.draw(np.arange(rows), cached, lengths, False, device)
-        verify(target.logits(hidden), drafts, lengths, temperatures, draws).tokens.cpu()
+        verify(plain_target(target.logits(hidden), temperatures), drafts, lengths, draws).tokens.cpu()
 
     return step

@@ -20,6 +20,7 @@ from drafters.guard import checked
 from pipeline.models.config import ModelConfig, RopeParameters
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import PAGE, KVCache
+from pipeline.sampling.target import plain_target
 from pipeline.sampling.verification import TokenUniforms, packed_rows, verify
 
 VOCABULARY = 24
@@ -150,13 +151,15 @@ class Rehearsal:
         starts = [text.start for text in self.live]
         seeds = np.array([start.seed for start in starts], np.int64)
         positions = np.array([len(text.tokens) for text in self.live], np.int64)
+        place, _ = packed_rows(proposal.lengths)
+        temperatures = torch.tensor([start.temperature for start in starts], dtype=torch.float32)
         verified = verify(
-            logits,
+            plain_target(logits, temperatures[torch.from_numpy(place)]),
             proposal.token_ids,
             proposal.lengths,
-            torch.tensor([start.temperature for start in starts], dtype=torch.float32),
             TokenUniforms.draw(seeds, positions, proposal.lengths, proposal.probabilities is not None, logits.device),
             proposal.probabilities,
+            proposal.sampled,
         )
         emitted, accepted = [], np.zeros(len(self.live), np.int64)
         for row, text in enumerate(self.live):

@@ -13,7 +13,7 @@ from learner.reception import Reception
 from learner.validation import Limits
 from pipeline import messages
 from pipeline.errors import RunFailed
-from pipeline.messages import BadMessage
+from pipeline.messages import BadMessage, Capabilities
 from pipeline.transport.base import LearnerSocket
 
 __all__ = ["Hub", "HubStats", "Limits"]
@@ -33,7 +33,7 @@ class Hub:
         *,
         run_id: str,
         digest: dict[str, str],
-        needs_entropy: bool,
+        needs: Capabilities,
         heartbeat_seconds: float,
         lease_seconds: float,
         limits: Limits,
@@ -45,7 +45,7 @@ class Hub:
             source: what a lease contains, a function of its id; called under the hub's lock.
             run_id: the same for as long as the run directory lives; engines refuse to mix runs.
             digest: what engine and learner must agree on.
-            needs_entropy: refuse engines that cannot give per-token entropies.
+            needs: refuse engines that cannot give these, and samples without them.
             heartbeat_seconds: how often engines report.
             lease_seconds: an engine silent for this long is taken for gone.
             limits: of samples.
@@ -54,7 +54,7 @@ class Hub:
         self._socket, self._journal, self._ledger, self._source = socket, journal, ledger, source
         self._heartbeat_seconds, self._on_event = heartbeat_seconds, on_event
         self._reception = Reception(
-            socket, journal, ledger, source, run_id=run_id, digest=digest, needs_entropy=needs_entropy,
+            socket, journal, ledger, source, run_id=run_id, digest=digest, needs=needs,
             lease_seconds=lease_seconds, limits=limits, on_event=on_event,
         )  # fmt: skip
         self._changed = self._reception.changed

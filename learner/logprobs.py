@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from learner.attention import attention_entropies, segment_arguments
-from learner.packing import Pack
+from learner.packing import Kept, Pack
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits in memory at once: 16 MiB of float32 for each of the few buffers a chunk needs."""
@@ -46,6 +46,9 @@ def pack_logprobs(
 ) -> TokenValues:
     """Log-prob and entropy at the T trained tokens of a pack, at the sampling temperature.
 
+    A token that was drawn from a truncated distribution has its log-prob among the ids that were kept then; entropies
+    are of the whole vocabulary.
+
     Args:
         model: a causal language model loaded by `learner.policy.load_policy`.
         temperature: of all tokens, or of each, float32 [T].
@@ -64,7 +67,9 @@ def pack_logprobs(
             **segment_arguments(pack.cu_seq_lens),
         ).last_hidden_state[0].float()  # fmt: skip
     head = model.get_output_embeddings()
-    values = token_logprobs(hidden_LH[pack.predictor], head.weight, pack.target, temperature, head.bias, wanted=wanted)
+    values = token_logprobs(
+        hidden_LH[pack.predictor], head.weight, pack.target, temperature, head.bias, wanted=wanted, kept=pack.kept
+    )
     if wanted.attention_entropy:
         values = values._replace(attention_entropy=attention[0][pack.predictor])
     return values
@@ -79,8 +84,11 @@ def token_logprobs(
     *,
     wanted: Wanted = Wanted(),  # noqa: B008 - immutable
     chunk_tokens: int | None = None,
+    kept: Kept | None = None,
 ) -> TokenValues:
     """log softmax(hidden W^T / temperature) of the targets, the entropy of that distribution, and what else is wanted.
+
+    With `kept` the softmax behind a log-prob runs over the ids kept for its token; the entropy's does not.
 
     Works on `chunk_tokens` tokens at a time (default: `CHUNK_ELEMENTS` logits) and computes the logits again in the
     backward pass, so memory does not grow with T * V.
@@ -89,8 +97,11 @@ def token_logprobs(
     temperature_T1 = torch.as_tensor(temperature, device=hidden_TH.device).float().expand(len(target_T))[:, None]
     chunks = []
     for start in range(0, len(target_T), chunk):
-        part = slice(start, start + chunk)
-        arguments = hidden_TH[part], weight_VH, bias_V, target_T[part], temperature_T1[part], wanted
+        stop = min(start + chunk, len(target_T))
+        arguments = (
+            hidden_TH[start:stop], weight_VH, bias_V, target_T[start:stop], temperature_T1[start:stop], wanted,
+            None if kept is None else kept.padded(start, stop),
+        )  # fmt: skip
         if torch.is_grad_enabled():
             chunks.append(checkpoint(_chunk_logprobs, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -109,10 +120,17 @@ def _chunk_logprobs(
     target_C: torch.Tensor,
     temperature_C1: torch.Tensor,
     wanted: Wanted,
+    kept_CK: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     logits_CV = torch.nn.functional.linear(hidden_CH, weight_VH, bias_V).float() / temperature_C1
     logprobs_CV = logits_CV.log_softmax(dim=-1)
     logp_C = logprobs_CV.gather(1, target_C[:, None]).squeeze(1)
+    if kept_CK is not None:
+        left_CK = logprobs_CV.gather(1, kept_CK.clamp_min(0)).masked_fill(kept_CK < 0, float("-inf"))
+        # A token without kept ids was drawn from all of them, whose mass is 1.
+        whole_C = (kept_CK < 0).all(-1)
+        left_CK = torch.where(whole_C[:, None], 0.0, left_CK)
+        logp_C = logp_C - torch.where(whole_C, 0.0, left_CK.logsumexp(-1))
     # Summed as -p log p, all terms of one sign: log Z - E[logit] cancels to noise where the entropy is small.
     with torch.set_grad_enabled(wanted.entropy_gradient and torch.is_grad_enabled()):
         entropy_C = -(logprobs_CV.exp() * logprobs_CV).sum(dim=-1)

@@ -15,7 +15,7 @@ from learner.roster import Engine, Roster, short_name
 from learner.validation import Limits, check_sample, check_trajectory, refusal
 from pipeline import messages
 from pipeline.errors import RunFailed
-from pipeline.messages import BadMessage, Trajectory
+from pipeline.messages import BadMessage, Capabilities, Trajectory
 from pipeline.transport.base import LearnerSocket
 
 _TAKEN_OVER = "another engine process works as producer {} (incarnation {}); give each engine a spool of its own"
@@ -34,14 +34,14 @@ class Reception:
         *,
         run_id: str,
         digest: dict[str, str],
-        needs_entropy: bool,
+        needs: Capabilities,
         lease_seconds: float,
         limits: Limits,
         on_event: Callable[[str], None],
     ) -> None:
         """Arguments as of `learner.hub.Hub`."""
         self._socket, self._journal, self._ledger, self._source = socket, journal, ledger, source
-        self._run_id, self._digest, self._needs_entropy, self._limits = run_id, digest, needs_entropy, limits
+        self._run_id, self._digest, self._needs, self._limits = run_id, digest, needs, limits
         self._lease_seconds, self._on_event = lease_seconds, on_event
         self.changed = threading.Condition(threading.RLock())
         self.roster = Roster()
@@ -125,7 +125,7 @@ class Reception:
     # ---- what engines say ----------------------------------------------------------------------------------------
 
     def _hello(self, peer: bytes, hello: messages.Hello) -> None:
-        refused = refusal(hello, self._digest, self._needs_entropy)
+        refused = refusal(hello, self._digest, self._needs)
         newest = self.roster.newest_incarnation(hello.producer)
         if refused is None and hello.incarnation < newest:
             refused = messages.Refused(reason=_TAKEN_OVER.format(hello.producer, newest))
@@ -166,7 +166,7 @@ class Reception:
         header = trajectory.header
         check_sample(header.lease, header.sample, self._ledger.group_size)
         lease = self._ledger.lease(header.lease)
-        check_trajectory(trajectory, engine.producer, lease, self._limits, self._needs_entropy)
+        check_trajectory(trajectory, engine.producer, lease, self._limits, self._needs)
         outcome = self._ledger.arrive(trajectory)
         self._acknowledgements.give(engine, trajectory.id, outcome, Arrived(*trajectory.id, frames))
         self._sample_settled(engine, header.lease)

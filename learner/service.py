@@ -32,12 +32,13 @@ from learner.warm_start import ensure_embedded_model
 from pipeline.config import Config, check_against_model, check_config, resolve_threads
 from pipeline.digest import run_digest
 from pipeline.errors import RunFailed
+from pipeline.messages import Capabilities
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.tasks import load_task
-from pipeline.tasks.prompts import check_prompts
+from pipeline.tasks.prompts import check_prompts, rollout_sampling
 from pipeline.telemetry import Log, MetricsWriter
 from pipeline.telemetry.progress import StepView, WarmStartView
 from pipeline.transport.zmq import ZmqLearnerSocket
@@ -322,7 +323,10 @@ def _hub(
         source,
         run_id=run.run_id(),
         digest=run_digest(config),
-        needs_entropy=objective.needs_entropy_from_engine,
+        needs=Capabilities(
+            entropy=objective.needs_entropy_from_engine,
+            kept_ids=rollout_sampling(config.sampling, ()).truncates,
+        ),
         heartbeat_seconds=transport.heartbeat_seconds,
         lease_seconds=transport.lease_seconds,
         limits=limits,

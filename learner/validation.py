@@ -5,7 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 from msgspec import structs
 
-from pipeline.messages import SCHEMA, BadMessage, Hello, Lease, Refused, Trajectory, TrajectoryHeader
+from pipeline.messages import (
+    SCHEMA,
+    BadMessage,
+    Capabilities,
+    Hello,
+    Lease,
+    Refused,
+    Role,
+    Trajectory,
+    TrajectoryHeader,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +27,7 @@ class Limits:
     vocab_size: int
 
 
-def refusal(hello: Hello, digest: dict[str, str], needs_entropy: bool) -> Refused | None:
+def refusal(hello: Hello, digest: dict[str, str], needs: Capabilities) -> Refused | None:
     """Why an engine cannot serve this learner; None when it can."""
     if hello.schema != SCHEMA:
         return Refused(
@@ -33,7 +43,13 @@ def refusal(hello: Hello, digest: dict[str, str], needs_entropy: bool) -> Refuse
             reason=f"engine and learner disagree on {differences}; start the engine with the learner's configuration",
             keys=keys,
         )
-    if needs_entropy and not hello.capabilities.entropy:
+    if needs.kept_ids and not hello.capabilities.kept_ids:
+        return Refused(
+            reason="sampling.top_k, top_p or min_p is set, and this engine cannot say which tokens they left to draw "
+            "from; turn them off or choose another generator",
+            keys=("capabilities.kept_ids",),
+        )
+    if needs.entropy and not hello.capabilities.entropy:
         return Refused(
             reason="the objective needs per-token entropies, which this engine cannot give; choose gates and "
             "corrections without them or another generator",
@@ -49,11 +65,12 @@ def check_sample(lease_id: int, sample: int, group_size: int) -> None:
 
 
 def check_trajectory(
-    trajectory: Trajectory, producer: str, lease: Lease | None, limits: Limits, needs_entropy: bool
+    trajectory: Trajectory, producer: str, lease: Lease | None, limits: Limits, needs: Capabilities
 ) -> None:
     """A decoded trajectory against the limits and against what was leased.
 
     Args:
+        needs: what every trajectory must carry.
         lease: None when the lease is not known or done with; the content is not compared then.
 
     Raises:
@@ -67,10 +84,12 @@ def check_trajectory(
         raise BadMessage(f"{name}: prompt of {header.prompt_tokens} tokens, at most {limits.prompt_tokens} are allowed")
     if not 1 <= header.response_tokens <= limits.response_tokens:
         raise BadMessage(f"{name}: response of {header.response_tokens} tokens, 1 to {limits.response_tokens} allowed")
-    for ids in (trajectory.prompt_ids, trajectory.token_ids):
-        if ids.size and ids.max() >= limits.vocab_size:
+    for ids in (trajectory.prompt_ids, trajectory.token_ids, trajectory.kept_ids):
+        if ids is not None and ids.size and ids.max() >= limits.vocab_size:
             raise BadMessage(f"{name}: token id {ids.max()} in a vocabulary of {limits.vocab_size}")
-    if needs_entropy and trajectory.entropies is None:
+    if needs.kept_ids and not _has_kept_ids(trajectory):
+        raise BadMessage(f"{name} was truncated, and has no kept ids for some token")
+    if needs.entropy and trajectory.entropies is None:
         raise BadMessage(f"{name} has no entropies, which the objective needs")
     if lease is not None and not np.array_equal(trajectory.prompt_ids, np.asarray(lease.prompt_ids, np.uint32)):
         raise BadMessage(f"{name} answers another prompt than was leased")
@@ -85,3 +104,9 @@ def _sampled_as_leased(header: TrajectoryHeader, lease: Lease) -> bool:
     if lease.temperatures and header.sampling.temperature > 0:
         expected = structs.replace(expected, temperature=header.sampling.temperature)
     return header.sampling == expected
+
+
+def _has_kept_ids(trajectory: Trajectory) -> bool:
+    """Whether every generated token says what it was drawn from."""
+    counts = trajectory.kept_counts
+    return counts is not None and bool(counts[trajectory.roles == Role.GENERATED].all())

@@ -69,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--samples", type=int, default=1, metavar="N", help="responses, with seeds from --seed on")
+    _sampling_options(generate)
 
     corpus = _command(commands, "corpus", "build a memory of texts for the suffix automaton", _corpus)
     corpus.add_argument("action", choices=["build"])
@@ -96,6 +98,23 @@ def _command(
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(call=call)
     return parser
+
+
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `pipeline.messages.SamplingParams`, under their own names; what is not given is its default."""
+    add = parser.add_argument
+    add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
+    add("--top-p", type=float, metavar="P", help="draw from the fewest tokens that have probability P together")
+    add("--min-p", type=float, metavar="P", help="draw from tokens P times as likely as the most likely one")
+    add("--repetition-penalty", type=float, metavar="R", help="divides logits of tokens of prompt and response")
+    add("--presence-penalty", type=float, metavar="X", help="taken off logits of tokens of the response")
+    add("--frequency-penalty", type=float, metavar="X", help="the same for each time a token occurs")
+    add("--logit-bias", action="append", metavar="ID=X", help="add X to the logit of a token; may be repeated")
+    add("--allowed-token-ids", nargs="+", type=int, metavar="ID", help="draw only these")
+    add("--bad-token-ids", nargs="+", type=int, metavar="ID", help="never draw these")
+    add("--stop-token-ids", nargs="+", type=int, metavar="ID", help="end at these, beside the model's own")
+    add("--stop-strings", nargs="+", metavar="TEXT", help="end with the token that completes one of these")
+    add("--min-new-tokens", type=int, metavar="N", help="do not stop before N tokens")
 
 
 def _configuration_options(parser: argparse.ArgumentParser) -> None:
@@ -150,9 +169,9 @@ def _generate(options: argparse.Namespace) -> int:
         options.model,
         options.prompt,
         drafter=options.drafter,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
+        sampling=vars(options),
         seed=options.seed,
+        samples=options.samples,
     )
 
 

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-SCHEMA = 1
+SCHEMA = 2
 
 Text = Annotated[str, Meta(max_length=1 << 20)]
 Name = Annotated[str, Meta(max_length=256)]
@@ -45,16 +45,62 @@ class Message(Struct, kw_only=True, frozen=True, forbid_unknown_fields=False):
     """Base of everything in frame 0."""
 
 
+Finite = Annotated[float, Meta(ge=-1e6, le=1e6)]
+
+
 class SamplingParams(Struct, kw_only=True, frozen=True):
-    temperature: Annotated[float, Meta(ge=0)] = 1.0
+    """How tokens are drawn and when a response ends; `pipeline.sampling.processors` says in which order settings act.
+    Every default leaves the model's own distribution as it is."""
+
+    temperature: Annotated[float, Meta(ge=0, le=1e6)] = 1.0
+    """0 is greedy: the most likely token; truncation does not matter then"""
     max_new_tokens: Annotated[int, Meta(ge=1, lt=1 << 24)] = 256
     stop_token_ids: tuple[Small, ...] = ()
+    top_k: Small = 0
+    """keep the k most likely tokens; 0: all"""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """keep the fewest most likely tokens that have this probability together"""
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """keep tokens at least this likely, relative to the most likely one"""
+    repetition_penalty: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    """divides positive and multiplies negative logits of tokens in prompt or response"""
+    presence_penalty: Finite = 0.0
+    """taken off the logits of tokens in the response"""
+    frequency_penalty: Finite = 0.0
+    """taken off the logits of tokens in the response, once for each time they occur"""
+    logit_bias: tuple[tuple[Small, Finite], ...] = ()
+    """(token id, added to its logit)"""
+    allowed_token_ids: tuple[Small, ...] = ()
+    """only these can be drawn; none given: all"""
+    bad_token_ids: tuple[Small, ...] = ()
+    """these are never drawn"""
+    min_new_tokens: Small = 0
+    """before so many tokens a response cannot stop"""
+    stop_strings: tuple[Annotated[str, Meta(min_length=1, max_length=1 << 12)], ...] = ()
+    """the token that completes one of these in the response's text is its last"""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether only a part of the vocabulary can be drawn, chosen by probability."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether logits depend on which tokens came before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def masks(self) -> bool:
+        """Whether logits of named tokens are changed."""
+        return bool(self.logit_bias or self.allowed_token_ids or self.bad_token_ids or self.min_new_tokens)
 
 
 class Capabilities(Struct, kw_only=True, frozen=True):
     """What an engine can give per token beyond the behaviour log-prob."""
 
     entropy: bool = False
+    kept_ids: bool = False
+    """the ids that truncation (top-k, top-p, min-p) left to draw from"""
 
 
 class DraftCounts(Struct, kw_only=True, frozen=True):
@@ -93,7 +139,9 @@ class Progress(Message, tag="progress", kw_only=True, frozen=True):
 
 class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):
     """One finished sample. Frames: prompt ids u32, token ids u32, log-probs f32, entropies f32 or empty, versions u32,
-    samplers u8, roles u8; all but the prompt have one entry a response token."""
+    samplers u8, roles u8; all but the prompt have one entry a response token. Then what truncation left to draw each
+    token from: number of ids u32 (one entry a response token, 0: the whole vocabulary), and the ids u32, token by
+    token; both empty where nothing was truncated."""
 
     schema: Small
     producer: Name
@@ -114,6 +162,8 @@ class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):
     verifications: Small
     kv_kept_across_update: bool = False
     text: Text = ""
+    kept_ids: Small | None = None
+    """Length of the frame of kept ids; None where nothing was truncated."""
 
 
 class SampleFailed(Message, tag="sample-failed", kw_only=True, frozen=True):
@@ -245,13 +295,17 @@ class Trajectory(Struct, kw_only=True):
     """u8 [T], `Sampler`"""
     roles: np.ndarray
     """u8 [T], `Role`"""
+    kept_counts: np.ndarray | None = None
+    """u32 [T], how many ids truncation left to draw the token from; 0: the whole vocabulary"""
+    kept_ids: np.ndarray | None = None
+    """u32 [sum of kept_counts], token by token"""
 
     @property
     def id(self) -> SampleId:
         return self.header.lease, self.header.sample
 
 
-_FRAMES = ("<u4", "<u4", "<f4", "<f4", "<u4", "u1", "u1")
+_FRAMES = ("<u4", "<u4", "<f4", "<f4", "<u4", "u1", "u1", "<u4", "<u4")
 
 
 def encode(message: Message) -> list[bytes]:
@@ -261,12 +315,13 @@ def encode(message: Message) -> list[bytes]:
 
 def encode_trajectory(trajectory: Trajectory) -> list[bytes]:
     """Frames of a trajectory: header, then the arrays in the order of `TrajectoryHeader`."""
-    entropies = trajectory.entropies if trajectory.entropies is not None else np.empty(0, np.float32)
     arrays = (
-        trajectory.prompt_ids, trajectory.token_ids, trajectory.logprobs, entropies,
-        trajectory.versions, trajectory.samplers, trajectory.roles,
+        trajectory.prompt_ids, trajectory.token_ids, trajectory.logprobs, trajectory.entropies,
+        trajectory.versions, trajectory.samplers, trajectory.roles, trajectory.kept_counts, trajectory.kept_ids,
     )  # fmt: skip
-    bodies = [np.ascontiguousarray(a, dtype=d).tobytes() for a, d in zip(arrays, _FRAMES, strict=True)]
+    bodies = [
+        b"" if a is None else np.ascontiguousarray(a, dtype=d).tobytes() for a, d in zip(arrays, _FRAMES, strict=True)
+    ]
     return [_encoder.encode(trajectory.header), *bodies]
 
 
@@ -274,20 +329,25 @@ def decode_trajectory(header: TrajectoryHeader, bodies: list[bytes]) -> Trajecto
     """Arrays of a trajectory (views of the frames, read-only).
 
     Raises:
-        BadMessage: another schema, a frame of the wrong length, a log-prob that is not finite or above zero.
+        BadMessage: another schema, a frame of the wrong length, a log-prob that is not finite or above zero, a token
+            that is not among those kept for it.
     """
     if header.schema != SCHEMA:
         raise BadMessage(f"trajectory schema {header.schema}, this side speaks {SCHEMA}")
     if len(bodies) != len(_FRAMES):
         raise BadMessage(f"trajectory with {len(bodies)} array frames instead of {len(_FRAMES)}")
     tokens = header.response_tokens
-    counts = (header.prompt_tokens, tokens, tokens, tokens if header.has_entropy else 0, tokens, tokens, tokens)
+    kept = header.kept_ids is not None
+    counts = (
+        header.prompt_tokens, tokens, tokens, tokens if header.has_entropy else 0, tokens, tokens, tokens,
+        tokens if kept else 0, header.kept_ids or 0,
+    )  # fmt: skip
     arrays = []
     for body, dtype, count in zip(bodies, _FRAMES, counts, strict=True):
         if len(body) != count * np.dtype(dtype).itemsize:
             raise BadMessage(f"array frame of {len(body)} bytes where {count} {dtype} were announced")
         arrays.append(np.frombuffer(body, dtype))
-    prompt_ids, token_ids, logprobs, entropies, versions, samplers, roles = arrays
+    prompt_ids, token_ids, logprobs, entropies, versions, samplers, roles, kept_counts, kept_ids = arrays
     if not (np.isfinite(logprobs).all() and (logprobs <= 1e-3).all()):
         raise BadMessage("a log-prob is not finite or is above 0")
     if header.has_entropy and not (np.isfinite(entropies).all() and (entropies >= -1e-3).all()):
@@ -298,10 +358,24 @@ def decode_trajectory(header: TrajectoryHeader, bodies: list[bytes]) -> Trajecto
         raise BadMessage(f"unknown sampler {samplers.max()}")
     if roles.size and roles.max() > max(Role):
         raise BadMessage(f"unknown role {roles.max()}")
+    if kept:
+        _check_kept(token_ids, kept_counts, kept_ids)
     return Trajectory(
         header=header, prompt_ids=prompt_ids, token_ids=token_ids, logprobs=logprobs,
         entropies=entropies if header.has_entropy else None, versions=versions, samplers=samplers, roles=roles,
+        kept_counts=kept_counts if kept else None, kept_ids=kept_ids if kept else None,
     )  # fmt: skip
+
+
+def _check_kept(token_ids: np.ndarray, kept_counts: np.ndarray, kept_ids: np.ndarray) -> None:
+    """Every token for which ids were kept must be one of them, once."""
+    total = int(kept_counts.sum(dtype=np.uint64))
+    if total != len(kept_ids):
+        raise BadMessage(f"{len(kept_ids)} kept ids where {total} were announced")
+    position = np.repeat(np.arange(len(token_ids)), kept_counts)
+    found = np.bincount(position[kept_ids == token_ids[position]], minlength=len(token_ids))
+    if (found != (kept_counts > 0)).any():
+        raise BadMessage(f"token {int(np.argmax(found != (kept_counts > 0)))} was not drawn from the ids kept for it")
 
 
 def decode_from_engine(frames: list[bytes]) -> EngineMessage | Trajectory:

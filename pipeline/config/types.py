@@ -58,6 +58,29 @@ class TaskSection(Section):
 
 class SamplingSection(Section):
     temperature: Annotated[NonNegativeFloat, option("softmax temperature of rollouts; 0 is greedy")] = 1.0
+    top_k: Annotated[Count, option("draw from the k most likely tokens; 0: all")] = 0
+    top_p: Annotated[
+        Annotated[float, Meta(gt=0, le=1)], option("draw from the fewest tokens that have this probability together")
+    ] = 1.0
+    min_p: Annotated[
+        Annotated[float, Meta(ge=0, le=1)], option("draw from tokens this likely, relative to the most likely one")
+    ] = 0.0
+    repetition_penalty: Annotated[PositiveFloat, option("divides logits of tokens of prompt and response; 1: off")] = (
+        1.0
+    )
+    presence_penalty: Annotated[float, option("taken off logits of tokens of the response")] = 0.0
+    frequency_penalty: Annotated[float, option("taken off logits of tokens of the response, for each time")] = 0.0
+    logit_bias: Annotated[dict[str, float], option("token id -> added to its logit")] = field(default_factory=dict)
+    allowed_token_ids: Annotated[list[Count], option("only these are drawn; empty: all")] = field(default_factory=list)
+    bad_token_ids: Annotated[list[Count], option("these are never drawn")] = field(default_factory=list)
+    stop_token_ids: Annotated[list[Count], option("end a response, beside the model's own end of text")] = field(
+        default_factory=list
+    )
+    stop_strings: Annotated[
+        list[Annotated[str, Meta(min_length=1)]],
+        option("the token that completes one of these in the text ends a response"),
+    ] = field(default_factory=list)
+    min_new_tokens: Annotated[Count, option("before so many tokens a response cannot stop")] = 0
     max_prompt_tokens: Annotated[PositiveInt, option("longest prompt, in tokens")] = 512
     max_new_tokens: Annotated[PositiveInt, option("longest response, in tokens")] = 512
 
@@ -68,6 +91,9 @@ class EngineSection(Section):
     max_sequences: Annotated[PositiveInt, option("sequences generated at once by one engine")] = 64
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("compute type; auto: the checkpoint's")] = "auto"
     device: Annotated[str, option("auto, cpu, cuda or cuda:N")] = "auto"
+    verification: Annotated[
+        Literal["standard", "block"], option("rule for drafts that bring probabilities; both are exact")
+    ] = "standard"
     kv_bytes: Annotated[
         Count, option("memory for keys and values, in bytes; 0: for max_sequences, at most half of what is free")
     ] = 0

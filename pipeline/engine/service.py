@@ -45,7 +45,7 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
         ),
         Spool.acquire(RunDirectory(Path(config.run.out)).spool, config.engine.spool_bytes),
         digest=run_digest(config),
-        capabilities=Capabilities(entropy=True),
+        capabilities=Capabilities(entropy=True, kept_ids=True),
         heartbeat_seconds=config.transport.heartbeat_seconds,
         connect_timeout=config.transport.connect_timeout if connect_timeout is None else connect_timeout,
         on_event=log,
@@ -242,6 +242,7 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
         reward=score.reward, reward_parts={}, finish_reason=sample.finish_reason, sampling=lease.sampling_of(index),
         drafters=sample.drafters, verifications=sample.verifications,
         kv_kept_across_update=sample.kv_kept_across_update,
+        kept_ids=None if sample.kept is None else len(sample.kept.ids),
     )  # fmt: skip
     return Trajectory(
         header=header,
@@ -252,6 +253,8 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
         versions=sample.versions.astype(np.uint32),
         samplers=sample.samplers,
         roles=np.full(tokens, Role.GENERATED, np.uint8),
+        kept_counts=None if sample.kept is None else sample.kept.counts,
+        kept_ids=None if sample.kept is None else sample.kept.ids,
     )
 
 
@@ -278,6 +281,7 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         max_length=config.sampling.max_prompt_tokens + config.sampling.max_new_tokens,
         dtype=config.engine.dtype,
         device=config.engine.device,
+        verification=config.engine.verification,
         kv_bytes=config.engine.kv_bytes,
         prefill_tokens=config.engine.prefill_tokens,
         recompute_on_update=config.engine.update_kv == "recompute",

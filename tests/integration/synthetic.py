@@ -74,7 +74,7 @@ def make_hub(folder: Path, address: str = "tcp://127.0.0.1:*", *, events=None, l
     settings = {
         "run_id": "run",
         "digest": DIGEST,
-        "needs_entropy": True,
+        "needs": Capabilities(entropy=True),
         "heartbeat_seconds": HEARTBEAT,
         "lease_seconds": 2.0,
         "limits": LIMITS,

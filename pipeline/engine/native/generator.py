@@ -12,17 +12,21 @@ from torch import Tensor
 
 from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
 from drafters.none import NoDrafter
-from pipeline.engine.generator import FinishedSample, GroupRequest
+from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds
 from pipeline.engine.native.drafting import Drafting
 from pipeline.engine.native.memory import Memory, page_budget
 from pipeline.engine.native.prefill import prefill
 from pipeline.engine.native.scheduler import Scheduler
 from pipeline.engine.native.sequence import Emission, Sequence
+from pipeline.engine.native.stop_strings import StopStrings
 from pipeline.errors import RunFailed, UsageError
 from pipeline.messages import Capabilities
 from pipeline.models.checkpoint import load_decoder, load_weights_into
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import PAGE, KVCache
+from pipeline.models.tokenizer import Tokenizer
+from pipeline.sampling.processors import Processors
+from pipeline.sampling.uniforms import salted
 from pipeline.sampling.verification import TokenUniforms, VerifiedTokens, verify
 
 
@@ -64,6 +68,8 @@ class NativeGenerator:
         device: torch.device | str = "auto",
         stop_token_ids: Items[int] | None = None,
         entropy: bool = True,
+        verification: str = "standard",
+        tokenizer: Tokenizer | None = None,
         kv_bytes: int = 0,
         prefill_tokens: int = 2048,
         recompute_on_update: bool = False,
@@ -80,6 +86,8 @@ class NativeGenerator:
             max_length: tokens of prompt and response together; None: what the model was made for.
             stop_token_ids: tokens that end every response, beside those of a request; None: the model's own.
             entropy: whether to record entropies.
+            verification: rule for drafts that bring probabilities: "standard", token by token, or "block".
+            tokenizer: for requests with stop strings; None: the checkpoint directory's.
             kv_bytes: memory for keys and values; 0: for `max_sequences` of `max_length`, at most half of what is free.
                 When it runs out, the sequences that started last are preempted and computed again later.
             prefill_tokens: tokens of prompts computed between two verifications.
@@ -95,7 +103,7 @@ class NativeGenerator:
         """
         self.decoder = model if isinstance(model, Decoder) else load_decoder(model, dtype, device)
         config = self.decoder.config
-        self.capabilities = Capabilities(entropy=entropy)
+        self.capabilities = Capabilities(entropy=entropy, kept_ids=True)
         self.version = version
         self.max_sequences, self.max_draft_tokens = max_sequences, max_draft_tokens
         self.max_length = max_length or config.max_positions
@@ -119,6 +127,13 @@ class NativeGenerator:
         """row b: pages of live sequence b"""
         self._groups: dict[int, int] = {}
         """samples of each group that have not finished"""
+        if verification not in ("standard", "block"):
+            raise UsageError(f"verification {verification!r} is unknown; use standard or block")
+        self._block = verification == "block"
+        self._processors = Processors(config.vocab_size, self.decoder.device)
+        self._tokenizer, self._folder = tokenizer, None if isinstance(model, Decoder) else Path(model)
+        self._salt = False
+        """whether numbers depend on the sequence beside the seed: from the first drafts with probabilities on"""
         self._drafting = Drafting(drafter or NoDrafter(), self.decoder, on_event)
         self._stats = GeneratorStats()
         self._mark = 0.0
@@ -151,7 +166,8 @@ class NativeGenerator:
             limits: most tokens of each sample, where they differ; None: the sampling parameters' for all.
 
         Raises:
-            UsageError: the prompt is empty, leaves no room for a response, or has ids outside the vocabulary.
+            UsageError: the prompt is empty, leaves no room for a response, or has ids outside the vocabulary; sampling
+                settings that no response can have; stop strings without a tokenizer.
             ValueError: the group's id is in use.
         """
         prompt, vocab_size = request.prompt_ids, self.decoder.config.vocab_size
@@ -164,6 +180,9 @@ class NativeGenerator:
         wanted = limits or [request.sampling.max_new_tokens] * len(request.seeds)
         room = self.max_length - len(prompt)
         stop = self._stop.union(request.sampling.stop_token_ids)
+        self._processors.check(request.sampling, stop)
+        if request.sampling.stop_strings:
+            self._load_tokenizer()
         self._groups[request.id] = len(request.seeds)
         self._scheduler.add(request, [min(limit, room) for limit in wanted], stop)
 
@@ -174,9 +193,16 @@ class NativeGenerator:
             self._starting.remove(sequence)
             self._memory.free(sequence)
             stopped.append(sequence)
-        self._drafting.end([s.id for s in stopped if s.begun])
+        self._end([s for s in stopped if s.begun])
         self._release([row for row, s in enumerate(self._live) if s.group == group])
         self._memory.forget_prompt(group)
+
+    def _load_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            if self._folder is None:
+                raise UsageError("stop strings need a tokenizer; give NativeGenerator one, or a checkpoint directory")
+            self._tokenizer = Tokenizer(self._folder)
+        return self._tokenizer
 
     def has_work(self) -> bool:
         return bool(self._live or self._starting) or len(self._scheduler) > 0
@@ -227,13 +253,15 @@ class NativeGenerator:
         hidden = self._forward(proposal)
         logits = self.decoder.logits(hidden)
         self._lap("forward_seconds")
-        verified = self._verify(logits, proposal, temperatures)
+        verified = self._verify(logits, proposal)
         emissions = self._emissions(verified, proposal)
         self._lap("sampling_seconds")
         seconds = self._mark - began
         drafters = proposal.drafted_by or [self._drafting.name] * len(emissions)
         for sequence, emission, drafter in zip(self._live, emissions, drafters, strict=True):
             sequence.append(emission, self.version, drafter)
+        slots = np.array([s.slot for s in self._live], np.int64)
+        self._processors.observe(slots, [e.token_ids for e in emissions])
         self._count(emissions)
         self._lap("other_seconds")
         self._observe(emissions, hidden, logits, proposal, seconds)
@@ -265,11 +293,26 @@ class NativeGenerator:
             self._live.append(sequence)
             self._last_member_started(sequence.group)
         if ready:
-            self._drafting.begin([_start_of(s) for s in ready if not s.begun])
+            new = [s for s in ready if not s.begun]
             self._drafting.restore([_start_of(s) for s in ready if s.begun])
+            self._drafting.begin([_start_of(s) for s in new])
+            for sequence in new:
+                self._begin(sequence)
             self._lap("drafter_seconds")
-        for sequence in ready:
-            sequence.begun = True
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Its settings take effect; they stay over preemption until `_end`."""
+        params, sequence.begun = sequence.sampling, True
+        sequence.slot = self._processors.add(params, sequence.stop, sequence.request.prompt_ids)
+        if params.stop_strings:
+            stream = self._load_tokenizer().stream()
+            sequence.stop_strings = StopStrings(params.stop_strings, stream, params.min_new_tokens)
+
+    def _end(self, sequences: Items[Sequence]) -> None:
+        """What has begun is finished or cancelled."""
+        self._drafting.end([s.id for s in sequences])
+        for sequence in sequences:
+            self._processors.remove(sequence.slot)
 
     def _last_member_started(self, group: int) -> None:
         """Frees a group's prompt once no sample will ask for it."""
@@ -328,18 +371,27 @@ class NativeGenerator:
         plan = self._memory.cache.plan(self._tables[: len(self._live)], cached, counts)
         return self.decoder.forward(torch.from_numpy(tokens).to(self.decoder.device), plan, self._memory.cache)
 
-    def _verify(self, logits: Tensor, proposal: Proposal, temperatures: np.ndarray) -> VerifiedTokens:
+    def _verify(self, logits: Tensor, proposal: Proposal) -> VerifiedTokens:
         seeds = np.array([s.seed for s in self._live], np.int64)
         positions = np.array([s.count for s in self._live], np.int64)
-        sampled = proposal.probabilities is not None
+        slots = np.array([s.slot for s in self._live], np.int64)
+        probabilistic = proposal.probabilities is not None
+        # From here on no seed has a text of its own anyway, and a drafter that remembers what a seed led to must not
+        # meet the same numbers again.
+        self._salt = self._salt or probabilistic
+        if self._salt:
+            seeds = salted(seeds, np.array([s.id + 1 for s in self._live], np.int64))
+        target = self._processors.target(
+            logits, slots, positions, proposal.token_ids, proposal.lengths, self.capabilities.entropy
+        )
         return verify(
-            logits,
+            target,
             proposal.token_ids,
             proposal.lengths,
-            torch.from_numpy(temperatures).to(logits.device),
-            TokenUniforms.draw(seeds, positions, proposal.lengths, sampled, logits.device),
+            TokenUniforms.draw(seeds, positions, proposal.lengths, probabilistic, logits.device, self._block),
             proposal.probabilities,
-            self.capabilities.entropy,
+            proposal.sampled,
+            self._block,
         )
 
     def _emissions(self, verified: VerifiedTokens, proposal: Proposal) -> list[Emission]:
@@ -348,7 +400,7 @@ class NativeGenerator:
             raise RunFailed(f"publication {self.version} gives log-probs that are not numbers; its weights are broken")
         tokens = verified.tokens.cpu().numpy()
         entropies = None if verified.entropies is None else verified.entropies.cpu().numpy()
-        emissions = []
+        emissions, kept = [], _kept_by_row(verified)
         for row, sequence in enumerate(self._live):
             n = int(accepted[row])
             emission = Emission(
@@ -357,6 +409,7 @@ class NativeGenerator:
                 None if entropies is None else entropies[row, : n + 1],
                 int(proposal.lengths[row]),
                 n,
+                kept[row].first(n + 1) if sequence.request.sampling.truncates else None,
             )
             emissions.append(sequence.cut_at_stop(emission))
         return emissions
@@ -390,7 +443,7 @@ class NativeGenerator:
 
     def _release(self, rows: list[int]) -> None:
         """Ends live sequences."""
-        self._drafting.end([self._live[row].id for row in rows])
+        self._end([self._live[row] for row in rows])
         for row in sorted(rows, reverse=True):
             self._memory.free(self._live[row])
             self._take_out(row)
@@ -419,3 +472,12 @@ class NativeGenerator:
 def _start_of(s: Sequence) -> SequenceStart:
     response = s.token_ids[: s.count].copy()
     return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response)
+
+
+def _kept_by_row(verified: VerifiedTokens) -> list[KeptIds]:
+    """Of each row's columns; empty where nothing was truncated."""
+    if verified.kept_counts is None or verified.kept_ids is None:
+        return []
+    counts, ids = verified.kept_counts.cpu().numpy(), verified.kept_ids.cpu().numpy()
+    parts = np.split(ids, counts.sum(1).cumsum()[:-1])
+    return [KeptIds(row, part) for row, part in zip(counts, parts, strict=True)]
