@@ -160,7 +160,6 @@ def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Propo
         sampled = _checked_mask(proposal.sampled, lengths)
         if sampled.any():
             q = _checked_probabilities(q, ids, used & sampled[:, None], vocab_size)
-            q = _with_certain_rows(q, ids, used & ~sampled[:, None])
         else:
             q = sampled = None
     return Proposal(
@@ -203,15 +202,4 @@ def _checked_probabilities(q: torch.Tensor, ids: np.ndarray, inside: np.ndarray,
     good = (q.min(-1).values >= 0) & ((q.sum(-1) - 1).abs() < 1e-3) & (drawn > 0)
     if not bool(good[torch.from_numpy(inside).to(q.device)].all()):
         raise BadProposal("probabilities of a draft token are negative, do not sum to 1, or give the token itself none")
-    return q
-
-
-def _with_certain_rows(q: torch.Tensor, ids: np.ndarray, certain: np.ndarray) -> torch.Tensor:
-    """The probabilities with those of deterministic drafts said: 1 for the token itself."""
-    if not certain.any():
-        return q
-    row, depth = (torch.from_numpy(index).to(q.device) for index in np.nonzero(certain))
-    q = q.clone()
-    q[row, depth] = 0.0
-    q[row, depth, torch.from_numpy(ids[certain]).to(q.device)] = 1.0
     return q

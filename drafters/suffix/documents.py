@@ -3,13 +3,15 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
 from pipeline.errors import UsageError
 from pipeline.models.tokenizer import Tokenizer
+
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
 
 
 def read_documents(files: Sequence[Path], tokenizer: Tokenizer | None, template: str) -> Iterator[np.ndarray]:
@@ -44,7 +46,7 @@ def _document(line: str, tokenizer: Tokenizer | None, template: str, place: str)
         raise UsageError(f"{place} is not a JSON object: {error}") from None
     if "token_ids" in fields:
         try:
-            return np.array(msgspec.convert(fields["token_ids"], list[int]), np.int32).astype(np.int64)
+            return np.array(msgspec.convert(fields["token_ids"], list[TokenId]), np.int32).astype(np.int64)
         except (msgspec.ValidationError, OverflowError) as error:
             raise UsageError(f"{place}: token_ids is not a list of token ids: {error}") from None
 
