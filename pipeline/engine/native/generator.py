@@ -270,10 +270,12 @@ class NativeGenerator:
 
     def _admit(self) -> None:
         """Starts those next in the queue while there is memory for them."""
+        admission = self._memory.admission(self._starting, len(self._live))
         while len(self._live) + len(self._starting) < self.max_sequences:
             sequence = self._scheduler.next()
-            if sequence is None or not self._memory.fits(sequence, self._starting, len(self._live)):
+            if sequence is None or not admission.fits(sequence):
                 break
+            admission.add(sequence)
             self._scheduler.start()
             self._starting.append(sequence)
 
