@@ -17,18 +17,31 @@ from pipeline.messages import (
     TrajectoryHeader,
 )
 
+DROP_REASONS = ("reward_error", "reward_timeout", "reward_died", "engine_error")
+"""why an engine may say that a sample will not come"""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The largest sample the configuration allows."""
+    """How much of what the learner takes from engines."""
 
     prompt_tokens: int
     response_tokens: int
     vocab_size: int
+    window_samples: int = 4096
+    """samples that all engines together may have sent and not seen committed"""
+    window_bytes: int = 256 << 20
+    """bytes of those"""
+    stall_seconds: float = 1800.0
+    """an engine that has work and generates nothing for this long loses its leases"""
 
 
-def refusal(hello: Hello, digest: dict[str, str], needs: Capabilities) -> Refused | None:
-    """Why an engine cannot serve this learner; None when it can."""
+def refusal(hello: Hello, digest: dict[str, str], needs: Capabilities, key: str = "") -> Refused | None:
+    """Why an engine cannot serve this learner; None when it can.
+
+    Args:
+        key: fingerprint of the key it proved to have; empty without encryption.
+    """
     if hello.schema != SCHEMA:
         return Refused(
             reason=f"the engine speaks message schema {hello.schema}, the learner {SCHEMA}; install the same version",
@@ -42,6 +55,11 @@ def refusal(hello: Hello, digest: dict[str, str], needs: Capabilities) -> Refuse
         return Refused(
             reason=f"engine and learner disagree on {differences}; start the engine with the learner's configuration",
             keys=keys,
+        )
+    if key and not hello.producer.startswith(f"{key}-"):
+        return Refused(
+            reason=f"producer {hello.producer} belongs to another key than this engine's (fingerprint {key})",
+            keys=("producer",),
         )
     if needs.kept_ids and not hello.capabilities.kept_ids:
         return Refused(
@@ -64,14 +82,20 @@ def check_sample(lease_id: int, sample: int, group_size: int) -> None:
         raise BadMessage(f"sample {sample} of lease {lease_id} in groups of {group_size}")
 
 
+def drop_reason(reason: str) -> str:
+    """What a failed sample is counted under: an engine cannot make the learner count under names of its own."""
+    return reason if reason in DROP_REASONS else "engine_error"
+
+
 def check_trajectory(
-    trajectory: Trajectory, producer: str, lease: Lease | None, limits: Limits, needs: Capabilities
+    trajectory: Trajectory, producer: str, lease: Lease | None, limits: Limits, needs: Capabilities, newest: int = -1
 ) -> None:
     """A decoded trajectory against the limits and against what was leased.
 
     Args:
         needs: what every trajectory must carry.
         lease: None when the lease is not known or done with; the content is not compared then.
+        newest: publication, which no token can be newer than; -1: a learner that has just restarted has none yet.
 
     Raises:
         BadMessage: it says what is wrong.
@@ -87,6 +111,8 @@ def check_trajectory(
     for ids in (trajectory.prompt_ids, trajectory.token_ids, trajectory.kept_ids):
         if ids is not None and ids.size and ids.max() >= limits.vocab_size:
             raise BadMessage(f"{name}: token id {ids.max()} in a vocabulary of {limits.vocab_size}")
+    if newest >= 0 and trajectory.versions.max() > newest:
+        raise BadMessage(f"{name} was sampled by publication {trajectory.versions.max()}, the newest is {newest}")
     if needs.kept_ids and not _has_kept_ids(trajectory):
         raise BadMessage(f"{name} was truncated, and has no kept ids for some token")
     if needs.entropy and trajectory.entropies is None:

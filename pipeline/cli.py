@@ -48,11 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "learner and engine(s) on this machine, until the run is done", _run)
     run.add_argument("config", nargs="?", type=Path, help="TOML file; without it the embedded default")
     _configuration_options(run)
+    _insecure_option(run)
     run.add_argument("--out", help="run directory (run.out); an existing run in it is resumed")
 
     learner = _command(commands, "learner", "the learner alone", _learner)
     learner.add_argument("config", type=Path, help="TOML file")
     _configuration_options(learner)
+    _insecure_option(learner)
 
     engine = _command(commands, "engine", "an engine alone; start as many as you like, whenever you like", _engine)
     engine.add_argument("config", type=Path, help="TOML file, the same as the learner's")
@@ -82,6 +84,15 @@ def build_parser() -> argparse.ArgumentParser:
     corpus.add_argument("--template", default="{text}", help="text of a line; {field} is replaced")
 
     _command(commands, "drafters", "list the drafters that are installed", _drafters)
+
+    keys = _command(commands, "keygen", "make keys for engines on other machines, or add engines to them", _keygen)
+    keys.add_argument("folder", type=Path, help="where the keys are kept (transport.keys)")
+    keys.add_argument(
+        "--engine",
+        action="append",
+        metavar="NAME",
+        help="an engine to make a key for; may be repeated (default: engine)",
+    )
 
     bench = _command(commands, "bench", "measure or prove something; `rollahead bench WHAT --help` tells more", _bench)
     bench.add_argument("what", help="name of the benchmark; `rollahead bench list` shows them")
@@ -124,6 +135,12 @@ def _configuration_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check, print the resolved configuration, and stop")
 
 
+def _insecure_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--insecure", action="store_true", help="listen for other machines without keys (transport.insecure)"
+    )
+
+
 def _run(options: argparse.Namespace) -> int:
     from pipeline.config import EMBEDDED, load_config
 
@@ -133,6 +150,7 @@ def _run(options: argparse.Namespace) -> int:
         config = load_config(EMBEDDED, options.set)
     if options.out:
         config.run.out = options.out
+    config.transport.insecure |= options.insecure
     if options.dry_run:
         return _dry_run(config, ("learner", "engine"))
     from pipeline.launcher import run
@@ -144,6 +162,7 @@ def _learner(options: argparse.Namespace) -> int:
     from pipeline.config import load_config
 
     config = load_config(options.config, options.set)
+    config.transport.insecure |= options.insecure
     if options.dry_run:
         return _dry_run(config, ("learner",))
     from learner.service import run_learner
@@ -198,6 +217,13 @@ def _corpus(options: argparse.Namespace) -> int:
         f"{size.bytes / size.tokens:.0f} bytes a token, {time.perf_counter() - began:.1f} s; use it with "
         f'engine.drafter = {{name = "suffix-automaton", corpora = ["{options.out}"]}}'
     )
+    return 0
+
+
+def _keygen(options: argparse.Namespace) -> int:
+    from pipeline.transport.keys import DEFAULT_ENGINE, keygen
+
+    print("\n".join(keygen(options.folder, options.engine or [DEFAULT_ENGINE])))
     return 0
 
 

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-SCHEMA = 2
+SCHEMA = 3
 
 Text = Annotated[str, Meta(max_length=1 << 20)]
 Name = Annotated[str, Meta(max_length=256)]
@@ -20,6 +20,16 @@ Id = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Small = Annotated[int, Meta(ge=0, lt=1 << 31)]
 SampleId = tuple[Id, Small]
 """(lease id, sample index in the group): the identity of a trajectory."""
+IDS_A_MESSAGE = 1 << 16
+"""entries of a list of leases or samples; who has more to say sends several messages, or says the rest later"""
+LARGEST_HEADER = 4 << 20
+"""bytes of frame 0 that the learner looks at"""
+LARGEST_CHUNK = 1 << 20
+"""bytes of weights in one message"""
+_LONGEST_ERROR = 1 << 16
+
+LeaseIds = Annotated[tuple[Id, ...], Meta(max_length=IDS_A_MESSAGE)]
+SampleIds = Annotated[tuple[SampleId, ...], Meta(max_length=IDS_A_MESSAGE)]
 
 
 class BadMessage(ValueError):
@@ -115,26 +125,32 @@ class Hello(Message, tag="hello", kw_only=True, frozen=True):
     schema: Small
     producer: Name
     incarnation: Id
-    digest: dict[Name, Name]
+    digest: Annotated[dict[Name, Name], Meta(max_length=64)]
     capabilities: Capabilities
-    running: tuple[Id, ...] = ()
+    running: LeaseIds = ()
     """Leases this engine still works on; all its others are free to be reissued."""
-    spooled: tuple[SampleId, ...] = ()
-    """Samples in its spool that are not known to be committed."""
+    spooled: SampleIds = ()
+    """Samples in its spool that are not known to be committed; the oldest when there are too many to list."""
     version: int = -1
     """Publication loaded, -1 before the first."""
+    instance: Id = 0
+    """A number the process drew when it started: tells two processes apart that share a copied spool."""
 
 
 class Progress(Message, tag="progress", kw_only=True, frozen=True):
     """Sent every heartbeat: renews leases, grants credit, reports counters since start."""
 
-    running: tuple[Id, ...]
+    running: LeaseIds
     credit: Small
     """Samples the engine could start now, beyond the leases it holds."""
     version: int
     generated_tokens: Id = 0
     busy_seconds: float = 0.0
     spooled_bytes: Id = 0
+    blocked_seconds: float = 0.0
+    """That the engine took nothing new because its spool was full."""
+    spool_damaged: Id = 0
+    """Stretches of its spool that could not be read; what was in them is sampled anew."""
 
 
 class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):
@@ -154,11 +170,11 @@ class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):
     response_tokens: Small
     has_entropy: bool
     reward: float
-    reward_parts: dict[Name, float]
+    reward_parts: Annotated[dict[Name, float], Meta(max_length=64)]
     finish_reason: Name
     """"stop" or "length"."""
     sampling: SamplingParams
-    drafters: dict[Name, DraftCounts]
+    drafters: Annotated[dict[Name, DraftCounts], Meta(max_length=64)]
     verifications: Small
     kv_kept_across_update: bool = False
     text: Text = ""
@@ -178,7 +194,16 @@ class SampleFailed(Message, tag="sample-failed", kw_only=True, frozen=True):
 class Leaving(Message, tag="leaving", kw_only=True, frozen=True):
     """The engine leaves in order; the leases it names go back to the learner."""
 
-    handed_back: tuple[Id, ...] = ()
+    handed_back: LeaseIds = ()
+
+
+class WeightsRequest(Message, tag="weights-request", kw_only=True, frozen=True):
+    """Asks for a publication whose folder the engine cannot read: for the list of its files, or for a piece of one."""
+
+    version: Id
+    file: Name = ""
+    """Empty: the list."""
+    offset: Id = 0
 
 
 # ---- learner -> engine -------------------------------------------------------------------------------------------
@@ -189,8 +214,15 @@ class Welcome(Message, tag="welcome", kw_only=True, frozen=True):
     run: Name
     version: int
     """Newest publication; the engine follows the weights folder of its own configuration."""
-    received: tuple[SampleId, ...] = ()
+    received: SampleIds = ()
     """Of the samples in HELLO, those that need not be sent again."""
+
+
+class Window(Message, tag="window", kw_only=True, frozen=True):
+    """How much the engine may have sent that is not committed yet; one sample is always allowed."""
+
+    samples: Small
+    bytes: Id
 
 
 class Refused(Message, tag="refused", kw_only=True, frozen=True):
@@ -231,16 +263,10 @@ class Grant(Message, tag="grant", kw_only=True, frozen=True):
     leases: tuple[Lease, ...]
 
 
-class Received(Message, tag="received", kw_only=True, frozen=True):
-    """In the learner's memory: need not be resent on this connection."""
-
-    samples: tuple[SampleId, ...]
-
-
 class Committed(Message, tag="committed", kw_only=True, frozen=True):
     """In the learner's journal, synced to disk, or deliberately not wanted: the spool may forget them."""
 
-    samples: tuple[SampleId, ...]
+    samples: SampleIds
 
 
 class Published(Message, tag="published", kw_only=True, frozen=True):
@@ -252,7 +278,31 @@ class Published(Message, tag="published", kw_only=True, frozen=True):
 class Revoke(Message, tag="revoke", kw_only=True, frozen=True):
     """Leases whose samples are no longer wanted; the engine may stop them."""
 
-    leases: tuple[Id, ...]
+    leases: LeaseIds
+
+
+class WeightsFile(Struct, kw_only=True, frozen=True):
+    """One file of a publication."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    bytes: Id
+    sha256: Name
+
+
+class WeightsFiles(Message, tag="weights-files", kw_only=True, frozen=True):
+    """The files of a publication; none when it is not there any more."""
+
+    version: Id
+    files: Annotated[tuple[WeightsFile, ...], Meta(max_length=256)]
+
+
+class WeightsChunk(Message, tag="weights-chunk", kw_only=True, frozen=True):
+    """A piece of a publication's file; empty when there is nothing at that offset any more."""
+
+    version: Id
+    file: Name
+    offset: Id
+    data: Annotated[bytes, Meta(max_length=LARGEST_CHUNK)]
 
 
 class Drain(Message, tag="drain", kw_only=True, frozen=True):
@@ -269,8 +319,16 @@ class Fatal(Message, tag="fatal", kw_only=True, frozen=True):
     traceback: Text = ""
 
 
-EngineMessage = Hello | Progress | TrajectoryHeader | SampleFailed | Leaving | Fatal
-LearnerMessage = Welcome | Refused | Grant | Received | Committed | Published | Revoke | Drain | Fatal
+def fatal(message: str, traceback: str = "") -> Fatal:
+    """A `Fatal` that fits into a message: of a long traceback the end, where the error is."""
+    return Fatal(message=message[:_LONGEST_ERROR], traceback=traceback[-_LONGEST_ERROR:])
+
+
+EngineMessage = Hello | Progress | TrajectoryHeader | SampleFailed | Leaving | WeightsRequest | Fatal
+LearnerMessage = (
+    Welcome | Window | Refused | Grant | Committed | Published | Revoke | WeightsFiles | WeightsChunk
+    | Drain | Fatal
+)  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _engine_decoder = msgspec.msgpack.Decoder(EngineMessage)
@@ -305,6 +363,7 @@ class Trajectory(Struct, kw_only=True):
         return self.header.lease, self.header.sample
 
 
+_HUGE = float(np.finfo(np.float32).max)
 _FRAMES = ("<u4", "<u4", "<f4", "<f4", "<u4", "u1", "u1", "<u4", "<u4")
 
 
@@ -348,12 +407,12 @@ def decode_trajectory(header: TrajectoryHeader, bodies: list[bytes]) -> Trajecto
             raise BadMessage(f"array frame of {len(body)} bytes where {count} {dtype} were announced")
         arrays.append(np.frombuffer(body, dtype))
     prompt_ids, token_ids, logprobs, entropies, versions, samplers, roles, kept_counts, kept_ids = arrays
-    if not (np.isfinite(logprobs).all() and (logprobs <= 1e-3).all()):
+    if not _within(logprobs, -_HUGE, 1e-3):
         raise BadMessage("a log-prob is not finite or is above 0")
-    if header.has_entropy and not (np.isfinite(entropies).all() and (entropies >= -1e-3).all()):
+    if header.has_entropy and not _within(entropies, -1e-3, _HUGE):
         raise BadMessage("an entropy is not finite or is below 0")
-    if not np.isfinite(header.reward):
-        raise BadMessage(f"reward {header.reward} is not finite")
+    if not np.isfinite([header.reward, *header.reward_parts.values()]).all():
+        raise BadMessage(f"reward {header.reward}, or a part of it, is not finite")
     if samplers.size and samplers.max() > max(Sampler):
         raise BadMessage(f"unknown sampler {samplers.max()}")
     if roles.size and roles.max() > max(Role):
@@ -365,6 +424,11 @@ def decode_trajectory(header: TrajectoryHeader, bodies: list[bytes]) -> Trajecto
         entropies=entropies if header.has_entropy else None, versions=versions, samplers=samplers, roles=roles,
         kept_counts=kept_counts if kept else None, kept_ids=kept_ids if kept else None,
     )  # fmt: skip
+
+
+def _within(values: np.ndarray, low: float, high: float) -> bool:
+    """Whether all values lie between; a NaN lies nowhere, as every comparison with it is false."""
+    return not values.size or bool(values.min() >= low and values.max() <= high)
 
 
 def _check_kept(token_ids: np.ndarray, kept_counts: np.ndarray, kept_ids: np.ndarray) -> None:
@@ -380,6 +444,8 @@ def _check_kept(token_ids: np.ndarray, kept_counts: np.ndarray, kept_ids: np.nda
 
 def decode_from_engine(frames: list[bytes]) -> EngineMessage | Trajectory:
     """What an engine sent; a trajectory comes with its arrays."""
+    if frames and len(frames[0]) > LARGEST_HEADER:
+        raise BadMessage(f"a header of {len(frames[0])} bytes, at most {LARGEST_HEADER} are allowed")
     message = _decode(_engine_decoder, frames)
     if isinstance(message, TrajectoryHeader):
         return decode_trajectory(message, frames[1:])
@@ -401,5 +467,5 @@ def _decode(decoder: msgspec.msgpack.Decoder, frames: list[bytes]) -> Any:
         raise BadMessage("a message without frames")
     try:
         return decoder.decode(frames[0])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadMessage(str(error)) from error

@@ -99,10 +99,10 @@ def resolve_threads(wanted: int, config: Config) -> int:
 # What may differ between a run and its resumption: it does not change what is learnt from which samples.
 _FREE_TO_CHANGE = {
     "run": {"out", "steps", "engines", "restarts", "measure_drafting"},
-    "task": {"held_out_path"},
+    "task": {"held_out_path", "reward_seconds", "reward_memory_mb", "reward_workers"},
     "engine": None,
     "transport": None,
-    "weights": {"keep"},
+    "weights": {"keep", "transport"},
     "objective": {"recipe", "reconstructed"},
     "learner": {"threads", "device", "checkpoint_every", "keep_checkpoints"},
 }

@@ -53,6 +53,9 @@ class TaskSection(Section):
         "Question: {question}\nAnswer:"
     )
     reward: Annotated[str, option("numeric-answer, or module:function with TRL's signature")] = "numeric-answer"
+    reward_seconds: Annotated[NonNegativeFloat, option("module:function: limit of one call; 0: none")] = 60.0
+    reward_memory_mb: Annotated[Count, option("module:function: limit of its process's memory, in MiB; 0: none")] = 4096
+    reward_workers: Annotated[PositiveInt, option("module:function: processes an engine scores in")] = 1
     long_prompts: Annotated[Literal["error", "skip"], option("a prompt over sampling.max_prompt_tokens")] = "error"
 
 
@@ -119,10 +122,25 @@ class TransportSection(Section):
     heartbeat_seconds: Annotated[PositiveFloat, option("between an engine's progress messages")] = 1.0
     lease_seconds: Annotated[PositiveFloat, option("a lease without progress is reissued after this")] = 30.0
     journal_bytes: Annotated[PositiveInt, option("journal size that forces a checkpoint, in bytes")] = 1 << 30
-    max_message_bytes: Annotated[PositiveInt, option("largest message accepted")] = 64 << 20
+    max_message_bytes: Annotated[Annotated[int, Meta(ge=1 << 20)], option("largest message accepted")] = 64 << 20
+    window_bytes: Annotated[
+        PositiveInt, option("bytes that all engines together may have sent before the journal holds them")
+    ] = 256 << 20
+    fsync: Annotated[
+        bool, option("sync spool and journal before samples are acknowledged; false survives kills, not power cuts")
+    ] = True
+    stall_seconds: Annotated[
+        NonNegativeFloat, option("a process without progress for this long is ended; 0: never")
+    ] = 1800.0
+    keys: Annotated[str, option("folder of keys made by `rollahead keygen`; empty: this machine only")] = ""
+    engine_key: Annotated[str, option("name of the engine's key in transport.keys")] = "engine"
+    insecure: Annotated[bool, option("listen for other machines without keys")] = False
 
 
 class WeightsSection(Section):
+    transport: Annotated[
+        Literal["filesystem", "stream"], option("filesystem: engines read run.out; stream: over the connection")
+    ] = "filesystem"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], option("type of published weights; auto: the checkpoint's")
     ] = "auto"

@@ -11,8 +11,9 @@ import pytest
 from pipeline.cli import build_parser, main
 
 COMMAND_LINE = {
-    "run": ["[config]", "--set", "--dry-run", "--out"],
-    "learner": ["config", "--set", "--dry-run"],
+    "run": ["[config]", "--set", "--dry-run", "--out", "--insecure"],
+    "learner": ["config", "--set", "--dry-run", "--insecure"],
+    "keygen": ["folder", "--engine"],
     "engine": ["config", "--connect", "--connect-timeout", "--set", "--dry-run"],
     "generate": [
         "model", "--prompt", "--drafter", "--max-new-tokens", "--temperature", "--seed", "--samples", "--top-k",

@@ -167,6 +167,41 @@ def test_damaged_trajectories_raise_nothing_but_bad_message(position, value, fra
         assert got.header.response_tokens == len(got.token_ids) and np.isfinite(got.logprobs).all()
 
 
+def nested(depth: int) -> bytes:
+    return b"\x91" * depth + b"\x90"
+
+
+@pytest.mark.parametrize("depth", [100, 100_000])
+def test_deep_nesting_is_refused_or_skipped_without_harm(depth):
+    frame = b"\x82" + msgspec.msgpack.encode("type") + msgspec.msgpack.encode("leaving")
+    frame += msgspec.msgpack.encode("unknown") + nested(depth)
+    try:
+        messages.decode_from_engine([frame])
+    except BadMessage:
+        assert depth > 100
+
+
+def test_lists_longer_than_allowed_and_huge_headers_are_refused():
+    long = messages.Leaving(handed_back=tuple(range(messages.IDS_A_MESSAGE + 1)))
+    with pytest.raises(BadMessage, match="length"):
+        messages.decode_from_engine(messages.encode(long))
+    announced = b"\x82\xa4type\xa7leaving\xabhanded_back\xdd\xff\xff\xff\xff"  # four thousand million entries
+    with pytest.raises(BadMessage):
+        messages.decode_from_engine([announced])
+    with pytest.raises(BadMessage, match="header"):
+        messages.decode_from_engine([bytes(messages.LARGEST_HEADER + 1)])
+
+
+def test_a_part_of_the_reward_that_is_no_number_is_refused():
+    with pytest.raises(BadMessage, match="part"):
+        messages.decode_from_engine(messages.encode_trajectory(make_trajectory(reward_parts={"right": float("inf")})))
+
+
+def test_an_error_of_any_length_fits_into_a_message():
+    told = messages.fatal("m" * (1 << 21), "t" * (1 << 21) + "end")
+    assert messages.decode_from_engine(messages.encode(told)) == told and told.traceback.endswith("end")
+
+
 def test_messages_of_a_later_version_with_new_fields_are_understood():
     later = msgspec.msgpack.encode({"type": "leaving", "handed_back": [3], "mood": "fine"})
     assert messages.decode_from_engine([later]) == messages.Leaving(handed_back=(3,))
