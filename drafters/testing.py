@@ -151,10 +151,10 @@ class Rehearsal:
         starts = [text.start for text in self.live]
         seeds = np.array([start.seed for start in starts], np.int64)
         positions = np.array([len(text.tokens) for text in self.live], np.int64)
-        place, _ = packed_rows(proposal.lengths)
-        temperatures = torch.tensor([start.temperature for start in starts], dtype=torch.float32)
+        temperatures = np.array([start.temperature for start in starts], np.float32)
+        packed, _ = packed_rows(proposal.lengths)
         verified = verify(
-            plain_target(logits, temperatures[torch.from_numpy(place)]),
+            plain_target(logits, torch.from_numpy(temperatures[packed])),
             proposal.token_ids,
             proposal.lengths,
             TokenUniforms.draw(seeds, positions, proposal.lengths, proposal.probabilities is not None, logits.device),

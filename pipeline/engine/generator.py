@@ -80,10 +80,10 @@ class FinishedSample:
     kv_kept_across_update: bool = False
     origins: np.ndarray | None = None
     """uint8 [T], `TokenOrigin`"""
-    draft_sources: np.ndarray | None = None
-    """uint8 [T], who drafted an accepted token: 1 + its place in `drafters`; 0: it was not drafted"""
     kept: KeptIds | None = None
     """None where nothing was truncated"""
+    draft_sources: np.ndarray | None = None
+    """uint8 [T], who drafted an accepted token: 1 + its place in `drafters`; 0: it was not drafted"""
 
 
 class Generator(Protocol):

@@ -270,10 +270,12 @@ class NativeGenerator:
 
     def _admit(self) -> None:
         """Starts those next in the queue while there is memory for them."""
+        admission = self._memory.admission(self._starting, len(self._live))
         while len(self._live) + len(self._starting) < self.max_sequences:
             sequence = self._scheduler.next()
-            if sequence is None or not self._memory.fits(sequence, self._starting, len(self._live)):
+            if sequence is None or not admission.fits(sequence):
                 break
+            admission.add(sequence)
             self._scheduler.start()
             self._starting.append(sequence)
 
@@ -294,10 +296,11 @@ class NativeGenerator:
             self._last_member_started(sequence.group)
         if ready:
             new = [s for s in ready if not s.begun]
-            self._drafting.restore([_start_of(s) for s in ready if s.begun])
-            self._drafting.begin([_start_of(s) for s in new])
+            restored = [s for s in ready if s.begun]
             for sequence in new:
                 self._begin(sequence)
+            self._drafting.begin([_start_of(s) for s in new])
+            self._drafting.restore([_start_of(s) for s in restored])
             self._lap("drafter_seconds")
 
     def _begin(self, sequence: Sequence) -> None:

@@ -173,6 +173,6 @@ class Sequence:
             drafters={name: DraftCounts(drafted=d, accepted=a) for name, (d, a) in self.drafts.items()},
             kv_kept_across_update=self.kv_kept,
             origins=self.origins[:n].copy(),
-            draft_sources=self.sources[:n].copy(),
             kept=KeptIds.joined(self.kept) if self.kept else None,
+            draft_sources=self.sources[:n].copy(),
         )
