@@ -69,10 +69,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def resident_bytes(peak: bool = False) -> int:
-    """Resident memory of this process, now or at its peak; 0 where /proc has no figure."""
+def resident_bytes(peak: bool = False, pid: int | None = None) -> int:
+    """Resident memory of this process or another, now or at its peak; 0 where /proc has no figure."""
     key = "VmHWM:" if peak else "VmRSS:"
-    status = Path("/proc/self/status")
+    status = Path(f"/proc/{pid or 'self'}/status")
     if not status.exists():
         return 0
     for line in status.read_text().splitlines():

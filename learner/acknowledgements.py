@@ -1,17 +1,19 @@
-"""The two answers to a sample: Received when the ledger has it, Committed when the journal has synced it."""
+"""The answer to a sample: Committed, when the journal has synced it or it is not wanted."""
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 
 from learner.journal import Arrived, Failed, Journal
 from learner.lease_state import Outcome
 from learner.roster import Engine, Roster
-from pipeline.messages import Committed, LearnerMessage, Received, SampleId
+from pipeline.failpoints import failpoint
+from pipeline.messages import IDS_A_MESSAGE, Committed, LearnerMessage, SampleId
 
 
 class Acknowledgements:
-    """Called under the hub's lock, but for the journal's callbacks, which take it."""
+    """Called under the hub's lock, but for the journal's callbacks, which take it once for all that was synced."""
 
     def __init__(
         self,
@@ -23,13 +25,20 @@ class Acknowledgements:
         self._lock, self._roster, self._journal, self._send = lock, roster, journal, send
         self._awaiting: dict[SampleId, set[str]] = {}
         """samples the journal has not synced yet -> producers that wait for it"""
+        self._synced: list[tuple[SampleId, Engine, int]] = []
+        """by the journal's thread alone"""
+        self.unjournaled_bytes = 0
+        """of samples that are not synced"""
+        journal.after_sync = self._commit_synced
 
     def give(self, engine: Engine, sample: SampleId, outcome: Outcome, record: Arrived | Failed) -> None:
         """Answer a sample that the ledger has judged; one it does not want is committed at once."""
-        self._send(engine.peer, Received(samples=(sample,)))
         if outcome is Outcome.ACCEPTED:
+            size = sum(map(len, record.frames)) if isinstance(record, Arrived) else 0
             self._awaiting[sample] = {engine.producer}
-            self._journal.append(record, partial(self._durable, sample))
+            engine.unjournaled_bytes += size
+            self.unjournaled_bytes += size
+            self._journal.append(record, partial(self._synced.append, (sample, engine, size)))
         else:
             self.repeat(engine, [sample])
 
@@ -41,11 +50,23 @@ class Acknowledgements:
                 self._awaiting[sample].add(engine.producer)
             else:
                 durable.append(sample)
-        if durable:
-            self._send(engine.peer, Committed(samples=tuple(durable)))
+        self._commit(engine.peer, durable)
 
-    def _durable(self, sample: SampleId) -> None:
+    def _commit_synced(self) -> None:
+        """Tell each engine which of its samples are safe now."""
         with self._lock:
-            for producer in self._awaiting.pop(sample, ()):
-                if (peer := self._roster.peer_of(producer)) is not None:
-                    self._send(peer, Committed(samples=(sample,)))
+            safe: dict[bytes, list[SampleId]] = defaultdict(list)
+            for sample, engine, size in self._synced:
+                engine.unjournaled_bytes -= size
+                self.unjournaled_bytes -= size
+                for producer in self._awaiting.pop(sample, ()):
+                    if (peer := self._roster.peer_of(producer)) is not None:
+                        safe[peer].append(sample)
+            self._synced.clear()
+            for peer, samples in safe.items():
+                self._commit(peer, samples)
+                failpoint("ack.sent")
+
+    def _commit(self, peer: bytes, samples: list[SampleId]) -> None:
+        for begin in range(0, len(samples), IDS_A_MESSAGE):
+            self._send(peer, Committed(samples=tuple(samples[begin : begin + IDS_A_MESSAGE])))

@@ -17,12 +17,14 @@ from typing import Any
 import msgspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from learner.policy import copy_companion_files, policy_state
 from pipeline.durable import sync
 from pipeline.errors import RunFailed
+from pipeline.failpoints import failpoint
+from pipeline.weights.filesystem import save_tensors
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -81,16 +83,24 @@ def save(
     for leftover in root.glob(".tmp-*"):
         shutil.rmtree(leftover)
     temporary = root / f".tmp-step-{step}"
-    temporary.mkdir()
-    _write_contents(temporary, model, optimizer, state, tokenizer_folder)
-    _sync_folder(temporary)
+    try:
+        temporary.mkdir()
+        failpoint("checkpoint.begun")
+        _write_contents(temporary, model, optimizer, state, tokenizer_folder)
+        _sync_folder(temporary)
+        failpoint("checkpoint.written")
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
     final = root / f"step-{step}"
     if final.exists():
         final.rename(root / f".tmp-replaced-{step}")
     temporary.rename(final)
     sync(root)
+    failpoint("checkpoint.renamed")
     _prune(root, keep)
+    failpoint("checkpoint.done")
     return final
 
 
@@ -145,9 +155,9 @@ def _write_contents(
     tokenizer_folder: Path | str | None,
 ) -> None:
     weights = {name: tensor.contiguous().cpu() for name, tensor in policy_state(model).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file(_moments(model, optimizer), folder / "optimizer.safetensors")
-    save_file(_generators(), folder / "rng.safetensors")
+    save_tensors(weights, folder / "model.safetensors")
+    save_tensors(_moments(model, optimizer), folder / "optimizer.safetensors")
+    save_tensors(_generators(), folder / "rng.safetensors")
     model.config.save_pretrained(folder)
     source = tokenizer_folder or model.config.name_or_path
     if source:

@@ -13,8 +13,9 @@ from learner.reception import Reception
 from learner.validation import Limits
 from pipeline import messages
 from pipeline.errors import RunFailed
-from pipeline.messages import BadMessage
+from pipeline.messages import BadMessage, Capabilities
 from pipeline.transport.base import LearnerSocket
+from pipeline.weights.stream import WeightsServer
 
 __all__ = ["Hub", "HubStats", "Limits"]
 
@@ -33,11 +34,12 @@ class Hub:
         *,
         run_id: str,
         digest: dict[str, str],
-        needs_entropy: bool,
+        needs: Capabilities,
         heartbeat_seconds: float,
         lease_seconds: float,
         limits: Limits,
         on_event: Callable[[str], None],
+        weights: WeightsServer | None = None,
     ) -> None:
         """
         Args:
@@ -45,19 +47,21 @@ class Hub:
             source: what a lease contains, a function of its id; called under the hub's lock.
             run_id: the same for as long as the run directory lives; engines refuse to mix runs.
             digest: what engine and learner must agree on.
-            needs_entropy: refuse engines that cannot give per-token entropies.
+            needs: refuse engines that cannot give these, and samples without them.
             heartbeat_seconds: how often engines report.
             lease_seconds: an engine silent for this long is taken for gone.
             limits: of samples.
             on_event: gets a line about an engine that comes, goes or fails; from any thread.
+            weights: answers engines that cannot read the folder of publications; None: nobody asks.
         """
         self._socket, self._journal, self._ledger, self._source = socket, journal, ledger, source
         self._heartbeat_seconds, self._on_event = heartbeat_seconds, on_event
         self._reception = Reception(
-            socket, journal, ledger, source, run_id=run_id, digest=digest, needs_entropy=needs_entropy,
-            lease_seconds=lease_seconds, limits=limits, on_event=on_event,
+            socket, journal, ledger, source, run_id=run_id, digest=digest, needs=needs,
+            lease_seconds=lease_seconds, limits=limits, on_event=on_event, on_weights_request=self._weights_requested,
         )  # fmt: skip
         self._changed = self._reception.changed
+        self._weights = weights
 
     @property
     def address(self) -> str:
@@ -76,6 +80,9 @@ class Hub:
             self._ledger.restore(state, self._journal.replay(), self._source, time.monotonic(), self._journal.position)
         except BadMessage as error:
             raise RunFailed(f"the journal was written by another version ({error}); resume with that one") from error
+        for sample in self._ledger.arrived():
+            header = sample.header
+            self._reception.sequences.restored(header.producer, header.incarnation, header.sequence)
         if self._journal.corrupt:
             self._on_event(f"the journal has {self._journal.corrupt} damaged stretches; their samples are sampled anew")
 
@@ -86,9 +93,13 @@ class Hub:
             UsageError: the address cannot be listened on.
         """
         self._socket.start(self._reception)
+        if self._weights is not None:
+            self._weights.start(self._send)
 
     def stop(self) -> None:
         """Send what is queued, close the socket."""
+        if self._weights is not None:
+            self._weights.stop()
         self._socket.stop(_LINGER_SECONDS)
 
     def publish(self, version: int) -> None:
@@ -157,7 +168,29 @@ class Hub:
     def fail(self, message: str, traceback: str = "") -> None:
         """Tell engines that the learner ends by an error."""
         with self._changed:
-            self._reception.broadcast(messages.Fatal(message=message, traceback=traceback))
+            self._reception.broadcast(messages.fatal(message, traceback))
+
+    def check(self) -> None:
+        """Every leased sample is accounted for.
+
+        Raises:
+            AssertionError: a defect: a counter contradicts another.
+        """
+        self._ledger.check()
+
+    def stalled_seconds(self) -> float:
+        """Since the last wanted sample, or 0 while there is nothing that engines could be asked for."""
+        with self._changed:
+            waiting = len(self._reception.roster) and self._ledger.in_flight()
+            return time.monotonic() - self._reception.accepted_at if waiting else 0.0
+
+    def _weights_requested(self, peer: bytes, request: messages.WeightsRequest) -> None:
+        if self._weights is None:
+            raise BadMessage('it asks for weights, which weights.transport = "filesystem" does not send')
+        self._weights.request(peer, request)
+
+    def _send(self, peer: bytes, message: messages.LearnerMessage) -> None:
+        self._socket.send(peer, messages.encode(message))
 
     def stats(self) -> HubStats:
         with self._changed:
@@ -176,4 +209,17 @@ class Hub:
                 journal_bytes=self._journal.size,
                 bad_messages=self._reception.bad_messages,
                 sends_lost=self._socket.sends_lost,
+                account=self._ledger.account(),
+                received_samples=self._reception.received_samples,
+                received_bytes=self._reception.received_bytes,
+                unjournaled_bytes=self._reception.unjournaled_bytes,
+                journal_stalled=self._journal.stalled,
+                strangers=self._reception.strangers,
+                damaged_messages=self._socket.damaged,
+                refused_connections=dict(self._socket.refused),
+                sequence_missing=self._reception.sequences.missing,
+                sequence_repeats=self._reception.sequences.repeats,
+                blocked_seconds=self._reception.roster.blocked_seconds,
+                spool_damaged=self._reception.roster.spool_damaged,
+                journal_damaged=self._journal.corrupt,
             )

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from learner.lease_state import Account
+
 
 @dataclass(frozen=True, slots=True)
 class HubStats:
@@ -29,3 +31,37 @@ class HubStats:
     journal_bytes: int
     bad_messages: int
     sends_lost: int
+    account: Account
+    """where every leased sample is"""
+    received_samples: int
+    received_bytes: int
+    """of trajectories that arrived, duplicates included"""
+    unjournaled_bytes: int
+    """of samples that the journal has not synced yet"""
+    journal_stalled: bool
+    """its disk is full"""
+    strangers: int
+    """messages of peers that had not said HELLO"""
+    damaged_messages: int
+    """whose checksum was wrong"""
+    refused_connections: dict[str, int]
+    """by reason"""
+    sequence_missing: int
+    """numbers of engines' streams that were skipped and have not come yet"""
+    sequence_repeats: int
+    blocked_seconds: float
+    """that engines took nothing new because their spools were full, summed"""
+    spool_damaged: int
+    """stretches of engines' spools that could not be read"""
+    journal_damaged: int
+    """stretches of the journal that could not be read when the learner started"""
+
+    def transport(self) -> dict[str, float]:
+        """Numbers for a line of metrics."""
+        refused = {f"refused_{reason}": count for reason, count in self.refused_connections.items()}
+        names = (
+            "received_samples", "received_bytes", "unjournaled_bytes", "journal_bytes", "spooled_bytes",
+            "journal_stalled", "blocked_seconds", "bad_messages", "damaged_messages", "strangers", "sends_lost",
+            "sequence_missing", "sequence_repeats", "spool_damaged", "journal_damaged",
+        )  # fmt: skip
+        return {name: float(getattr(self, name)) for name in names} | refused

@@ -4,6 +4,7 @@ One thread writes and syncs, many records at a time; nobody else waits for the d
 journal restores every sample that was committed and not yet trained.
 """
 
+import errno
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -50,6 +51,9 @@ class Dropped(msgspec.Struct, frozen=True, array_like=True, tag="d"):
 
 Record = Granted | Arrived | Failed | Dropped
 
+_DISK_RETRY_SECONDS = 1.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
 
@@ -57,8 +61,12 @@ _decoder = msgspec.msgpack.Decoder(Record)
 class Journal:
     """Its methods may be called from any thread; callbacks run in the writer's thread."""
 
-    def __init__(self, folder: Path, segment_bytes: int = 16 << 20) -> None:
+    def __init__(self, folder: Path, segment_bytes: int = 16 << 20, *, fsync: bool = True) -> None:
         """Opens the journal in `folder`, created when missing, and starts the writer.
+
+        Args:
+            fsync: see `pipeline.transport.segments`; without it an acknowledgement outlives the process, not the
+                machine.
 
         Raises:
             UsageError: the folder cannot be written.
@@ -66,9 +74,14 @@ class Journal:
         self.error: OSError | None = None
         """why nothing is written any more; from then on nothing is acknowledged either"""
         self.on_error: Callable[[OSError], None] = lambda error: None
+        self.after_sync: Callable[[], None] = lambda: None
+        """called after the callbacks of all records that were synced together"""
+        self.stalled = False
+        """the disk is full: nothing is acknowledged until there is space"""
+        self.on_stall: Callable[[bool], None] = lambda stalled: None
         self._folder = folder
         try:
-            self._log = SegmentLog(folder, segment_bytes)
+            self._log = SegmentLog(folder, segment_bytes, fsync=fsync, name="journal")
         except OSError as error:
             raise UsageError(
                 f"the journal folder {folder} cannot be used ({error.strerror or error}); choose another run.out"
@@ -140,21 +153,44 @@ class Journal:
                 self._drop_before = None
                 done = self._closing and not batch
             try:
-                if batch:
-                    # Grants alone need no sync: one that a crash loses is granted again, under the same number.
-                    self._log.append(
-                        [_encoder.encode(record) for record, _ in batch], any(durable for _, durable in batch)
-                    )
-                if drop_before is not None:
-                    self._log.drop_before(drop_before)
+                self._patiently(drop_before, batch)
             except OSError as error:
                 self._fail(error)
                 return
             for _, on_durable in batch:
                 if on_durable is not None:
                     on_durable()
+            if batch:
+                self.after_sync()
             if done:
                 return
+
+    def _patiently(self, drop_before: int | None, batch: list[tuple[Record, Callable[[], None] | None]]) -> None:
+        """Drop and append; while the disk is full, wait for space, unless the journal is being closed."""
+        payloads = [_encoder.encode(record) for record, _ in batch]
+        # Grants alone need no sync: one that a crash loses is granted again, under the same number.
+        sync = any(durable for _, durable in batch)
+        while True:
+            try:
+                if drop_before is not None:
+                    self._log.drop_before(drop_before)
+                if payloads:
+                    self._log.append(payloads, sync)
+            except OSError as error:
+                if error.errno not in _FULL or self._closing or self._log.broken:
+                    raise
+                self._set_stalled(True)
+                with self._wake:
+                    self._wake.wait_for(lambda: self._closing, _DISK_RETRY_SECONDS)
+                    drop_before, self._drop_before = self._drop_before or drop_before, None
+            else:
+                self._set_stalled(False)
+                return
+
+    def _set_stalled(self, stalled: bool) -> None:
+        if stalled != self.stalled:
+            self.stalled = stalled
+            self.on_stall(stalled)
 
     def _fail(self, error: OSError) -> None:
         with self._wake:

@@ -75,6 +75,24 @@ class Batch:
     """groups left out since then because their rewards are all equal"""
 
 
+class Account(msgspec.Struct, frozen=True, kw_only=True):
+    """Where every sample ever leased is. `leased` equals the sum of the others at any moment."""
+
+    leased: int
+    trained: int
+    dropped: dict[str, int]
+    """by reason; arrivals beyond the first of a sample are not in here"""
+    buffered: int
+    """arrived, and neither trained nor dropped"""
+    in_flight: int
+    """neither arrived nor failed"""
+
+    @property
+    def unaccounted(self) -> int:
+        """0, or a defect."""
+        return self.leased - self.trained - sum(self.dropped.values()) - self.buffered - self.in_flight
+
+
 class ConsumedLeases:
     """A set of lease ids that is dense from 0: everything below `below`, and the ids in `above`."""
 

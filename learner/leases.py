@@ -9,11 +9,11 @@ import threading
 from collections.abc import Collection, Iterable, Sequence
 
 from learner.journal import Record
-from learner.lease_state import Batch, Group, LeaseEntry, LedgerState, Outcome, Status
+from learner.lease_state import Account, Batch, Group, LeaseEntry, LedgerState, Outcome, Status
 from learner.lease_table import LeaseTable, Source
 from pipeline.messages import Lease, SampleId, Trajectory
 
-__all__ = ["Batch", "Group", "Ledger", "LedgerState", "Outcome", "Source"]
+__all__ = ["Account", "Batch", "Group", "Ledger", "LedgerState", "Outcome", "Source"]
 
 
 class Ledger:
@@ -66,10 +66,9 @@ class Ledger:
             if self._newest_version < 0:
                 return None
             deadline = now + self._lease_seconds
-            orphans = [lease for lease, entry in self._table.entries.items() if entry.status is Status.ORPHANED]
-            if orphans:
-                entry = self._table.entries[min(orphans)]
-                entry.lease = source(min(orphans), self._newest_version)
+            if (orphan := self._table.first_orphan()) is not None:
+                entry = self._table.entries[orphan]
+                entry.lease = source(orphan, self._newest_version)
                 entry.holder, entry.deadline, entry.status = producer, deadline, Status.OPEN
                 self._table.reissued += 1
                 return entry.lease
@@ -107,7 +106,7 @@ class Ledger:
                 if entry.status is not Status.OPEN or entry.holder != producer or lease in running:
                     continue
                 if not all((lease, sample) in coming for sample in entry.missing):
-                    entry.status = Status.ORPHANED
+                    self._table.orphan(entry)
             self._claim(producer, running, now)
             return [sample for sample in spooled if self._table.settled(*sample)]
 
@@ -142,7 +141,7 @@ class Ledger:
             for lease in leases:
                 entry = self._table.entries.get(lease)
                 if entry is not None and entry.status is Status.OPEN and entry.holder == producer:
-                    entry.status = Status.ORPHANED
+                    self._table.orphan(entry)
 
     def gone(self, producer: str) -> None:
         """An engine is not connected any more; its leases run until their deadlines, as it may come back."""
@@ -156,18 +155,31 @@ class Ledger:
             held = [lease for lease, entry in self._table.entries.items() if entry.holder == producer]
             self.hand_back(producer, held)
 
-    def expire(self, now: float) -> None:
-        """Free the leases whose deadline is past; what their holders still send is welcome if it is first."""
+    def expire(self, now: float) -> list[int]:
+        """Free the leases whose deadline is past; what their holders still send is welcome if it is first.
+
+        Returns:
+            The leases freed.
+        """
+        freed = []
         with self._lock:
-            for entry in self._table.entries.values():
+            for lease, entry in self._table.entries.items():
                 if entry.status is Status.OPEN and entry.deadline < now:
-                    entry.status = Status.ORPHANED
+                    self._table.orphan(entry)
+                    freed.append(lease)
+        return freed
 
     def lease(self, lease: int) -> Lease | None:
         """The content of a lease that is not consumed."""
         with self._lock:
             entry = self._table.entries.get(lease)
             return None if entry is None else entry.lease
+
+    def is_settled(self, lease: int) -> bool:
+        """Every sample of the lease arrived or failed, or it is consumed."""
+        with self._lock:
+            entry = self._table.entries.get(lease)
+            return entry is None or entry.status in (Status.COMPLETE, Status.TAKEN)
 
     def holder(self, lease: int) -> str | None:
         """The producer that works on a lease; None when nobody does."""
@@ -176,6 +188,11 @@ class Ledger:
             return entry.holder if entry is not None and entry.status is Status.OPEN else None
 
     # ---- training ------------------------------------------------------------------------------------------------
+
+    def arrived(self) -> list[Trajectory]:
+        """Samples that arrived and are not consumed."""
+        with self._lock:
+            return [sample for entry in self._table.entries.values() for sample in entry.trajectories.values()]
 
     def ready(self) -> list[Group]:
         """Complete groups that no batch has taken, in the order they became complete."""
@@ -264,6 +281,11 @@ class Ledger:
         """Lowest publication that a connected engine has loaded (-1: one has none yet); None without engines."""
         with self._lock:
             return min(self._versions.values(), default=None)
+
+    def account(self) -> Account:
+        """Where every sample ever leased is."""
+        with self._lock:
+            return self._table.account()
 
     def check(self) -> None:
         """Every granted sample is accounted for.

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from learner.attention import attention_entropies, segment_arguments
 from learner.linear import times_transposed
-from learner.packing import Pack
+from learner.packing import Kept, Pack
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits in memory at once: 16 MiB of float32 for each of the two buffers that a chunk needs."""
@@ -77,6 +77,7 @@ def pack_logprobs(
         head.bias,
         wanted=wanted,
         gradient_products=compute,
+        kept=pack.kept,
     )
     if wanted.attention_entropy:
         values = values._replace(attention_entropy=attention[0][pack.predictor])
@@ -93,8 +94,11 @@ def token_logprobs(
     wanted: Wanted = Wanted(),  # noqa: B008 - immutable
     chunk_tokens: int | None = None,
     gradient_products: torch.dtype | None = None,
+    kept: Kept | None = None,
 ) -> TokenValues:
     """log softmax(hidden W^T / temperature) of the targets, the entropy of that distribution, and what else is wanted.
+
+    With `kept` the softmax behind a log-prob runs over the ids kept for its token; the entropy's does not.
 
     Works on `chunk_tokens` tokens at a time (default: `CHUNK_ELEMENTS` logits) and computes the logits again in the
     backward pass, so memory does not grow with T * V. Liger's fused linear cross-entropy saves the second computation
@@ -114,14 +118,23 @@ def token_logprobs(
         logp, entropy, score = _FullVocabulary.apply(
             hidden_TH, weight_VH, bias_V, target_T, temperature_T1, wanted, chunk, gradient_products
         )
+        head = weight_VH, bias_V
         nucleus = [
-            checkpoint(
-                _chunk_nucleus, hidden_TH[part], weight_VH, bias_V, temperature_T1[part], wanted.nucleus,
-                use_reentrant=False, preserve_rng_state=False,
-            )
+            _again(_chunk_nucleus, hidden_TH[part], *head, temperature_T1[part], wanted.nucleus)
             for part in _parts(tokens if wanted.nucleus else 0, chunk)
-        ]  # fmt: skip
-    return TokenValues(logp, entropy, score, torch.cat([empty, *nucleus]), empty)
+        ]
+        mass = []
+        for part in _parts(tokens if kept is not None else 0, chunk):
+            assert kept is not None
+            ids_CK = kept.padded(part.start, part.stop)
+            mass.append(_again(_chunk_log_mass, hidden_TH[part], *head, temperature_T1[part], ids_CK))
+    return TokenValues(logp - torch.cat(mass) if mass else logp, entropy, score, torch.cat([empty, *nucleus]), empty)
+
+
+def _again(function: Any, *arguments: Any) -> torch.Tensor:
+    """A chunk's values, computed again in the backward pass."""
+    values: torch.Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return values
 
 
 def _parts(tokens: int, chunk: int) -> list[slice]:
@@ -242,6 +255,21 @@ def _chunk_nucleus(
 ) -> torch.Tensor:
     logits_CV = torch.nn.functional.linear(hidden_CH, weight_VH, bias_V) / temperature_C1
     return _nucleus_entropy(logits_CV.log_softmax(dim=-1), mass)
+
+
+def _chunk_log_mass(
+    hidden_CH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    temperature_C1: torch.Tensor,
+    kept_CK: torch.Tensor,
+) -> torch.Tensor:
+    """Log of the probability of the ids kept for each token, [C]; 0 for a token without, drawn from all of them."""
+    logits_CV = torch.nn.functional.linear(hidden_CH, weight_VH, bias_V) / temperature_C1
+    left_CK = logits_CV.log_softmax(-1).gather(1, kept_CK.clamp_min(0)).masked_fill(kept_CK < 0, float("-inf"))
+    whole_C = (kept_CK < 0).all(-1)
+    left_CK = torch.where(whole_C[:, None], 0.0, left_CK)
+    return torch.where(whole_C, 0.0, left_CK.logsumexp(-1))
 
 
 def _nucleus_entropy(logprobs_CV: torch.Tensor, mass: float) -> torch.Tensor:

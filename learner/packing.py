@@ -10,6 +10,25 @@ from pipeline.messages import Role, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What truncation (top-k, top-p, min-p) left to draw each of T trained tokens from."""
+
+    counts: torch.Tensor
+    """int64 [T], on the CPU; 0: the whole vocabulary"""
+    ids: torch.Tensor
+    """int64 [sum of counts], token by token"""
+
+    def padded(self, start: int, stop: int) -> torch.Tensor:
+        """int64 [stop - start, W] of those tokens, -1 behind each one's ids."""
+        counts = self.counts[start:stop]
+        first = int(self.counts[:start].sum())
+        inside = torch.arange(int(counts.max())) < counts[:, None]
+        ids = torch.full(inside.shape, -1, dtype=torch.int64, device=self.ids.device)
+        ids[inside.to(ids.device)] = self.ids[first : first + int(counts.sum())]
+        return ids
+
+
+@dataclass(frozen=True, slots=True)
 class Pack:
     """One micro-batch: a row of L input tokens from whole sequences, and its T trained tokens.
 
@@ -40,6 +59,8 @@ class Pack:
     """int64 [T], runs of environment tokens before the token, those at the start of the response not counted"""
     entropy_engine: torch.Tensor
     """float32 [T], as the engine recorded it; not a number where it did not"""
+    kept: "Kept | None" = None
+    """None where no token's distribution was truncated"""
 
     def __len__(self) -> int:
         """Trained tokens."""
@@ -117,6 +138,7 @@ def _pack_row(samples: Sequence[Trajectory], members: Sequence[int], device: str
         temperature=_tensor(temperature, np.float32, device),
         turn=_tensor(turn, np.int64, device),
         entropy_engine=_tensor(entropy, np.float32, device),
+        kept=_kept([samples[index] for index in members], device),
     )
 
 
@@ -125,6 +147,22 @@ def _turns(roles: np.ndarray) -> np.ndarray:
     environment = roles == Role.ENVIRONMENT
     begins = environment[1:] & ~environment[:-1]
     return np.concatenate([[0], np.cumsum(begins)])[: len(roles)]
+
+
+def _kept(samples: Sequence[Trajectory], device: str) -> Kept | None:
+    """Of the samples' trained tokens."""
+    if all(sample.kept_counts is None for sample in samples):
+        return None
+    counts, ids = [], []
+    for sample in samples:
+        trained = trained_positions(sample)
+        if sample.kept_counts is None or sample.kept_ids is None:
+            counts.append(np.zeros(len(trained), np.int64))
+            continue
+        counts.append(sample.kept_counts[trained].astype(np.int64))
+        chosen = np.isin(np.arange(len(sample.kept_counts)), trained)
+        ids.append(sample.kept_ids[np.repeat(chosen, sample.kept_counts)].astype(np.int64))
+    return Kept(torch.from_numpy(np.concatenate(counts)), _tensor(ids, np.int64, device))
 
 
 def _tensor(arrays: list[np.ndarray], dtype: type[np.generic], device: str) -> torch.Tensor:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from pipeline.config import Config
-from pipeline.messages import Lease, SamplingParams
+from pipeline.messages import Lease
 from pipeline.tasks.base import Task
-from pipeline.tasks.prompts import PromptOrder, sample_seed
+from pipeline.tasks.prompts import PromptOrder, rollout_sampling, sample_seed
 
 
 class LeaseSource:
@@ -29,11 +29,7 @@ class LeaseSource:
         self._order = PromptOrder(len(usable), config.run.seed)
         self._seed, self._group_size = config.run.seed, config.learner.group_size
         self._temperature = temperature
-        self._sampling = SamplingParams(
-            temperature=config.sampling.temperature,
-            max_new_tokens=config.sampling.max_new_tokens,
-            stop_token_ids=stop_token_ids,
-        )
+        self._sampling = rollout_sampling(config.sampling, stop_token_ids)
 
     def __call__(self, lease_id: int, version: int) -> Lease:
         """Lease `lease_id`, to be started under publication `version` or later."""

@@ -1,24 +1,28 @@
 """What the learner does with what engines say: HELLO, progress, samples, farewells, and everything malformed.
 
-Messages are handled in the socket's thread. A sample is answered twice: Received when the ledger has it, Committed when
-the journal has synced it, or at once when it is not wanted.
+Messages are handled in the socket's thread. A sample is answered when the journal has synced it, or at once when it is
+not wanted.
 """
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from learner.acknowledgements import Acknowledgements
 from learner.journal import Arrived, Failed, Granted, Journal
-from learner.leases import Ledger, Source
+from learner.leases import Ledger, Outcome, Source
 from learner.roster import Engine, Roster, short_name
-from learner.validation import Limits, check_sample, check_trajectory, refusal
+from learner.sequences import Sequences
+from learner.validation import Limits, check_sample, check_trajectory, drop_reason, refusal
 from pipeline import messages
 from pipeline.errors import RunFailed
-from pipeline.messages import BadMessage, Trajectory
+from pipeline.failpoints import failpoint
+from pipeline.messages import IDS_A_MESSAGE, BadMessage, Capabilities, Trajectory
 from pipeline.transport.base import LearnerSocket
 
 _TAKEN_OVER = "another engine process works as producer {} (incarnation {}); give each engine a spool of its own"
+_LINES_A_MINUTE = 20
+"""about peers that are no engines; the rest is counted only"""
 
 
 class Reception:
@@ -34,14 +38,15 @@ class Reception:
         *,
         run_id: str,
         digest: dict[str, str],
-        needs_entropy: bool,
+        needs: Capabilities,
         lease_seconds: float,
         limits: Limits,
         on_event: Callable[[str], None],
+        on_weights_request: Callable[[bytes, messages.WeightsRequest], None],
     ) -> None:
         """Arguments as of `learner.hub.Hub`."""
         self._socket, self._journal, self._ledger, self._source = socket, journal, ledger, source
-        self._run_id, self._digest, self._needs_entropy, self._limits = run_id, digest, needs_entropy, limits
+        self._run_id, self._digest, self._needs, self._limits = run_id, digest, needs, limits
         self._lease_seconds, self._on_event = lease_seconds, on_event
         self.changed = threading.Condition(threading.RLock())
         self.roster = Roster()
@@ -50,9 +55,19 @@ class Reception:
         self.draining = False
         """nothing more is granted"""
         self.bad_messages = 0
+        self.strangers = 0
+        """messages of peers that had not said HELLO"""
+        self.received_samples = self.received_bytes = 0
+        """of trajectories, duplicates included"""
+        self.accepted_at = time.monotonic()
+        """when the last sample arrived that was wanted"""
+        self.sequences = Sequences()
+        self._on_weights_request = on_weights_request
+        self._lines = _LineLimit(_LINES_A_MINUTE)
         self._error: RunFailed | None = None
         self._acknowledgements = Acknowledgements(self.changed, self.roster, journal, self._send)
         journal.on_error = self._journal_failed
+        journal.on_stall = self._journal_stalled
 
     # ---- for the hub, which holds `changed` ----------------------------------------------------------------------
 
@@ -66,11 +81,14 @@ class Reception:
             lease = self._ledger.grant(engine.producer, self._source, now, self._journal.position)
             if lease is None:
                 break
+            failpoint("lease.granted")
             self._journal.append(Granted(lease.id, lease.epoch, lease.version, engine.producer))
+            failpoint("lease.recorded")
             engine.unseen[lease.id] = lease.group_size
             grants.setdefault(engine.peer, []).append(lease)
         for peer, leases in grants.items():
-            self._send(peer, messages.Grant(leases=tuple(leases)))
+            self._send_grant(peer, leases)
+            failpoint("lease.sent")
 
     def broadcast(self, message: messages.LearnerMessage) -> None:
         """Send a message to every engine."""
@@ -90,6 +108,10 @@ class Reception:
         if failures := self.roster.all_failed():
             raise RunFailed(f"every engine failed: {'; '.join(failures)}")
 
+    @property
+    def unjournaled_bytes(self) -> int:
+        return self._acknowledgements.unjournaled_bytes
+
     # ---- called by the socket ------------------------------------------------------------------------------------
 
     def on_message(self, peer: bytes, frames: list[bytes]) -> None:
@@ -101,6 +123,8 @@ class Reception:
                 elif (engine := self.roster.get(peer)) is not None:
                     engine.heard = time.monotonic()
                     self._handle(engine, message, frames)
+                else:
+                    self.strangers += 1
                 # Without HELLO a peer is a stranger, or an engine that does not know yet that the learner restarted:
                 # hearing nothing it connects anew, and sends again what was not acknowledged.
         except BadMessage as error:
@@ -113,9 +137,12 @@ class Reception:
 
     def on_tick(self) -> None:
         with self.changed:
-            self._ledger.expire(time.monotonic())
+            self.roster.forget_unseen(self._ledger.expire(time.monotonic()))
             self.remove_silent(self._lease_seconds)
             self.grant()
+
+    def on_refused(self, reason: str) -> None:
+        self._say(reason)
 
     def on_error(self, error: Exception) -> None:
         with self.changed:
@@ -125,26 +152,41 @@ class Reception:
     # ---- what engines say ----------------------------------------------------------------------------------------
 
     def _hello(self, peer: bytes, hello: messages.Hello) -> None:
-        refused = refusal(hello, self._digest, self._needs_entropy)
-        newest = self.roster.newest_incarnation(hello.producer)
-        if refused is None and hello.incarnation < newest:
+        refused = refusal(hello, self._digest, self._needs, self._socket.key_of(peer))
+        if refused is None and self._claimed_by_another(hello):
+            newest = self.roster.newest_incarnation(hello.producer)
             refused = messages.Refused(reason=_TAKEN_OVER.format(hello.producer, newest))
         if refused is not None:
-            self._on_event(f"engine {short_name(hello.producer)} refused: {refused.reason}")
+            self._say(f"engine {short_name(hello.producer)} refused: {refused.reason}")
             self._send(peer, refused)
             self._socket.disconnect(peer)
             return
         now = time.monotonic()
-        engine = Engine(peer, hello.producer, hello.incarnation, now, draining=self.draining)
+        engine = Engine(
+            peer, hello.producer, hello.incarnation, now, draining=self.draining, instance=hello.instance, advanced=now
+        )
+        known = self.roster.get(peer)
+        if known is not None:
+            engine.unjournaled_bytes = known.unjournaled_bytes
         self._replace(self.roster.add(engine), engine)
         received = self._ledger.hello(hello.producer, hello.running, hello.spooled, hello.version, now)
         self._send(peer, messages.Welcome(
             schema=messages.SCHEMA, run=self._run_id, version=self.version, received=tuple(received)
         ))  # fmt: skip
+        self._share_window()
         self._acknowledgements.repeat(engine, received)
         if self.draining:
             self._send(peer, messages.Drain())
-        self._on_event(f"engine {short_name(hello.producer)} connected, {len(self.roster)} in all")
+        if known is None:
+            self._on_event(f"engine {short_name(hello.producer)} connected, {len(self.roster)} in all")
+
+    def _claimed_by_another(self, hello: messages.Hello) -> bool:
+        """An older process, or one with a copy of the spool, uses a producer id that a connected engine has."""
+        if hello.incarnation != self.roster.newest_incarnation(hello.producer):
+            return hello.incarnation < self.roster.newest_incarnation(hello.producer)
+        peer = self.roster.peer_of(hello.producer)
+        engine = self.roster.get(peer) if peer is not None else None
+        return engine is not None and engine.instance != hello.instance
 
     def _handle(self, engine: Engine, message: messages.EngineMessage | Trajectory, frames: list[bytes]) -> None:
         match message:
@@ -159,6 +201,8 @@ class Reception:
                 # not only those it names: a grant may have crossed its farewell
                 self._ledger.lost(engine.producer)
                 self._gone(engine, "left")
+            case messages.WeightsRequest():
+                self._on_weights_request(engine.peer, message)
             case messages.Fatal():
                 self._end(engine, message.message, f"failed: {message.message}\n{message.traceback}".rstrip())
 
@@ -166,28 +210,46 @@ class Reception:
         header = trajectory.header
         check_sample(header.lease, header.sample, self._ledger.group_size)
         lease = self._ledger.lease(header.lease)
-        check_trajectory(trajectory, engine.producer, lease, self._limits, self._needs_entropy)
+        check_trajectory(trajectory, engine.producer, lease, self._limits, self._needs, self.version)
+        self.received_samples += 1
+        self.received_bytes += sum(map(len, frames))
+        self._check_window(engine)
+        self.sequences.seen(header.producer, header.incarnation, header.sequence)
         outcome = self._ledger.arrive(trajectory)
+        failpoint("sample.received")
         self._acknowledgements.give(engine, trajectory.id, outcome, Arrived(*trajectory.id, frames))
-        self._sample_settled(engine, header.lease)
+        self._sample_settled(engine, header.lease, outcome)
 
     def _sample_failed(self, engine: Engine, message: messages.SampleFailed) -> None:
         sample = message.lease, message.sample
         check_sample(*sample, self._ledger.group_size)
-        outcome = self._ledger.fail(*sample, message.reason)
-        self._acknowledgements.give(engine, sample, outcome, Failed(*sample, message.reason, message.detail))
-        self._sample_settled(engine, message.lease)
+        reason = drop_reason(message.reason)
+        outcome = self._ledger.fail(*sample, reason)
+        self._acknowledgements.give(engine, sample, outcome, Failed(*sample, reason, message.detail))
+        self._sample_settled(engine, message.lease, outcome)
 
-    def _sample_settled(self, engine: Engine, lease: int) -> None:
+    def _sample_settled(self, engine: Engine, lease: int, outcome: Outcome) -> None:
         engine.unseen.pop(lease, None)
+        if outcome is not Outcome.ACCEPTED:
+            return
+        self.accepted_at = time.monotonic()
+        if not self._ledger.is_settled(lease):
+            return  # nothing has changed for whoever waits for whole groups, nor for what may be granted
         self.grant()
         self.changed.notify_all()
 
     def _progress(self, engine: Engine, message: messages.Progress) -> None:
         self.roster.progress(engine, message)
-        unwanted = self._ledger.progress(engine.producer, message.running, message.version, engine.heard)
+        stalled = engine.heard - engine.advanced > self._limits.stall_seconds
+        running = () if stalled else message.running
+        unwanted = self._ledger.progress(engine.producer, running, message.version, engine.heard)
         if unwanted:
             self._send(engine.peer, messages.Revoke(leases=tuple(unwanted)))
+        if stalled and not engine.stalled:
+            self._say(f"engine {short_name(engine.producer)} generates nothing; its leases are not renewed")
+        engine.stalled = stalled
+        if self.draining:
+            self._send(engine.peer, messages.Drain())  # again: the first may have been lost
         # The answer that tells an idle engine that the learner is alive.
         self._send(engine.peer, messages.Published(version=self.version))
         self.grant()
@@ -207,13 +269,16 @@ class Reception:
         """A peer that breaks the protocol is told why and not listened to any more; the others are not concerned."""
         with self.changed:
             self.bad_messages += 1
-            self._send(peer, messages.Fatal(message=f"the learner refuses what this engine sent: {error}"))
+            self._send(peer, messages.fatal(f"the learner refuses what this engine sent: {error}"))
             self._socket.disconnect(peer)
             engine = self.roster.get(peer)
             if engine is None:
-                self._on_event(f"a peer that is no engine sent a bad message: {error}")
+                self._say(f"a peer that is no engine sent a bad message: {error}")
             else:
-                self._end(engine, f"its messages were refused: {error}", f"sent a bad message: {error}")
+                # As one that left: what one peer sends must not be able to end the run of the others.
+                self.roster.left(engine)
+                self._ledger.lost(engine.producer)
+                self._gone(engine, f"sent a bad message: {error}")
 
     def _end(self, engine: Engine, error: str, how: str) -> None:
         """An engine that will not come back as it is."""
@@ -223,6 +288,7 @@ class Reception:
 
     def _gone(self, engine: Engine, how: str) -> None:
         self._ledger.gone(engine.producer)
+        self._share_window()
         self._on_event(f"engine {short_name(engine.producer)} {how}, {len(self.roster)} connected")
         self.grant()
         self.changed.notify_all()
@@ -234,5 +300,58 @@ class Reception:
             )
             self.changed.notify_all()
 
+    def _journal_stalled(self, stalled: bool) -> None:
+        self._on_event(
+            "no space for the journal: nothing is acknowledged, engines keep what they have, until there is"
+            if stalled
+            else "there is space for the journal again"
+        )
+
+    def _share_window(self) -> None:
+        """Every engine gets an equal part of what all may have sent and not seen committed."""
+        engines = max(1, len(self.roster))
+        samples, size = self._limits.window_samples // engines, self._limits.window_bytes // engines
+        self.broadcast(messages.Window(samples=max(1, samples), bytes=size))
+
+    def _check_window(self, engine: Engine) -> None:
+        """An engine that goes beyond the whole window, of which it had a part, does not look at it."""
+        allowed = self._limits.window_bytes + self._socket.max_message_bytes
+        if engine.unjournaled_bytes > allowed:
+            raise BadMessage(f"{engine.unjournaled_bytes} bytes sent that are not committed, {allowed} are allowed")
+
+    def _send_grant(self, peer: bytes, leases: Sequence[messages.Lease]) -> None:
+        """In one message where it fits, so that the leases start together."""
+        frames = messages.encode(messages.Grant(leases=tuple(leases)))
+        if len(frames[0]) <= self._socket.max_message_bytes and len(leases) <= IDS_A_MESSAGE:
+            self._socket.send(peer, frames)
+        elif len(leases) > 1:
+            self._send_grant(peer, leases[: len(leases) // 2])
+            self._send_grant(peer, leases[len(leases) // 2 :])
+        elif self._error is None:
+            self._error = RunFailed(
+                f"lease {leases[0].id} takes {len(frames[0])} bytes, more than transport.max_message_bytes = "
+                f"{self._socket.max_message_bytes}; raise it, or shorten the prompt and its columns"
+            )
+            self.changed.notify_all()
+
+    def _say(self, line: str) -> None:
+        """A line that a stranger could cause at will."""
+        if self._lines.allow(time.monotonic()):
+            self._on_event(line)
+
     def _send(self, peer: bytes, message: messages.LearnerMessage) -> None:
         self._socket.send(peer, messages.encode(message))
+
+
+class _LineLimit:
+    """At most so many lines a minute."""
+
+    def __init__(self, a_minute: int) -> None:
+        self._a_minute = a_minute
+        self._minute, self._count = -1, 0
+
+    def allow(self, now: float) -> bool:
+        if int(now / 60) != self._minute:
+            self._minute, self._count = int(now / 60), 0
+        self._count += 1
+        return self._count <= self._a_minute

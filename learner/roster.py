@@ -1,6 +1,6 @@
 """The engines that are connected to the learner: who is who, what each can take, what all have done so far."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from pipeline.messages import Progress
@@ -29,6 +29,16 @@ class Engine:
     idle: bool = True
     """listed no lease in its last progress message"""
     spooled_bytes: int = 0
+    blocked_seconds: float = 0.0
+    spool_damaged: int = 0
+    instance: int = 0
+    """drawn by its process"""
+    advanced: float = 0.0
+    """time of the last message that said it had generated something, or had nothing to do"""
+    stalled: bool = False
+    """it has work and does not advance"""
+    unjournaled_bytes: int = 0
+    """of its samples that the journal has not synced"""
 
     @property
     def free(self) -> int:
@@ -109,6 +119,11 @@ class Roster:
         return [f"{short_name(producer)} {error}" for producer, error in self._failures.items()]
 
     def progress(self, engine: Engine, message: Progress) -> None:
+        known = self._counters.get((engine.producer, engine.incarnation))
+        before = (known.tokens + known.first_tokens, known.seconds + known.first_seconds) if known else None
+        if not message.running or before != (message.generated_tokens, message.busy_seconds):
+            engine.advanced = engine.heard
+        engine.blocked_seconds, engine.spool_damaged = message.blocked_seconds, message.spool_damaged
         engine.credit = message.credit
         engine.idle = not message.running
         engine.spooled_bytes = message.spooled_bytes
@@ -129,6 +144,20 @@ class Roster:
     def silent(self, before: float) -> list[Engine]:
         """Engines not heard of since a time."""
         return [engine for engine in self._engines.values() if engine.heard < before]
+
+    def forget_unseen(self, leases: Iterable[int]) -> None:
+        """Grants that an engine never confirmed and that have expired take no credit any more."""
+        for lease in leases:
+            for engine in self._engines.values():
+                engine.unseen.pop(lease, None)
+
+    @property
+    def blocked_seconds(self) -> float:
+        return sum(engine.blocked_seconds for engine in self._engines.values())
+
+    @property
+    def spool_damaged(self) -> int:
+        return sum(engine.spool_damaged for engine in self._engines.values())
 
     @property
     def generated_tokens(self) -> int:

@@ -5,11 +5,14 @@ publishes the new policy, writes the metrics line, and now and then a checkpoint
 random state and the ledger of leases together, so a killed learner continues as if the steps after it had not been.
 """
 
+import errno
+import os
+import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from msgspec import Struct, structs
@@ -32,22 +35,30 @@ from learner.warm_start import ensure_embedded_model
 from pipeline.config import Config, check_against_model, check_config, resolve_threads
 from pipeline.digest import run_digest
 from pipeline.errors import RunFailed
+from pipeline.failpoints import failpoint
+from pipeline.messages import Capabilities
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.tasks import load_task
-from pipeline.tasks.prompts import check_prompts
+from pipeline.tasks.prompts import check_prompts, rollout_sampling
 from pipeline.telemetry import Log, MetricsWriter
 from pipeline.telemetry.progress import StepView, WarmStartView
-from pipeline.transport.zmq import ZmqLearnerSocket
-from pipeline.weights import FilesystemPublisher
+from pipeline.transport.keys import load_learner_keys
+from pipeline.transport.router import ZmqLearnerSocket
+from pipeline.watchdog import Watchdog
+from pipeline.weights import FilesystemPublisher, WeightsServer
 
 POLL_SECONDS = 0.5
 DRAIN_SECONDS = 20.0
+DISK_RETRY_SECONDS = 2.0
+JOURNAL_SEGMENTS = 16
 REMEDIES = {
     "no_signal": "every group's rewards are all equal: change the task's difficulty, raise learner.group_size, "
     "or set learner.dynamic_sampling = false",
+    "reward_timeout": "raise task.reward_seconds, or see the engine's log for the samples",
+    "reward_died": "raise task.reward_memory_mb, or see the engine's log for the samples",
     "reward_error": "the reward function fails: the engine's log names the samples",
     "stale": "raise learner.max_age or lower learner.max_staleness",
 }
@@ -72,6 +83,9 @@ def run_learner(config: Config) -> int:
         raise
     finally:
         learner.close()
+
+
+T = TypeVar("T")
 
 
 class LearnerState(Struct, kw_only=True):
@@ -116,15 +130,20 @@ class Learner:
         self.metrics = MetricsWriter(run.metrics, self.step)
         self.audit = TrainedSamples(run.trained, self.step)
         self.view = StepView(config.run.steps, self.step)
-        self.journal = Journal(run.journal)
+        transport = config.transport
+        segment_bytes = max(1, min(16 << 20, transport.journal_bytes // JOURNAL_SEGMENTS))
+        self.journal = Journal(run.journal, segment_bytes, fsync=transport.fsync)
         limits = Limits(
             prompt_tokens=config.sampling.max_prompt_tokens,
             response_tokens=config.sampling.max_new_tokens,
             vocab_size=model_config.vocab_size,
+            window_bytes=transport.window_bytes,
+            stall_seconds=transport.stall_seconds or float("inf"),
         )
         self.hub = _hub(config, run, objective, self.journal, source, limits, log)
         self.hub.restore(restored.state.ledger if restored else None)
         self.stats_before = self.hub.stats()
+        self.watchdog = Watchdog(transport.stall_seconds, self._stalled)
         self.step_ended = time.perf_counter()
 
     @property
@@ -148,10 +167,14 @@ class Learner:
             began = time.perf_counter()
             measured = self.trainer.train([group.trajectories for group in batch.groups], self.publisher.version)
             self.step += 1
+            failpoint("step.trained")
             self._publish()
+            failpoint("publish.announced")
             self.hub.trained(batch)
-            self.audit.write(self.step, batch)
-            self._record(measured, batch, began - waiting, began)
+            failpoint("step.counted")
+            self.hub.check()
+            self._write_records(measured, batch, began - waiting, began)
+            failpoint("step.recorded")
             if self._checkpoint_due():
                 self._checkpoint()
         if self.step != self.saved_step:
@@ -161,6 +184,7 @@ class Learner:
 
     def close(self) -> None:
         """Let go of sockets and files; what is on disk is complete."""
+        self.watchdog.close()
         self.view.close()
         self.hub.stop()
         self.journal.close()
@@ -176,6 +200,7 @@ class Learner:
         wanted = self.config.learner.batch_size // self.config.learner.group_size
         ordered = self.config.learner.max_staleness == 0
         while not self.stop.requested:
+            self.watchdog.beat()
             stale = [group for group in self.hub.ready() if self._too_old(group)]
             if stale:
                 self.hub.drop(stale, "stale")
@@ -183,7 +208,23 @@ class Learner:
             if batch is not None:
                 return batch
             self._check_that_batches_can_fill()
+            self._check_that_engines_advance()
         return None
+
+    def _check_that_engines_advance(self) -> None:
+        limit, stats = self.config.transport.stall_seconds, self.hub.stats()
+        if limit and not stats.journal_stalled and self.hub.stalled_seconds() > limit:
+            raise RunFailed(
+                f"no sample arrived for {limit:.0f} s (transport.stall_seconds) although {stats.engines} engines are "
+                f"connected; {stats.account}; see the engines' logs"
+            )
+
+    def _stalled(self, why: str, where: str) -> None:
+        """This process hangs in a step: engines are told, and it ends; the same command goes on."""
+        sys.stderr.write(f"{where}\nrollahead: {why}\n")
+        self.hub.fail(why, where)
+        time.sleep(1.0)  # for the messages to leave
+        os._exit(1)
 
     def _too_old(self, group: Group) -> bool:
         """Its oldest token is more than learner.max_age publications behind (0: any age is trained)."""
@@ -209,8 +250,7 @@ class Learner:
 
     def _publish(self) -> None:
         tensors = {name: tensor.to(self.publish_dtype).contiguous() for name, tensor in self._policy_state().items()}
-        with _writing(self.run.weights):
-            publication = self.publisher.publish(tensors, self.step)
+        publication = self._patiently(self.run.weights, lambda: self.publisher.publish(tensors, self.step))
         self.hub.publish(publication.version)
         self.publisher.retire(self.hub.oldest_loaded_version())
 
@@ -223,8 +263,9 @@ class Learner:
 
     def _checkpoint(self) -> None:
         ledger = self.hub.state()
-        with _writing(self.run.checkpoints):
-            checkpoint.save(
+        self._patiently(
+            self.run.checkpoints,
+            lambda: checkpoint.save(
                 self.run.checkpoints,
                 self.step,
                 self.trainer.model,
@@ -232,9 +273,41 @@ class Learner:
                 LearnerState(step=self.step, ledger=ledger, objective=self.trainer.objective.state()),
                 keep=self.config.learner.keep_checkpoints,
                 tokenizer_folder=self.model_folder,
-            )
+            ),
+        )
         self.journal.drop_before(ledger.journal_offset)
         self.saved_step = self.step
+
+    def _patiently(self, folder: Path, write: Callable[[], T]) -> T:
+        """Write; while the disk is full wait for space, unless a stop is asked for."""
+        waited = 0.0
+        while True:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self.stop.requested:
+                    raise _unwritable(folder, error) from error
+                if not waited:
+                    self.log(f"no space to write {folder}; waiting for it (Ctrl-C stops, the same command goes on)")
+            for _ in range(int(DISK_RETRY_SECONDS / POLL_SECONDS)):
+                if self.stop.requested:
+                    break
+                time.sleep(POLL_SECONDS)
+                self.watchdog.beat()
+            waited += DISK_RETRY_SECONDS
+
+    def _write_records(self, measured: Metrics, batch: Batch, waited: float, began: float) -> None:
+        """trained.jsonl and metrics.jsonl.
+
+        Raises:
+            RunFailed: they cannot be written; both are cut back to the checkpoint when the run goes on.
+        """
+        try:
+            failpoint("records.write")
+            self.audit.write(self.step, batch)
+            self._record(measured, batch, waited, began)
+        except OSError as error:
+            raise _unwritable(self.run.root, error) from error
 
     def _record(self, measured: Metrics, batch: Batch, waited: float, began: float) -> None:
         """One line of metrics.jsonl, and one of progress."""
@@ -256,14 +329,10 @@ class Learner:
         self.view.show(structs.asdict(row))
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunFailed(
-            f"{folder} cannot be written ({error.strerror or error}); free space there, then the same command goes on"
-        ) from error
+def _unwritable(folder: Path, error: OSError) -> RunFailed:
+    return RunFailed(
+        f"{folder} cannot be written ({error.strerror or error}); free space there, then the same command goes on"
+    )
 
 
 def _model_folder(config: Config, stop: StopSignal) -> Path:
@@ -310,6 +379,9 @@ def _hub(
             transport.address,
             heartbeat_seconds=transport.heartbeat_seconds,
             max_message_bytes=transport.max_message_bytes,
+            keys=load_learner_keys(Path(transport.keys)) if transport.keys else None,
+            insecure=transport.insecure,
+            warn=log,
         ),
         journal,
         Ledger(
@@ -322,9 +394,13 @@ def _hub(
         source,
         run_id=run.run_id(),
         digest=run_digest(config),
-        needs_entropy=objective.needs_entropy_from_engine,
+        needs=Capabilities(
+            entropy=objective.needs_entropy_from_engine,
+            kept_ids=rollout_sampling(config.sampling, ()).truncates,
+        ),
         heartbeat_seconds=transport.heartbeat_seconds,
         lease_seconds=transport.lease_seconds,
         limits=limits,
         on_event=log,
+        weights=WeightsServer(run.weights) if config.weights.transport == "stream" else None,
     )

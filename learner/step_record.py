@@ -52,6 +52,14 @@ def step_metrics(
         wall_seconds=wall_seconds,
         engines=now.engines,
         reissued_total=now.reissued,
+        samples={
+            "leased": now.account.leased,
+            "trained": now.account.trained,
+            "dropped": sum(now.account.dropped.values()),
+            "buffered": now.account.buffered,
+            "in_flight": now.account.in_flight,
+        },
+        transport=now.transport(),
         extra={key: value for key, value in measured.items() if key not in _KNOWN and value is not None},
     )
 

@@ -48,11 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "learner and engine(s) on this machine, until the run is done", _run)
     run.add_argument("config", nargs="?", type=Path, help="TOML file; without it the embedded default")
     _configuration_options(run)
+    _insecure_option(run)
     run.add_argument("--out", help="run directory (run.out); an existing run in it is resumed")
 
     learner = _command(commands, "learner", "the learner alone", _learner)
     learner.add_argument("config", type=Path, help="TOML file")
     _configuration_options(learner)
+    _insecure_option(learner)
 
     engine = _command(commands, "engine", "an engine alone; start as many as you like, whenever you like", _engine)
     engine.add_argument("config", type=Path, help="TOML file, the same as the learner's")
@@ -69,8 +71,28 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--samples", type=int, default=1, metavar="N", help="responses, with seeds from --seed on")
+    _sampling_options(generate)
+
+    corpus = _command(commands, "corpus", "build a memory of texts for the suffix automaton", _corpus)
+    corpus.add_argument("action", choices=["build"])
+    corpus.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".jsonl, a document a line, or a text")
+    corpus.add_argument("--out", required=True, type=Path, metavar="CORPUS", help="folder to write")
+    corpus.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="checkpoint directory; not for lines of token_ids"
+    )
+    corpus.add_argument("--template", default="{text}", help="text of a line; {field} is replaced")
 
     _command(commands, "drafters", "list the drafters that are installed", _drafters)
+
+    keys = _command(commands, "keygen", "make keys for engines on other machines, or add engines to them", _keygen)
+    keys.add_argument("folder", type=Path, help="where the keys are kept (transport.keys)")
+    keys.add_argument(
+        "--engine",
+        action="append",
+        metavar="NAME",
+        help="an engine to make a key for; may be repeated (default: engine)",
+    )
 
     bench = _command(commands, "bench", "measure or prove something; `rollahead bench WHAT --help` tells more", _bench)
     bench.add_argument("what", help="name of the benchmark; `rollahead bench list` shows them")
@@ -89,11 +111,34 @@ def _command(
     return parser
 
 
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `pipeline.messages.SamplingParams`, under their own names; what is not given is its default."""
+    add = parser.add_argument
+    add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
+    add("--top-p", type=float, metavar="P", help="draw from the fewest tokens that have probability P together")
+    add("--min-p", type=float, metavar="P", help="draw from tokens P times as likely as the most likely one")
+    add("--repetition-penalty", type=float, metavar="R", help="divides logits of tokens of prompt and response")
+    add("--presence-penalty", type=float, metavar="X", help="taken off logits of tokens of the response")
+    add("--frequency-penalty", type=float, metavar="X", help="the same for each time a token occurs")
+    add("--logit-bias", action="append", metavar="ID=X", help="add X to the logit of a token; may be repeated")
+    add("--allowed-token-ids", nargs="+", type=int, metavar="ID", help="draw only these")
+    add("--bad-token-ids", nargs="+", type=int, metavar="ID", help="never draw these")
+    add("--stop-token-ids", nargs="+", type=int, metavar="ID", help="end at these, beside the model's own")
+    add("--stop-strings", nargs="+", metavar="TEXT", help="end with the token that completes one of these")
+    add("--min-new-tokens", type=int, metavar="N", help="do not stop before N tokens")
+
+
 def _configuration_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", help="override one option; may be repeated"
     )
     parser.add_argument("--dry-run", action="store_true", help="check, print the resolved configuration, and stop")
+
+
+def _insecure_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--insecure", action="store_true", help="listen for other machines without keys (transport.insecure)"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -105,6 +150,7 @@ def _run(options: argparse.Namespace) -> int:
         config = load_config(EMBEDDED, options.set)
     if options.out:
         config.run.out = options.out
+    config.transport.insecure |= options.insecure
     if options.dry_run:
         return _dry_run(config, ("learner", "engine"))
     from pipeline.launcher import run
@@ -116,6 +162,7 @@ def _learner(options: argparse.Namespace) -> int:
     from pipeline.config import load_config
 
     config = load_config(options.config, options.set)
+    config.transport.insecure |= options.insecure
     if options.dry_run:
         return _dry_run(config, ("learner",))
     from learner.service import run_learner
@@ -141,9 +188,9 @@ def _generate(options: argparse.Namespace) -> int:
         options.model,
         options.prompt,
         drafter=options.drafter,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
+        sampling=vars(options),
         seed=options.seed,
+        samples=options.samples,
     )
 
 
@@ -151,7 +198,32 @@ def _drafters(options: argparse.Namespace) -> int:
     from drafters.registry import available
 
     for info in available():
-        print(f"{info.name:<20} {info.source:<40} needs {info.needs}")
+        print(f"{info.name:<18} {info.source:<22} needs {info.needs:<16} {info.summary}")
+    return 0
+
+
+def _corpus(options: argparse.Namespace) -> int:
+    import time
+
+    from drafters.suffix.corpus import build_corpus
+    from drafters.suffix.documents import read_documents
+    from pipeline.models.tokenizer import Tokenizer
+
+    began = time.perf_counter()
+    tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else None
+    size = build_corpus(read_documents(options.files, tokenizer, options.template), options.out)
+    print(
+        f"{options.out}: {size.tokens:,} tokens of {size.documents:,} documents, "
+        f"{size.bytes / size.tokens:.0f} bytes a token, {time.perf_counter() - began:.1f} s; use it with "
+        f'engine.drafter = {{name = "suffix-automaton", corpora = ["{options.out}"]}}'
+    )
+    return 0
+
+
+def _keygen(options: argparse.Namespace) -> int:
+    from pipeline.transport.keys import DEFAULT_ENGINE, keygen
+
+    print("\n".join(keygen(options.folder, options.engine or [DEFAULT_ENGINE])))
     return 0
 
 

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-SCHEMA = 1
+SCHEMA = 3
 
 Text = Annotated[str, Meta(max_length=1 << 20)]
 Name = Annotated[str, Meta(max_length=256)]
@@ -20,6 +20,16 @@ Id = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Small = Annotated[int, Meta(ge=0, lt=1 << 31)]
 SampleId = tuple[Id, Small]
 """(lease id, sample index in the group): the identity of a trajectory."""
+IDS_A_MESSAGE = 1 << 16
+"""entries of a list of leases or samples; who has more to say sends several messages, or says the rest later"""
+LARGEST_HEADER = 4 << 20
+"""bytes of frame 0 that the learner looks at"""
+LARGEST_CHUNK = 1 << 20
+"""bytes of weights in one message"""
+_LONGEST_ERROR = 1 << 16
+
+LeaseIds = Annotated[tuple[Id, ...], Meta(max_length=IDS_A_MESSAGE)]
+SampleIds = Annotated[tuple[SampleId, ...], Meta(max_length=IDS_A_MESSAGE)]
 
 
 class BadMessage(ValueError):
@@ -45,16 +55,62 @@ class Message(Struct, kw_only=True, frozen=True, forbid_unknown_fields=False):
     """Base of everything in frame 0."""
 
 
+Finite = Annotated[float, Meta(ge=-1e6, le=1e6)]
+
+
 class SamplingParams(Struct, kw_only=True, frozen=True):
-    temperature: Annotated[float, Meta(ge=0)] = 1.0
+    """How tokens are drawn and when a response ends; `pipeline.sampling.processors` says in which order settings act.
+    Every default leaves the model's own distribution as it is."""
+
+    temperature: Annotated[float, Meta(ge=0, le=1e6)] = 1.0
+    """0 is greedy: the most likely token; truncation does not matter then"""
     max_new_tokens: Annotated[int, Meta(ge=1, lt=1 << 24)] = 256
     stop_token_ids: tuple[Small, ...] = ()
+    top_k: Small = 0
+    """keep the k most likely tokens; 0: all"""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """keep the fewest most likely tokens that have this probability together"""
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """keep tokens at least this likely, relative to the most likely one"""
+    repetition_penalty: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    """divides positive and multiplies negative logits of tokens in prompt or response"""
+    presence_penalty: Finite = 0.0
+    """taken off the logits of tokens in the response"""
+    frequency_penalty: Finite = 0.0
+    """taken off the logits of tokens in the response, once for each time they occur"""
+    logit_bias: tuple[tuple[Small, Finite], ...] = ()
+    """(token id, added to its logit)"""
+    allowed_token_ids: tuple[Small, ...] = ()
+    """only these can be drawn; none given: all"""
+    bad_token_ids: tuple[Small, ...] = ()
+    """these are never drawn"""
+    min_new_tokens: Small = 0
+    """before so many tokens a response cannot stop"""
+    stop_strings: tuple[Annotated[str, Meta(min_length=1, max_length=1 << 12)], ...] = ()
+    """the token that completes one of these in the response's text is its last"""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether only a part of the vocabulary can be drawn, chosen by probability."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether logits depend on which tokens came before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def masks(self) -> bool:
+        """Whether logits of named tokens are changed."""
+        return bool(self.logit_bias or self.allowed_token_ids or self.bad_token_ids or self.min_new_tokens)
 
 
 class Capabilities(Struct, kw_only=True, frozen=True):
     """What an engine can give per token beyond the behaviour log-prob."""
 
     entropy: bool = False
+    kept_ids: bool = False
+    """the ids that truncation (top-k, top-p, min-p) left to draw from"""
 
 
 class DraftCounts(Struct, kw_only=True, frozen=True):
@@ -69,31 +125,39 @@ class Hello(Message, tag="hello", kw_only=True, frozen=True):
     schema: Small
     producer: Name
     incarnation: Id
-    digest: dict[Name, Name]
+    digest: Annotated[dict[Name, Name], Meta(max_length=64)]
     capabilities: Capabilities
-    running: tuple[Id, ...] = ()
+    running: LeaseIds = ()
     """Leases this engine still works on; all its others are free to be reissued."""
-    spooled: tuple[SampleId, ...] = ()
-    """Samples in its spool that are not known to be committed."""
+    spooled: SampleIds = ()
+    """Samples in its spool that are not known to be committed; the oldest when there are too many to list."""
     version: int = -1
     """Publication loaded, -1 before the first."""
+    instance: Id = 0
+    """A number the process drew when it started: tells two processes apart that share a copied spool."""
 
 
 class Progress(Message, tag="progress", kw_only=True, frozen=True):
     """Sent every heartbeat: renews leases, grants credit, reports counters since start."""
 
-    running: tuple[Id, ...]
+    running: LeaseIds
     credit: Small
     """Samples the engine could start now, beyond the leases it holds."""
     version: int
     generated_tokens: Id = 0
     busy_seconds: float = 0.0
     spooled_bytes: Id = 0
+    blocked_seconds: float = 0.0
+    """That the engine took nothing new because its spool was full."""
+    spool_damaged: Id = 0
+    """Stretches of its spool that could not be read; what was in them is sampled anew."""
 
 
 class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):
     """One finished sample. Frames: prompt ids u32, token ids u32, log-probs f32, entropies f32 or empty, versions u32,
-    samplers u8, roles u8; all but the prompt have one entry a response token."""
+    samplers u8, roles u8; all but the prompt have one entry a response token. Then what truncation left to draw each
+    token from: number of ids u32 (one entry a response token, 0: the whole vocabulary), and the ids u32, token by
+    token; both empty where nothing was truncated."""
 
     schema: Small
     producer: Name
@@ -106,14 +170,16 @@ class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):
     response_tokens: Small
     has_entropy: bool
     reward: float
-    reward_parts: dict[Name, float]
+    reward_parts: Annotated[dict[Name, float], Meta(max_length=64)]
     finish_reason: Name
     """"stop" or "length"."""
     sampling: SamplingParams
-    drafters: dict[Name, DraftCounts]
+    drafters: Annotated[dict[Name, DraftCounts], Meta(max_length=64)]
     verifications: Small
     kv_kept_across_update: bool = False
     text: Text = ""
+    kept_ids: Small | None = None
+    """Length of the frame of kept ids; None where nothing was truncated."""
 
 
 class SampleFailed(Message, tag="sample-failed", kw_only=True, frozen=True):
@@ -128,7 +194,16 @@ class SampleFailed(Message, tag="sample-failed", kw_only=True, frozen=True):
 class Leaving(Message, tag="leaving", kw_only=True, frozen=True):
     """The engine leaves in order; the leases it names go back to the learner."""
 
-    handed_back: tuple[Id, ...] = ()
+    handed_back: LeaseIds = ()
+
+
+class WeightsRequest(Message, tag="weights-request", kw_only=True, frozen=True):
+    """Asks for a publication whose folder the engine cannot read: for the list of its files, or for a piece of one."""
+
+    version: Id
+    file: Name = ""
+    """Empty: the list."""
+    offset: Id = 0
 
 
 # ---- learner -> engine -------------------------------------------------------------------------------------------
@@ -139,8 +214,15 @@ class Welcome(Message, tag="welcome", kw_only=True, frozen=True):
     run: Name
     version: int
     """Newest publication; the engine follows the weights folder of its own configuration."""
-    received: tuple[SampleId, ...] = ()
+    received: SampleIds = ()
     """Of the samples in HELLO, those that need not be sent again."""
+
+
+class Window(Message, tag="window", kw_only=True, frozen=True):
+    """How much the engine may have sent that is not committed yet; one sample is always allowed."""
+
+    samples: Small
+    bytes: Id
 
 
 class Refused(Message, tag="refused", kw_only=True, frozen=True):
@@ -181,16 +263,10 @@ class Grant(Message, tag="grant", kw_only=True, frozen=True):
     leases: tuple[Lease, ...]
 
 
-class Received(Message, tag="received", kw_only=True, frozen=True):
-    """In the learner's memory: need not be resent on this connection."""
-
-    samples: tuple[SampleId, ...]
-
-
 class Committed(Message, tag="committed", kw_only=True, frozen=True):
     """In the learner's journal, synced to disk, or deliberately not wanted: the spool may forget them."""
 
-    samples: tuple[SampleId, ...]
+    samples: SampleIds
 
 
 class Published(Message, tag="published", kw_only=True, frozen=True):
@@ -202,7 +278,31 @@ class Published(Message, tag="published", kw_only=True, frozen=True):
 class Revoke(Message, tag="revoke", kw_only=True, frozen=True):
     """Leases whose samples are no longer wanted; the engine may stop them."""
 
-    leases: tuple[Id, ...]
+    leases: LeaseIds
+
+
+class WeightsFile(Struct, kw_only=True, frozen=True):
+    """One file of a publication."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    bytes: Id
+    sha256: Name
+
+
+class WeightsFiles(Message, tag="weights-files", kw_only=True, frozen=True):
+    """The files of a publication; none when it is not there any more."""
+
+    version: Id
+    files: Annotated[tuple[WeightsFile, ...], Meta(max_length=256)]
+
+
+class WeightsChunk(Message, tag="weights-chunk", kw_only=True, frozen=True):
+    """A piece of a publication's file; empty when there is nothing at that offset any more."""
+
+    version: Id
+    file: Name
+    offset: Id
+    data: Annotated[bytes, Meta(max_length=LARGEST_CHUNK)]
 
 
 class Drain(Message, tag="drain", kw_only=True, frozen=True):
@@ -219,8 +319,16 @@ class Fatal(Message, tag="fatal", kw_only=True, frozen=True):
     traceback: Text = ""
 
 
-EngineMessage = Hello | Progress | TrajectoryHeader | SampleFailed | Leaving | Fatal
-LearnerMessage = Welcome | Refused | Grant | Received | Committed | Published | Revoke | Drain | Fatal
+def fatal(message: str, traceback: str = "") -> Fatal:
+    """A `Fatal` that fits into a message: of a long traceback the end, where the error is."""
+    return Fatal(message=message[:_LONGEST_ERROR], traceback=traceback[-_LONGEST_ERROR:])
+
+
+EngineMessage = Hello | Progress | TrajectoryHeader | SampleFailed | Leaving | WeightsRequest | Fatal
+LearnerMessage = (
+    Welcome | Window | Refused | Grant | Committed | Published | Revoke | WeightsFiles | WeightsChunk
+    | Drain | Fatal
+)  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _engine_decoder = msgspec.msgpack.Decoder(EngineMessage)
@@ -245,13 +353,18 @@ class Trajectory(Struct, kw_only=True):
     """u8 [T], `Sampler`"""
     roles: np.ndarray
     """u8 [T], `Role`"""
+    kept_counts: np.ndarray | None = None
+    """u32 [T], how many ids truncation left to draw the token from; 0: the whole vocabulary"""
+    kept_ids: np.ndarray | None = None
+    """u32 [sum of kept_counts], token by token"""
 
     @property
     def id(self) -> SampleId:
         return self.header.lease, self.header.sample
 
 
-_FRAMES = ("<u4", "<u4", "<f4", "<f4", "<u4", "u1", "u1")
+_HUGE = float(np.finfo(np.float32).max)
+_FRAMES = ("<u4", "<u4", "<f4", "<f4", "<u4", "u1", "u1", "<u4", "<u4")
 
 
 def encode(message: Message) -> list[bytes]:
@@ -261,12 +374,13 @@ def encode(message: Message) -> list[bytes]:
 
 def encode_trajectory(trajectory: Trajectory) -> list[bytes]:
     """Frames of a trajectory: header, then the arrays in the order of `TrajectoryHeader`."""
-    entropies = trajectory.entropies if trajectory.entropies is not None else np.empty(0, np.float32)
     arrays = (
-        trajectory.prompt_ids, trajectory.token_ids, trajectory.logprobs, entropies,
-        trajectory.versions, trajectory.samplers, trajectory.roles,
+        trajectory.prompt_ids, trajectory.token_ids, trajectory.logprobs, trajectory.entropies,
+        trajectory.versions, trajectory.samplers, trajectory.roles, trajectory.kept_counts, trajectory.kept_ids,
     )  # fmt: skip
-    bodies = [np.ascontiguousarray(a, dtype=d).tobytes() for a, d in zip(arrays, _FRAMES, strict=True)]
+    bodies = [
+        b"" if a is None else np.ascontiguousarray(a, dtype=d).tobytes() for a, d in zip(arrays, _FRAMES, strict=True)
+    ]
     return [_encoder.encode(trajectory.header), *bodies]
 
 
@@ -274,38 +388,64 @@ def decode_trajectory(header: TrajectoryHeader, bodies: list[bytes]) -> Trajecto
     """Arrays of a trajectory (views of the frames, read-only).
 
     Raises:
-        BadMessage: another schema, a frame of the wrong length, a log-prob that is not finite or above zero.
+        BadMessage: another schema, a frame of the wrong length, a log-prob that is not finite or above zero, a token
+            that is not among those kept for it.
     """
     if header.schema != SCHEMA:
         raise BadMessage(f"trajectory schema {header.schema}, this side speaks {SCHEMA}")
     if len(bodies) != len(_FRAMES):
         raise BadMessage(f"trajectory with {len(bodies)} array frames instead of {len(_FRAMES)}")
     tokens = header.response_tokens
-    counts = (header.prompt_tokens, tokens, tokens, tokens if header.has_entropy else 0, tokens, tokens, tokens)
+    kept = header.kept_ids is not None
+    counts = (
+        header.prompt_tokens, tokens, tokens, tokens if header.has_entropy else 0, tokens, tokens, tokens,
+        tokens if kept else 0, header.kept_ids or 0,
+    )  # fmt: skip
     arrays = []
     for body, dtype, count in zip(bodies, _FRAMES, counts, strict=True):
         if len(body) != count * np.dtype(dtype).itemsize:
             raise BadMessage(f"array frame of {len(body)} bytes where {count} {dtype} were announced")
         arrays.append(np.frombuffer(body, dtype))
-    prompt_ids, token_ids, logprobs, entropies, versions, samplers, roles = arrays
-    if not (np.isfinite(logprobs).all() and (logprobs <= 1e-3).all()):
+    prompt_ids, token_ids, logprobs, entropies, versions, samplers, roles, kept_counts, kept_ids = arrays
+    if not _within(logprobs, -_HUGE, 1e-3):
         raise BadMessage("a log-prob is not finite or is above 0")
-    if header.has_entropy and not (np.isfinite(entropies).all() and (entropies >= -1e-3).all()):
+    if header.has_entropy and not _within(entropies, -1e-3, _HUGE):
         raise BadMessage("an entropy is not finite or is below 0")
-    if not np.isfinite(header.reward):
-        raise BadMessage(f"reward {header.reward} is not finite")
+    if not np.isfinite([header.reward, *header.reward_parts.values()]).all():
+        raise BadMessage(f"reward {header.reward}, or a part of it, is not finite")
     if samplers.size and samplers.max() > max(Sampler):
         raise BadMessage(f"unknown sampler {samplers.max()}")
     if roles.size and roles.max() > max(Role):
         raise BadMessage(f"unknown role {roles.max()}")
+    if kept:
+        _check_kept(token_ids, kept_counts, kept_ids)
     return Trajectory(
         header=header, prompt_ids=prompt_ids, token_ids=token_ids, logprobs=logprobs,
         entropies=entropies if header.has_entropy else None, versions=versions, samplers=samplers, roles=roles,
+        kept_counts=kept_counts if kept else None, kept_ids=kept_ids if kept else None,
     )  # fmt: skip
+
+
+def _within(values: np.ndarray, low: float, high: float) -> bool:
+    """Whether all values lie between; a NaN lies nowhere, as every comparison with it is false."""
+    return not values.size or bool(values.min() >= low and values.max() <= high)
+
+
+def _check_kept(token_ids: np.ndarray, kept_counts: np.ndarray, kept_ids: np.ndarray) -> None:
+    """Every token for which ids were kept must be one of them, once."""
+    total = int(kept_counts.sum(dtype=np.uint64))
+    if total != len(kept_ids):
+        raise BadMessage(f"{len(kept_ids)} kept ids where {total} were announced")
+    position = np.repeat(np.arange(len(token_ids)), kept_counts)
+    found = np.bincount(position[kept_ids == token_ids[position]], minlength=len(token_ids))
+    if (found != (kept_counts > 0)).any():
+        raise BadMessage(f"token {int(np.argmax(found != (kept_counts > 0)))} was not drawn from the ids kept for it")
 
 
 def decode_from_engine(frames: list[bytes]) -> EngineMessage | Trajectory:
     """What an engine sent; a trajectory comes with its arrays."""
+    if frames and len(frames[0]) > LARGEST_HEADER:
+        raise BadMessage(f"a header of {len(frames[0])} bytes, at most {LARGEST_HEADER} are allowed")
     message = _decode(_engine_decoder, frames)
     if isinstance(message, TrajectoryHeader):
         return decode_trajectory(message, frames[1:])
@@ -327,5 +467,5 @@ def _decode(decoder: msgspec.msgpack.Decoder, frames: list[bytes]) -> Any:
         raise BadMessage("a message without frames")
     try:
         return decoder.decode(frames[0])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadMessage(str(error)) from error

@@ -30,6 +30,7 @@ class RunDirectory:
         self.checkpoints = root / "checkpoints"
         self.weights = root / "weights"
         self.spool = root / "spool"
+        self.received = root / "received-weights"
         self.journal = root / "journal"
         self.logs = root / "logs"
         self.trained = root / "trained.jsonl"

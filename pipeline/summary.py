@@ -77,9 +77,9 @@ def _measure(config: Config, directory: RunDirectory) -> dict[str, Any]:
 
     from pipeline.config import resolve_threads
     from pipeline.engine.measure import drafting_speedup
-    from pipeline.messages import SamplingParams
     from pipeline.models.tokenizer import Tokenizer
     from pipeline.tasks import load_task
+    from pipeline.tasks.prompts import rollout_sampling
     from pipeline.weights import FilesystemFollower
 
     torch.set_num_threads(resolve_threads(config.engine.threads, config))
@@ -91,11 +91,7 @@ def _measure(config: Config, directory: RunDirectory) -> dict[str, Any]:
     return drafting_speedup(
         folder,
         [tokenizer.encode(example.prompt)[: config.sampling.max_prompt_tokens] for example in examples],
-        SamplingParams(
-            temperature=config.sampling.temperature,
-            max_new_tokens=config.sampling.max_new_tokens,
-            stop_token_ids=tuple(tokenizer.eos_token_ids),
-        ),
+        rollout_sampling(config.sampling, tokenizer.eos_token_ids),
         group_size=config.learner.group_size,
         drafter=config.engine.drafter,
         max_draft_tokens=config.engine.max_draft_tokens,

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.config.types import Config
+from pipeline.config.types import Config, SamplingSection
 from pipeline.errors import UsageError
 
 
@@ -35,6 +35,7 @@ def check_config(config: Config) -> None:
         )
     if sampling.temperature == 0:
         raise UsageError("sampling.temperature = 0 (greedy) gives nothing to learn from; use for example 1.0")
+    _check_replay(sampling)
     if task.kind == "jsonl" and not task.path:
         raise UsageError('task.kind = "jsonl" needs task.path, a file with one JSON object a line')
     if task.kind == "jsonl" and not config.model.path:
@@ -56,6 +57,22 @@ def check_config(config: Config) -> None:
             f"learner.micro_batch_tokens = {learner.micro_batch_tokens} is less than one sample can be "
             f"(sampling.max_prompt_tokens + sampling.max_new_tokens = {longest}); raise it"
         )
+
+
+def _check_replay(sampling: SamplingSection) -> None:
+    """The learner recomputes the probability of every sampled token. Of what changes it beside the temperature, it can
+    follow truncation, by the ids that were kept; a stop string changes where a response ends, and no probability."""
+    default = SamplingSection()
+    for key in (
+        "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids",
+        "bad_token_ids", "min_new_tokens",
+    ):  # fmt: skip
+        value, off = getattr(sampling, key), getattr(default, key)
+        if value != off:
+            raise UsageError(
+                f"sampling.{key} = {value!r} changes probabilities in a way that the learner cannot recompute; "
+                f"leave it at {off!r} for training"
+            )
 
 
 def check_against_model(config: Config, model_limit: int) -> None:
@@ -82,10 +99,10 @@ def resolve_threads(wanted: int, config: Config) -> int:
 # What may differ between a run and its resumption: it does not change what is learnt from which samples.
 _FREE_TO_CHANGE = {
     "run": {"out", "steps", "engines", "restarts", "measure_drafting"},
-    "task": {"held_out_path"},
+    "task": {"held_out_path", "reward_seconds", "reward_memory_mb", "reward_workers"},
     "engine": None,
     "transport": None,
-    "weights": {"keep"},
+    "weights": {"keep", "transport"},
     "objective": {"recipe", "reconstructed"},
     "learner": {"threads", "device", "checkpoint_every", "keep_checkpoints"},
 }

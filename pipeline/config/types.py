@@ -53,11 +53,37 @@ class TaskSection(Section):
         "Question: {question}\nAnswer:"
     )
     reward: Annotated[str, option("numeric-answer, or module:function with TRL's signature")] = "numeric-answer"
+    reward_seconds: Annotated[NonNegativeFloat, option("module:function: limit of one call; 0: none")] = 60.0
+    reward_memory_mb: Annotated[Count, option("module:function: limit of its process's memory, in MiB; 0: none")] = 4096
+    reward_workers: Annotated[PositiveInt, option("module:function: processes an engine scores in")] = 1
     long_prompts: Annotated[Literal["error", "skip"], option("a prompt over sampling.max_prompt_tokens")] = "error"
 
 
 class SamplingSection(Section):
     temperature: Annotated[NonNegativeFloat, option("softmax temperature of rollouts; 0 is greedy")] = 1.0
+    top_k: Annotated[Count, option("draw from the k most likely tokens; 0: all")] = 0
+    top_p: Annotated[
+        Annotated[float, Meta(gt=0, le=1)], option("draw from the fewest tokens that have this probability together")
+    ] = 1.0
+    min_p: Annotated[
+        Annotated[float, Meta(ge=0, le=1)], option("draw from tokens this likely, relative to the most likely one")
+    ] = 0.0
+    repetition_penalty: Annotated[PositiveFloat, option("divides logits of tokens of prompt and response; 1: off")] = (
+        1.0
+    )
+    presence_penalty: Annotated[float, option("taken off logits of tokens of the response")] = 0.0
+    frequency_penalty: Annotated[float, option("taken off logits of tokens of the response, for each time")] = 0.0
+    logit_bias: Annotated[dict[str, float], option("token id -> added to its logit")] = field(default_factory=dict)
+    allowed_token_ids: Annotated[list[Count], option("only these are drawn; empty: all")] = field(default_factory=list)
+    bad_token_ids: Annotated[list[Count], option("these are never drawn")] = field(default_factory=list)
+    stop_token_ids: Annotated[list[Count], option("end a response, beside the model's own end of text")] = field(
+        default_factory=list
+    )
+    stop_strings: Annotated[
+        list[Annotated[str, Meta(min_length=1)]],
+        option("the token that completes one of these in the text ends a response"),
+    ] = field(default_factory=list)
+    min_new_tokens: Annotated[Count, option("before so many tokens a response cannot stop")] = 0
     max_prompt_tokens: Annotated[PositiveInt, option("longest prompt, in tokens")] = 512
     max_new_tokens: Annotated[PositiveInt, option("longest response, in tokens")] = 512
 
@@ -68,6 +94,9 @@ class EngineSection(Section):
     max_sequences: Annotated[PositiveInt, option("sequences generated at once by one engine")] = 64
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("compute type; auto: the checkpoint's")] = "auto"
     device: Annotated[str, option("auto, cpu, cuda or cuda:N")] = "auto"
+    verification: Annotated[
+        Literal["standard", "block"], option("rule for drafts that bring probabilities; both are exact")
+    ] = "standard"
     kv_bytes: Annotated[
         Count, option("memory for keys and values, in bytes; 0: for max_sequences, at most half of what is free")
     ] = 0
@@ -75,9 +104,12 @@ class EngineSection(Section):
     update_kv: Annotated[
         Literal["keep", "recompute"], option("keys and values of sequences under way when new weights arrive")
     ] = "keep"
-    max_draft_tokens: Annotated[Annotated[int, Meta(ge=0, le=128)], option("longest draft a verification")] = 2
+    max_draft_tokens: Annotated[Annotated[int, Meta(ge=0, le=128)], option("longest draft a verification")] = 16
     drafter: Annotated[Piece, option("drafter by name or module:Class, with its options")] = field(
-        default_factory=lambda: {"name": "suffix-automaton"}
+        default_factory=lambda: {"name": "arbiter", "drafters": ["suffix-automaton"]}
+    )
+    stagger: Annotated[bool, option("of more samples than run at once, one of each group goes ahead of the others")] = (
+        True
     )
     spool_bytes: Annotated[PositiveInt, option("unacknowledged trajectories an engine keeps on disk, in bytes")] = (
         256 << 20
@@ -90,10 +122,25 @@ class TransportSection(Section):
     heartbeat_seconds: Annotated[PositiveFloat, option("between an engine's progress messages")] = 1.0
     lease_seconds: Annotated[PositiveFloat, option("a lease without progress is reissued after this")] = 30.0
     journal_bytes: Annotated[PositiveInt, option("journal size that forces a checkpoint, in bytes")] = 1 << 30
-    max_message_bytes: Annotated[PositiveInt, option("largest message accepted")] = 64 << 20
+    max_message_bytes: Annotated[Annotated[int, Meta(ge=1 << 20)], option("largest message accepted")] = 64 << 20
+    window_bytes: Annotated[
+        PositiveInt, option("bytes that all engines together may have sent before the journal holds them")
+    ] = 256 << 20
+    fsync: Annotated[
+        bool, option("sync spool and journal before samples are acknowledged; false survives kills, not power cuts")
+    ] = True
+    stall_seconds: Annotated[
+        NonNegativeFloat, option("a process without progress for this long is ended; 0: never")
+    ] = 1800.0
+    keys: Annotated[str, option("folder of keys made by `rollahead keygen`; empty: this machine only")] = ""
+    engine_key: Annotated[str, option("name of the engine's key in transport.keys")] = "engine"
+    insecure: Annotated[bool, option("listen for other machines without keys")] = False
 
 
 class WeightsSection(Section):
+    transport: Annotated[
+        Literal["filesystem", "stream"], option("filesystem: engines read run.out; stream: over the connection")
+    ] = "filesystem"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], option("type of published weights; auto: the checkpoint's")
     ] = "auto"

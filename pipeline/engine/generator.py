@@ -1,5 +1,6 @@
 """The seam between the engine service and what generates: the native generator, vLLM, a user's own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -14,10 +15,12 @@ class TokenOrigin(IntEnum):
     """How a token came to be emitted, for people who look at drafting; it does not matter to the learner."""
 
     SAMPLED = 0
-    """drawn from the target: no draft stood there, or the draft was rejected (residual)"""
+    """drawn from the target: no draft stood there"""
     ACCEPTED = 1
     BONUS = 2
     """drawn from the target after a whole draft was accepted"""
+    RESIDUAL = 3
+    """drawn in place of a draft token that was rejected"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,25 @@ class GroupRequest:
     """one a sample, in place of the sampling parameters'; empty: theirs for all"""
 
 
+@dataclass(frozen=True, slots=True)
+class KeptIds:
+    """What truncation left to draw each of T tokens from."""
+
+    counts: np.ndarray
+    """int64 [T], 0: the whole vocabulary"""
+    ids: np.ndarray
+    """int64 [sum of counts], token by token"""
+
+    def first(self, n: int) -> "KeptIds":
+        """Of the first n tokens."""
+        return KeptIds(self.counts[:n], self.ids[: self.counts[:n].sum()])
+
+    @staticmethod
+    def joined(parts: Sequence["KeptIds"]) -> "KeptIds":
+        """Of all the parts' tokens, in order."""
+        return KeptIds(np.concatenate([p.counts for p in parts]), np.concatenate([p.ids for p in parts]))
+
+
 @dataclass(slots=True)
 class FinishedSample:
     """One generated response of T tokens, the stop token included when there is one."""
@@ -43,7 +65,7 @@ class FinishedSample:
     token_ids: np.ndarray
     """int64 [T]"""
     logprobs: np.ndarray
-    """float32 [T], nats, under the distribution that sampled"""
+    """float32 [T], nats, under the distribution that sampled, truncation included; at temperature 1 where that is 0"""
     entropies: np.ndarray | None
     """float32 [T], nats, at the sampling temperature; None where the generator cannot give it exactly"""
     versions: np.ndarray
@@ -58,6 +80,10 @@ class FinishedSample:
     kv_kept_across_update: bool = False
     origins: np.ndarray | None = None
     """uint8 [T], `TokenOrigin`"""
+    kept: KeptIds | None = None
+    """None where nothing was truncated"""
+    draft_sources: np.ndarray | None = None
+    """uint8 [T], who drafted an accepted token: 1 + its place in `drafters`; 0: it was not drafted"""
 
 
 class Generator(Protocol):

@@ -4,6 +4,7 @@ The main loop polls events, submits samples and says how it stands; the socket's
 a connection comes up the link says HELLO, and after WELCOME it sends what is in the spool and was not received.
 """
 
+import os
 import threading
 import time
 from collections import deque
@@ -16,7 +17,7 @@ from pipeline import messages
 from pipeline.engine.link_events import Drained, Event, Failed, Granted, Revoked, VersionHint
 from pipeline.engine.outbox import Outbox
 from pipeline.errors import UsageError
-from pipeline.messages import SCHEMA, BadMessage, Capabilities, Trajectory, encode, encode_trajectory
+from pipeline.messages import IDS_A_MESSAGE, SCHEMA, BadMessage, Capabilities, Trajectory, encode, encode_trajectory
 from pipeline.transport.base import EngineSocket
 from pipeline.transport.spool import Spool
 
@@ -26,6 +27,10 @@ _SILENT_HEARTBEATS = 5
 _NOTICE_SECONDS, _NOTICE_SECONDS_MOST = 1.0, 30.0
 """between lines about waiting; longer the longer it lasts"""
 _LINGER_SECONDS = 2.0
+_OVERDUE_HEARTBEATS = 10
+"""after which a sample that was sent and is not committed is asked after"""
+_GRANTS_BEYOND = 4
+"""times the credit that the leases held at once may be worth; a learner that grants more is out of order"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +41,13 @@ class LinkStats:
     spooled: int
     """samples in the spool that are not known to be committed"""
     spooled_bytes: int
+    sent_bytes: int
+    """sent and not committed"""
     blocked_seconds: float
-    """that `submit` waited because the spool was full"""
+    """that nothing new was taken because the spool was full"""
+    damaged_messages: int
+    spool_damaged: int
+    """stretches of the spool that could not be read"""
 
 
 class Link:
@@ -53,6 +63,7 @@ class Link:
         heartbeat_seconds: float,
         connect_timeout: float,
         on_event: Callable[[str], None],
+        on_weights: Callable[[messages.WeightsFiles | messages.WeightsChunk], None] = lambda message: None,
     ) -> None:
         """
         Args:
@@ -61,19 +72,24 @@ class Link:
             heartbeat_seconds: between progress messages; the learner is lost after five without a word.
             connect_timeout: seconds to wait for the learner, at first and whenever it is lost; 0: for ever.
             on_event: gets a line about the connection; from any thread.
+            on_weights: gets the answers to `request_weights`; from the socket's thread, must not block.
         """
         self._socket, self._spool = socket, spool
         self._digest, self._capabilities = digest, capabilities
         self._heartbeat_seconds, self._connect_timeout, self._on_event = heartbeat_seconds, connect_timeout, on_event
-        self._outbox = Outbox(socket, spool, self._spool_failed)
+        self._on_weights = on_weights
+        self._outbox = Outbox(socket, spool, self._spool_failed, on_event)
+        self._instance = int.from_bytes(os.urandom(7))
         self._changed = threading.Condition(threading.RLock())
         self._events: deque[Event] = deque()
         self._unpolled: set[int] = set()
         self._running: set[int] = set()
         self._standing = messages.Progress(running=(), credit=0, version=-1)
         self._sent = self._standing
-        self._sent_at = self._heard_at = self._waiting_since = self._noticed_at = time.monotonic()
+        self._sent_at = self._heard_at = self._hello_at = self._waiting_since = self._noticed_at = time.monotonic()
         self._group_size = 1
+        self._most_credit = 0
+        self._had_room, self._room_noticed_at = True, 0.0
         self._sequence = 0
         self._hint = -1
         self._welcomed = False
@@ -99,7 +115,7 @@ class Link:
             self._on_event(f"{len(self._spool.pending())} samples of an earlier engine are in {self._spool.folder}")
         if self._spool.corrupt:
             self._on_event(
-                f"{self._spool.folder} has {self._spool.corrupt} damaged stretches; samples in them are lost"
+                f"{self._spool.folder} has {self._spool.corrupt} damaged stretches; what was in them is sampled anew"
             )
         self._waiting_since = self._noticed_at = time.monotonic()
         self._outbox.start()
@@ -121,25 +137,30 @@ class Link:
 
         Args:
             running: leases it works on, up to the call of `submit` for their samples.
-            credit: samples it could start now, beyond those leases.
+            credit: samples it could start now, beyond those leases; the learner hears of none while the spool is full.
             version: publication loaded, -1 before the first.
             generated_tokens: since the engine's start.
             busy_seconds: that the generator ran since the engine's start.
         """
+        has_room = self._outbox.has_room
+        credit = credit if has_room else 0
         with self._changed:
+            turned = has_room != self._had_room
+            self._note_room(has_room)
+            self._most_credit = max(self._most_credit, credit)
             self._running = set(running) | self._unpolled
             self._standing = messages.Progress(
                 running=tuple(self._running), credit=credit, version=version,
                 generated_tokens=generated_tokens, busy_seconds=busy_seconds,
             )  # fmt: skip
             finished = not set(self._sent.running) <= self._running
-            if finished or credit - self._sent.credit >= self._group_size or version != self._sent.version:
+            more = credit - self._sent.credit >= self._group_size
+            if finished or more or turned or version != self._sent.version:
                 self._send_progress()
 
     def submit(self, trajectory: Trajectory) -> None:
-        """Send a sample; producer, incarnation and sequence of its header are filled in.
-
-        Waits while the spool is full. On a dead link it does not, as `Failed` is about to be polled.
+        """Send a sample; producer, incarnation and sequence of its header are filled in. Does not wait: while the
+        spool is full the sample is kept in memory, and `update` lets nothing new be leased.
 
         Raises:
             UsageError: the sample is too large to be sent.
@@ -159,7 +180,7 @@ class Link:
         self._outbox.put(trajectory.id, frames)
 
     def fail_sample(self, lease: int, sample: int, reason: str, detail: str) -> None:
-        """A sample will not come; the learner counts it as dropped for `reason`. Waits as `submit`."""
+        """A sample will not come; the learner counts it as dropped for `reason`."""
         message = messages.SampleFailed(lease=lease, sample=sample, reason=reason, detail=detail)
         self._outbox.put((lease, sample), encode(message))
 
@@ -172,12 +193,12 @@ class Link:
             self._send_progress()
 
     def flush(self, timeout: float) -> bool:
-        """Wait until everything submitted is committed; False after `timeout` seconds or when the link is dead."""
+        """Wait until everything submitted is committed; False after `timeout` seconds, or when the learner is away."""
         return self._outbox.wait_until_empty(timeout)
 
     def fatal(self, message: str, traceback: str = "") -> None:
         """Tell the learner that the engine ends by an error; `stop` gives the message its time to arrive."""
-        self._socket.send(encode(messages.Fatal(message=message, traceback=traceback)))
+        self._socket.send(encode(messages.fatal(message, traceback)))
         with self._changed:
             self._leaving = None
 
@@ -194,8 +215,14 @@ class Link:
     def stats(self) -> LinkStats:
         outbox = self._outbox.stats()
         return LinkStats(
-            self._welcomed, outbox.queued, outbox.spooled, outbox.spooled_bytes, outbox.blocked_seconds
+            self._welcomed, outbox.queued, outbox.spooled, outbox.spooled_bytes, outbox.sent_bytes,
+            outbox.blocked_seconds, self._socket.damaged, self._spool.corrupt,
         )  # fmt: skip
+
+    def request_weights(self, request: messages.WeightsRequest) -> bool:
+        """Ask the learner for a publication; False when it is not connected now."""
+        with self._changed:
+            return self._welcomed and self._socket.send(encode(request))
 
     # ---- called by the socket ------------------------------------------------------------------------------------
 
@@ -203,12 +230,7 @@ class Link:
         with self._changed:
             self._heard_at = time.monotonic()
             self._lose_learner("connected anew")
-            self._socket.send(encode(messages.Hello(
-                schema=SCHEMA, producer=self._spool.producer, incarnation=self._spool.incarnation,
-                digest=self._digest, capabilities=self._capabilities,
-                running=tuple(self._running | self._outbox.leases()), spooled=tuple(self._spool.pending()),
-                version=self._standing.version,
-            )))  # fmt: skip
+            self._say_hello()
 
     def on_disconnect(self) -> None:
         with self._changed:
@@ -235,8 +257,18 @@ class Link:
                 self._socket.reconnect()
             if not self._welcomed:
                 self._wait_for_learner(now)
+            elif now - self._hello_at > (wait := _OVERDUE_HEARTBEATS * self._heartbeat_seconds) and (
+                self._outbox.overdue(wait)
+            ):
+                self._say_hello()  # the answer says what has to be sent again
             elif now - self._sent_at >= self._heartbeat_seconds:
                 self._send_progress()
+
+    def on_refused(self) -> None:
+        self._fail(
+            f"the learner at {self._socket.address} does not list this engine's key; add the public key to its "
+            "engines.allow, or use a key that `rollahead keygen` listed", refused=True,
+        )  # fmt: skip
 
     def on_error(self, error: Exception) -> None:
         self._fail(f"the engine's socket failed: {type(error).__name__}: {error}", refused=False)
@@ -251,6 +283,9 @@ class Link:
                 self._fail(f"the learner at {self._socket.address} refused this engine: {reason}", refused=True)
             case messages.Grant(leases=leases):
                 ids = {lease.id for lease in leases}
+                if len(self._running | ids) > _GRANTS_BEYOND * self._most_credit + len(ids):
+                    self._fail("the learner grants far more leases than were asked for", refused=False)
+                    return
                 self._group_size = leases[0].group_size if leases else self._group_size
                 self._unpolled |= ids
                 self._running |= ids
@@ -261,11 +296,17 @@ class Link:
                 self._leave_when_empty()
             case messages.Published(version=version):
                 self._hint_at(version)
+            case messages.Window(samples=samples, bytes=size):
+                self._outbox.set_window(samples, size)
+            case messages.WeightsFiles() | messages.WeightsChunk():
+                self._on_weights(message)
             case messages.Revoke(leases=leases):
                 self._emit(Revoked(leases))
             case messages.Drain():
                 self._emit(Drained())
-            case messages.Fatal(message=text):
+            case messages.Fatal(message=text, traceback=trace):
+                if trace:
+                    self._on_event(f"the learner's traceback:\n{trace.rstrip()}")
                 self._fail(f"the learner failed: {text}", refused=False)
 
     def _welcome(self, message: messages.Welcome) -> None:
@@ -283,8 +324,9 @@ class Link:
             return
         self._spool.bind(message.run)
         self._run = message.run
+        if not self._welcomed:
+            self._on_event(f"connected to the learner at {self._socket.address}")
         self._welcomed = True
-        self._on_event(f"connected to the learner at {self._socket.address}")
         self._outbox.connected(message.received)
         self._hint_at(message.version)
         self._send_progress()
@@ -301,7 +343,9 @@ class Link:
             )
         elif now - self._noticed_at >= min(max(_NOTICE_SECONDS, waited / 2), _NOTICE_SECONDS_MOST):
             self._noticed_at = now
-            self._on_event(f"waiting for the learner at {self._socket.address}, {waited:.0f} s")
+            failed = self._socket.handshakes_failed
+            keys = f"; {failed} handshakes failed: see that both sides use keys of one folder" if failed else ""
+            self._on_event(f"waiting for the learner at {self._socket.address}, {waited:.0f} s{keys}")
 
     def _lose_learner(self, how: str) -> None:
         """From here on until WELCOME nothing is sent but HELLO."""
@@ -311,12 +355,36 @@ class Link:
             self._waiting_since = self._noticed_at = time.monotonic()
             self._on_event(f"lost the learner at {self._socket.address} ({how}); waiting for it")
 
+    def _say_hello(self) -> None:
+        self._hello_at = time.monotonic()
+        self._socket.send(encode(messages.Hello(
+            schema=SCHEMA, producer=self._spool.producer, incarnation=self._spool.incarnation,
+            digest=self._digest, capabilities=self._capabilities, running=self._working_on(),
+            spooled=tuple(self._spool.pending()[:IDS_A_MESSAGE]), version=self._standing.version,
+            instance=self._instance,
+        )))  # fmt: skip
+
+    def _working_on(self) -> tuple[int, ...]:
+        return tuple(self._running | self._outbox.leases())[:IDS_A_MESSAGE]
+
+    def _note_room(self, has_room: bool) -> None:
+        """Say, not too often, that the spool is full."""
+        now = time.monotonic()
+        if not has_room and self._had_room and now - self._room_noticed_at > _NOTICE_SECONDS_MOST:
+            self._room_noticed_at = now
+            self._on_event(
+                f"the spool {self._spool.folder} is full ({self._spool.size} bytes, engine.spool_bytes): nothing new "
+                "is sampled until the learner has committed what is in it"
+            )
+        self._had_room = has_room
+
     def _send_progress(self) -> None:
         if not self._welcomed:
             return
         progress = structs.replace(
-            self._standing, running=tuple(self._running | self._outbox.leases()), spooled_bytes=self._spool.size
-        )
+            self._standing, running=self._working_on(), spooled_bytes=self._spool.size,
+            blocked_seconds=self._outbox.stats().blocked_seconds, spool_damaged=self._spool.corrupt,
+        )  # fmt: skip
         if self._socket.send(encode(progress)):
             self._sent, self._sent_at = self._standing, time.monotonic()
 

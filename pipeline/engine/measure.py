@@ -68,12 +68,13 @@ def drafting_speedup(
             drafter=build(piece),
             max_sequences=max_sequences,
             max_draft_tokens=max_draft_tokens,
+            stagger=True,
             stop_token_ids=stop,
             entropy=True,
         )
 
     lengths = _natural_lengths(generator({"name": "none"}, None), requests)
-    unstopped = msgspec.structs.replace(sampling, stop_token_ids=())
+    unstopped = msgspec.structs.replace(sampling, stop_token_ids=(), stop_strings=(), min_new_tokens=0)
     requests = [GroupRequest(r.id, r.prompt_ids, unstopped, r.seeds) for r in requests]
     plain: list[_Timing] = []
     drafted: list[_Timing] = []

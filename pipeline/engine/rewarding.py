@@ -1,13 +1,20 @@
-"""Rewards of finished groups, in a thread of their own so that generation goes on meanwhile."""
+"""Rewards of finished groups, in threads of their own so that generation goes on meanwhile."""
 
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+from pipeline.config.types import TaskSection
 from pipeline.engine.generator import FinishedSample
+from pipeline.errors import UsageError
 from pipeline.messages import Lease
-from pipeline.tasks.rewards import RewardFunction, Scored, score_group
+from pipeline.tasks.reward_process import ProcessScorer
+from pipeline.tasks.rewards import Scored, is_built_in, load_reward, score_group
+
+_CLOSE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +32,59 @@ class ScoredGroup:
     scores: list[Scored]
 
 
-class RewardWorker:
-    """Scores groups in the order they come; `scored()` collects what is done."""
+class Scorer(Protocol):
+    """Rewards of one group after another; used by one thread."""
 
-    def __init__(self, reward: RewardFunction, decode: Callable[[list[int]], str]) -> None:
-        self._reward, self._decode = reward, decode
+    def score(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> list[Scored]: ...
+
+    def close(self) -> None: ...
+
+
+class BuiltInScorer:
+    """Our own rewards, which need no limits: in the thread itself."""
+
+    def __init__(self, name: str) -> None:
+        self._reward = load_reward(name)
+
+    def score(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> list[Scored]:
+        return score_group(self._reward, prompts, completions, columns)
+
+    def close(self) -> None: ...
+
+
+def build_scorers(task: TaskSection) -> list[Scorer]:
+    """What scores for an engine: a user's own function in processes, ours in a thread.
+
+    Raises:
+        UsageError: the function cannot be loaded.
+    """
+    if is_built_in(task.reward):
+        return [BuiltInScorer(task.reward)]
+    scorers = [
+        ProcessScorer(task.reward, task.reward_seconds, task.reward_memory_mb) for _ in range(task.reward_workers)
+    ]
+    try:
+        for scorer in scorers:
+            scorer.start()
+    except UsageError:
+        for scorer in scorers:
+            scorer.close()
+        raise
+    return list(scorers)
+
+
+class RewardWorker:
+    """Scores groups, each scorer in a thread of its own; `scored()` collects what is done."""
+
+    def __init__(self, scorers: Sequence[Scorer], decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
         self._waiting: queue.Queue[FinishedGroup | None] = queue.Queue()
         self._done: queue.Queue[ScoredGroup] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="reward", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, args=(scorer,), name="reward", daemon=True) for scorer in scorers
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, group: FinishedGroup) -> None:
         self._waiting.put(group)
@@ -47,13 +98,17 @@ class RewardWorker:
                 return groups
 
     def close(self) -> None:
-        """Score what was submitted, then end."""
-        self._waiting.put(None)
-        self._thread.join(timeout=30)
+        """Score what was submitted, for half a minute at most."""
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for _ in self._threads:
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
-    def _work(self) -> None:
+    def _work(self, scorer: Scorer) -> None:
         while (group := self._waiting.get()) is not None:
             completions = [self._decode(sample.token_ids.tolist()) for sample in group.samples]
             prompts = [group.lease.prompt] * len(completions)
             columns = {key: [value] * len(completions) for key, value in group.lease.columns.items()}
-            self._done.put(ScoredGroup(group, score_group(self._reward, prompts, completions, columns)))
+            self._done.put(ScoredGroup(group, scorer.score(prompts, completions, columns)))
+        scorer.close()

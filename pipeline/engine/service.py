@@ -4,8 +4,11 @@ A lease waits until the policy version it asks for is loaded; its group is gener
 sample goes to the spool and from there to the learner. New versions are picked up between two generation steps.
 """
 
+import os
+import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,42 +18,33 @@ from pipeline.config import Config, check_config, resolve_threads
 from pipeline.digest import run_digest
 from pipeline.engine.generator import FinishedSample, Generator, GroupRequest
 from pipeline.engine.link import Drained, Failed, Granted, Link, Revoked, VersionHint
-from pipeline.engine.rewarding import FinishedGroup, RewardWorker, ScoredGroup
+from pipeline.engine.rewarding import FinishedGroup, RewardWorker, ScoredGroup, Scorer, build_scorers
 from pipeline.errors import RollaheadError, RunFailed, UsageError
 from pipeline.messages import SCHEMA, Capabilities, Lease, Role, Trajectory, TrajectoryHeader
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
-from pipeline.tasks.rewards import load_reward
 from pipeline.telemetry import Log
+from pipeline.transport.dealer import ZmqEngineSocket
+from pipeline.transport.keys import load_engine_keys
+from pipeline.transport.options import is_local
 from pipeline.transport.spool import Spool
-from pipeline.transport.zmq import ZmqEngineSocket
-from pipeline.weights import FilesystemFollower, WeightsError, WeightsFollower
+from pipeline.watchdog import Watchdog
+from pipeline.weights import FilesystemFollower, StreamFollower, WeightsError, WeightsFollower, WeightsPending
 
 IDLE_SECONDS = 0.02
 FLUSH_SECONDS = 20.0
+WEIGHTS_RETRY_SECONDS = 1.0
 
 
 def run_engine(config: Config, connect: str | None, connect_timeout: float | None) -> int:
     """Serve one learner until it drains us, we are told to stop, or it stays away too long; returns the exit code."""
     check_config(config)
     stop, log = StopSignal(), Log("engine")
-    address = connect or config.transport.address
-    reward = load_reward(config.task.reward)
+    scorers = build_scorers(config.task)
     _build_drafter(config)  # refuse a wrong drafter before anything waits
-    link = Link(
-        ZmqEngineSocket(
-            address,
-            heartbeat_seconds=config.transport.heartbeat_seconds,
-            max_message_bytes=config.transport.max_message_bytes,
-        ),
-        Spool.acquire(RunDirectory(Path(config.run.out)).spool, config.engine.spool_bytes),
-        digest=run_digest(config),
-        capabilities=Capabilities(entropy=True),
-        heartbeat_seconds=config.transport.heartbeat_seconds,
-        connect_timeout=config.transport.connect_timeout if connect_timeout is None else connect_timeout,
-        on_event=log,
-    )
-    engine = Engine(config, link, FilesystemFollower(RunDirectory(Path(config.run.out)).weights), reward, stop, log)
+    link, follower = _connect(config, connect, connect_timeout, log)
+    watchdog = Watchdog(config.transport.stall_seconds, lambda why, where: _stalled(link, why, where))
+    engine = Engine(config, link, follower, scorers, stop, log, watchdog.beat)
     link.start()
     try:
         engine.run()
@@ -63,7 +57,51 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
         link.fatal(f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
     finally:
+        watchdog.close()
         link.stop()
+        if isinstance(follower, StreamFollower):
+            follower.close()
+        for scorer in scorers:
+            scorer.close()
+
+
+def _connect(
+    config: Config, connect: str | None, connect_timeout: float | None, log: Log
+) -> tuple[Link, WeightsFollower]:
+    """The link to the learner, and what follows its weights: a folder both see, or the link itself."""
+    transport, run = config.transport, RunDirectory(Path(config.run.out))
+    address = connect or transport.address
+    keys = load_engine_keys(Path(transport.keys), transport.engine_key) if transport.keys else None
+    if keys is None and not is_local(address):
+        log(f"WARNING: connecting to {address} without keys: what is sent can be read and changed on the way")
+    owner = keys.fingerprint if keys else ""
+    spool = Spool.acquire(run.spool, config.engine.spool_bytes, owner=owner, fsync=transport.fsync)
+    stream: StreamFollower | None = None
+    link = Link(
+        ZmqEngineSocket(
+            address, heartbeat_seconds=transport.heartbeat_seconds, max_message_bytes=transport.max_message_bytes,
+            keys=keys,
+        ),
+        spool,
+        digest=run_digest(config),
+        capabilities=Capabilities(entropy=True, kept_ids=True),
+        heartbeat_seconds=transport.heartbeat_seconds,
+        connect_timeout=transport.connect_timeout if connect_timeout is None else connect_timeout,
+        on_event=log,
+        on_weights=lambda message: stream.receive(message) if stream else None,
+    )  # fmt: skip
+    if config.weights.transport == "filesystem":
+        return link, FilesystemFollower(run.weights)
+    stream = StreamFollower(run.received / spool.producer, link.request_weights, log)
+    return link, stream
+
+
+def _stalled(link: Link, why: str, where: str) -> None:
+    """The main loop hangs: the learner is told, and gives the leases to others. What is spooled stays."""
+    sys.stderr.write(f"{where}\nrollahead: {why}\n")
+    link.fatal(why, where)
+    time.sleep(1.0)  # for the message to leave
+    os._exit(1)
 
 
 class LearnerEnded(RunFailed):
@@ -93,10 +131,18 @@ class Engine:
     """State of the engine's main loop."""
 
     def __init__(
-        self, config: Config, link: Link, follower: WeightsFollower, reward: object, stop: StopSignal, log: Log
+        self,
+        config: Config,
+        link: Link,
+        follower: WeightsFollower,
+        scorers: list[Scorer],
+        stop: StopSignal,
+        log: Log,
+        beat: Callable[[], None],
     ) -> None:
         self.config, self.link, self.follower, self.stop, self.log = config, link, follower, stop, log
-        self._reward_function = reward
+        self._scorers, self._beat = scorers, beat
+        self._weights_due = 0.0
         self._rewards: RewardWorker | None = None
         self.generator: Generator | None = None
         self.work: dict[int, LeaseWork] = {}
@@ -108,6 +154,7 @@ class Engine:
     def run(self) -> None:
         """Until drained, stopped, or failed."""
         while not (self.draining or self.stop.requested):
+            self._beat()
             busy = self.generator is not None and self.generator.has_work()
             self._listen(0.0 if busy else IDLE_SECONDS)
             self._follow_weights()
@@ -138,15 +185,17 @@ class Engine:
     def _follow_weights(self) -> None:
         """Load a newer version before the next step; sequences under way go on under it."""
         loaded = self.generator.version if self.generator is not None else -1
-        if self.wanted_version <= loaded:
+        if self.wanted_version <= loaded or time.monotonic() < self._weights_due:
             return
-        if self.generator is None:
+        if self.generator is None and self.config.weights.transport == "filesystem":
             self._check_run()
         try:
             folder, publication = self.follower.fetch(self.wanted_version)
+        except WeightsPending:
+            return
         except WeightsError as error:
             self.log(f"{error}; going on with version {loaded}, trying again")
-            time.sleep(IDLE_SECONDS)
+            self._weights_due = time.monotonic() + WEIGHTS_RETRY_SECONDS
             return
         if publication.version <= loaded:
             return
@@ -170,7 +219,7 @@ class Engine:
 
         tokenizer = Tokenizer(folder)
         self.generator = build_generator(self.config, folder, self.log)
-        self._rewards = RewardWorker(self._reward_function, tokenizer.decode)  # type: ignore[arg-type]
+        self._rewards = RewardWorker(self._scorers, tokenizer.decode)
 
     def _start_leases(self) -> None:
         if self.generator is None:
@@ -207,7 +256,7 @@ class Engine:
             for index, score in enumerate(scored.scores):
                 if score.reward is None:
                     self.log(f"lease {lease.id} sample {index} dropped: {score.error}")
-                    self.link.fail_sample(lease.id, index, "reward_error", score.error)
+                    self.link.fail_sample(lease.id, index, score.reason, score.error)
                 else:
                     self.link.submit(trajectory_of(scored, index))
 
@@ -242,6 +291,7 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
         reward=score.reward, reward_parts={}, finish_reason=sample.finish_reason, sampling=lease.sampling_of(index),
         drafters=sample.drafters, verifications=sample.verifications,
         kv_kept_across_update=sample.kv_kept_across_update,
+        kept_ids=None if sample.kept is None else len(sample.kept.ids),
     )  # fmt: skip
     return Trajectory(
         header=header,
@@ -252,6 +302,8 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
         versions=sample.versions.astype(np.uint32),
         samplers=sample.samplers,
         roles=np.full(tokens, Role.GENERATED, np.uint8),
+        kept_counts=None if sample.kept is None else sample.kept.counts,
+        kept_ids=None if sample.kept is None else sample.kept.ids,
     )
 
 
@@ -274,9 +326,11 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         drafter=build(config.engine.drafter),
         max_sequences=config.engine.max_sequences,
         max_draft_tokens=config.engine.max_draft_tokens,
+        stagger=config.engine.stagger,
         max_length=config.sampling.max_prompt_tokens + config.sampling.max_new_tokens,
         dtype=config.engine.dtype,
         device=config.engine.device,
+        verification=config.engine.verification,
         kv_bytes=config.engine.kv_bytes,
         prefill_tokens=config.engine.prefill_tokens,
         recompute_on_update=config.engine.update_kv == "recompute",

@@ -1,8 +1,11 @@
 """`rollahead generate`: one response, with the tokens a drafter guessed right marked."""
 
 import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 from rich.console import Console
 from rich.text import Text
@@ -15,57 +18,116 @@ from pipeline.messages import SamplingParams
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 
-STYLES = {TokenOrigin.SAMPLED: "", TokenOrigin.ACCEPTED: "bold green", TokenOrigin.BONUS: "cyan"}
+COLOURS = ("green", "yellow", "magenta", "blue", "red")
+"""of the drafters, in the order in which each had a first draft"""
+BONUS = "cyan"
 
 
-def generate(folder: Path, prompt: str, *, drafter: str, max_new_tokens: int, temperature: float, seed: int) -> int:
-    """Sample once from the checkpoint in `folder` and print the response; returns the exit code."""
+def generate(
+    folder: Path, prompt: str, *, drafter: str, sampling: Mapping[str, Any], seed: int, samples: int = 1
+) -> int:
+    """Sample from the checkpoint in `folder` and print the responses; returns the exit code.
+
+    Args:
+        sampling: fields of `SamplingParams`, those that are not None; other keys are not read.
+        seed: of the first response; the others have the seeds that follow.
+    """
     tokenizer = Tokenizer(folder)
+    params = sampling_params(sampling, tokenizer.eos_token_ids)
+    max_new_tokens = params.max_new_tokens
     prompt_ids = tokenizer.encode(prompt)
     limit = ModelConfig.from_folder(folder).max_positions
-    if max_new_tokens < 1 or len(prompt_ids) + max_new_tokens > limit:
+    if len(prompt_ids) + max_new_tokens > limit:
         raise UsageError(
-            f"--max-new-tokens {max_new_tokens} with a prompt of {len(prompt_ids)} tokens must be at least 1 and "
+            f"--max-new-tokens {max_new_tokens} with a prompt of {len(prompt_ids)} tokens must "
             f"stay within the model's {limit} positions"
         )
-    if temperature < 0:
-        raise UsageError(f"--temperature {temperature} is negative; use 0 (greedy) or more")
+    if samples < 1:
+        raise UsageError(f"--samples {samples} must be at least 1")
     generator = NativeGenerator(
-        folder, drafter=build({"name": drafter}), max_sequences=1, max_length=len(prompt_ids) + max_new_tokens
+        folder,
+        drafter=build({"name": drafter}),
+        max_sequences=min(samples, 64),
+        max_length=len(prompt_ids) + max_new_tokens,
     )
-    sampling = SamplingParams(
-        temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=tuple(tokenizer.eos_token_ids)
-    )
-    generator.add(GroupRequest(0, np.asarray(prompt_ids, np.int64), sampling, (seed,)))
+    seeds = tuple(range(seed, seed + samples))
+    generator.add(GroupRequest(0, np.asarray(prompt_ids, np.int64), params, seeds))
     finished: list[FinishedSample] = []
     while generator.has_work():
         finished += generator.step()
-    _print(finished[0], tokenizer)
+    for sample in sorted(finished, key=lambda sample: sample.sample):
+        _print(sample, tokenizer)
+    if counters := generator.drafter_counters():
+        print("; ".join(f"{name} {value:,.6g}" for name, value in counters.items()))
     return 0
 
 
+def sampling_params(options: Mapping[str, Any], eos_token_ids: Sequence[int]) -> SamplingParams:
+    """Sampling parameters from command-line options by field name; the model's end-of-text ids stop a response too.
+
+    Raises:
+        UsageError: an option that cannot be used.
+    """
+    given = {key: options[key] for key in SamplingParams.__struct_fields__ if options.get(key) is not None}
+    given["stop_token_ids"] = [*dict.fromkeys([*eos_token_ids, *given.get("stop_token_ids", ())])]
+    given["logit_bias"] = [_bias(text) for text in given.get("logit_bias", ())]
+    try:
+        return msgspec.convert(given, SamplingParams)
+    except msgspec.ValidationError as error:
+        what, _, key = str(error).partition(" - at `$.")
+        name = key.rstrip("`").partition("[")[0]
+        text = what[0].lower() + what[1:].replace("`", "")
+        raise UsageError(f"--{name.replace('_', '-')} {options.get(name)} is not valid: {text}") from None
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise UsageError(f"--logit-bias {text} is not ID=X; write for example 13=-2.5") from None
+
+
 def _print(sample: FinishedSample, tokenizer: Tokenizer) -> None:
-    """Accepted drafts are green on a terminal and stand in ‹ › elsewhere."""
+    """Accepted drafts have their drafter's colour on a terminal and stand in ‹ › elsewhere, with its number where there
+    are several."""
     console = Console(highlight=False, soft_wrap=True)
-    origins = sample.origins if sample.origins is not None else np.zeros(len(sample.token_ids), np.uint8)
+    nothing = np.zeros(len(sample.token_ids), np.uint8)
+    origins = sample.origins if sample.origins is not None else nothing
+    sources = sample.draft_sources if sample.draft_sources is not None else nothing
+    several = len(sample.drafters) > 1
     text = Text()
-    for begin, end in _stretches(origins):
+    for begin, end in _stretches(origins.astype(np.int64) * 256 + sources):
         piece = tokenizer.decode(sample.token_ids[begin:end].tolist())
-        origin = TokenOrigin(int(origins[begin]))
-        marked = origin is TokenOrigin.ACCEPTED and not console.is_terminal
-        text.append(f"‹{piece}›" if marked else piece, style=STYLES[origin])
+        source = int(sources[begin])
+        if not source:
+            text.append(piece, style=BONUS if origins[begin] == TokenOrigin.BONUS else "")
+        elif console.is_terminal:
+            text.append(piece, style=_colour(source))
+        else:
+            text.append(f"‹{source}:{piece}›" if several else f"‹{piece}›")
     console.print(text)
-    drafts = ", ".join(
-        f"{name}: {counts.drafted} drafted, {counts.accepted} accepted" for name, counts in sample.drafters.items()
+    drafts = Text(", ").join(
+        Text(f"{number}: {name}" if several else name, style=_colour(number)).append(
+            f" {counts.drafted} drafted, {counts.accepted} accepted", style=""
+        )
+        for number, (name, counts) in enumerate(sample.drafters.items(), 1)
     )
     console.print(
-        f"{len(sample.token_ids)} tokens in {sample.verifications} verifications "
-        f"({len(sample.token_ids) / max(1, sample.verifications):.2f} each); {drafts or 'nothing drafted'}; "
-        f"log-prob {float(sample.logprobs.sum()):.2f} nats; ended by {sample.finish_reason}"
+        Text.assemble(
+            f"{len(sample.token_ids)} tokens in {sample.verifications} verifications "
+            f"({len(sample.token_ids) / max(1, sample.verifications):.2f} each); ",
+            drafts if sample.drafters else "nothing drafted",
+            f"; log-prob {float(sample.logprobs.sum()):.2f} nats; ended by {sample.finish_reason}",
+        )
     )
+
+
+def _colour(number: int) -> str:
+    return f"bold {COLOURS[(number - 1) % len(COLOURS)]}"
 
 
 def _stretches(origins: np.ndarray) -> list[tuple[int, int]]:
-    """[begin, end) of runs of equal origin."""
+    """[begin, end) of runs of equal entries."""
     borders = [0, *(np.flatnonzero(np.diff(origins)) + 1).tolist(), len(origins)]
     return [(a, b) for a, b in itertools.pairwise(borders) if b > a]

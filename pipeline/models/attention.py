@@ -52,7 +52,9 @@ class TorchAttention:
         self._norm_rows = torch.tensor([0] * config.heads + [1] * config.kv_heads, device=device)
         self._rope = RopeTable(config.rope, config.head_dim, dtype, device)
         self._plan: AttentionPlan | None = None
-        self._mask: Tensor | None = None
+        self._windows = {config.window(layer) for layer in range(config.layers)}
+        self._masks: dict[int, Tensor] = {}
+        """of `_plan`, by window"""
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), self._config.rms_norm_eps)
@@ -60,7 +62,8 @@ class TorchAttention:
     def __call__(self, layer: int, qkv: Tensor, qk_norm: Tensor | None, plan: AttentionPlan, cache: KVCache) -> Tensor:
         c = self._config
         if plan is not self._plan:
-            self._plan, self._mask = plan, plan.mask(c.heads // c.kv_heads, qkv.dtype)
+            self._plan = plan
+            self._masks = {w: plan.mask(c.heads // c.kv_heads, qkv.dtype, w) for w in self._windows}
             self._angles = self._rope.at(plan.positions, plan.keys)
         parts = qkv.view(len(qkv), -1, c.head_dim)
         qk = parts[:, : c.heads + c.kv_heads]
@@ -68,16 +71,17 @@ class TorchAttention:
             qk = F.rms_norm(qk, (c.head_dim,), None, c.rms_norm_eps) * qk_norm[self._norm_rows].to(qk.dtype)
         qk = rotate(qk, *self._angles)
         cache.write(layer, plan, qk[:, c.heads :], parts[:, c.heads + c.kv_heads :])
-        return self._attend(qk[:, : c.heads], plan, *cache.read(layer, plan))
+        mask = self._masks[c.window(layer)]
+        return self._attend(qk[:, : c.heads], plan, mask, *cache.read(layer, plan))
 
-    def _attend(self, queries: Tensor, plan: AttentionPlan, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend(self, queries: Tensor, plan: AttentionPlan, mask: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """[N, heads * D]. A KV head's query heads become further queries of it, so no key is repeated in memory."""
         c, flat = self._config, queries.flatten(1)
         rows, width, group = plan.rows, plan.width, c.heads // c.kv_heads
         if plan.pad_index is not None:
             flat = flat.new_zeros(rows * width, flat.shape[1]).index_copy_(0, plan.pad_index, flat)
         folded = flat.view(rows, width, c.kv_heads, group, c.head_dim).transpose(1, 2).flatten(2, 3)
-        attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=self._mask)
+        attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
         flat = attended.unflatten(2, (width, group)).transpose(1, 2).reshape(rows * width, -1)
         return flat if plan.pad_index is None else flat[plan.pad_index]
 
@@ -114,7 +118,7 @@ class CPUAttention:
         )
         out = qkv.new_empty(len(qkv), c.heads * c.head_dim)
         arguments = (
-            queries, keys, values, plan.tables, plan.cached, plan.starts, 1 << 40, self._scale,
+            queries, keys, values, plan.tables, plan.cached, plan.starts, c.window(layer), self._scale,
             _array(out).reshape(queries.shape),
         )  # fmt: skip
         if torch.get_num_threads() > 1 and int(plan.cached.sum()) * c.heads * plan.width > _WORTH_SHARING:

@@ -9,6 +9,9 @@ from msgspec import Struct, field
 
 from pipeline.errors import UsageError
 
+UNLIMITED = 1 << 40
+"""A window that no sequence fills."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -17,13 +20,15 @@ class Family:
     qk_norm: bool = False
     qkv_bias: bool = False
     """query, key and value projections have a bias whatever `attention_bias` says"""
+    window: str = "never"
+    """`sliding_window` of the configuration holds for: never, "all" layers, or "some" if `use_sliding_window`"""
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family(),
-    "MistralForCausalLM": Family(),
-    "Qwen2ForCausalLM": Family(qkv_bias=True),
-    "Qwen3ForCausalLM": Family(qk_norm=True),
+    "MistralForCausalLM": Family(window="all"),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, window="some"),
+    "Qwen3ForCausalLM": Family(qk_norm=True, window="some"),
 }
 
 
@@ -64,6 +69,12 @@ class ModelConfig:
     """of the checkpoint: float32, bfloat16 or float16"""
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    windows: tuple[int, ...] = ()
+    """for each layer, how many keys up to itself a query sees, `UNLIMITED` for all; none given: all in all layers"""
+
+    def window(self, layer: int) -> int:
+        """Keys up to itself that a query of the layer sees."""
+        return self.windows[layer] if self.windows else UNLIMITED
 
     @staticmethod
     def from_folder(folder: str | Path) -> "ModelConfig":
@@ -100,10 +111,11 @@ class ModelConfig:
             qk_norm=family.qk_norm,
             qkv_bias=family.qkv_bias or file.attention_bias,
             output_bias=file.attention_bias,
-            max_positions=_max_positions(file),
+            max_positions=file.max_position_embeddings,
             dtype=(file.dtype or file.torch_dtype or "float32").removeprefix("torch."),
             bos_token_id=file.bos_token_id,
             eos_token_ids=_ids(eos) or _ids(file.eos_token_id),
+            windows=_windows(file, family, path),
         )
 
 
@@ -131,6 +143,8 @@ class _ConfigFile(Struct):
     rope_scaling: dict[str, Any] | None = None
     sliding_window: int | None = None
     use_sliding_window: bool | None = None
+    max_window_layers: int = 28
+    layer_types: list[str] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     dtype: str | None = None
@@ -198,10 +212,25 @@ def _rope(file: _ConfigFile, path: Path) -> RopeParameters:
     )
 
 
-def _max_positions(file: _ConfigFile) -> int:
-    """Full attention equals sliding-window attention up to the window, so the window caps the usable length."""
-    sliding = file.sliding_window is not None and file.use_sliding_window is not False
-    return min(file.max_position_embeddings, file.sliding_window or 0) if sliding else file.max_position_embeddings
+def _windows(file: _ConfigFile, family: Family, path: Path) -> tuple[int, ...]:
+    """Of each layer, as transformers reads the file: Mistral's window holds everywhere, Qwen's from some layer on."""
+    window = file.sliding_window
+    if window is None or family.window == "never" or (family.window == "some" and not file.use_sliding_window):
+        return ()
+    if window < 1:
+        raise UsageError(f"{path}: sliding_window {window} must be at least 1")
+    if family.window == "all":
+        return (window,) * file.num_hidden_layers
+    kinds = file.layer_types or [
+        "sliding_attention" if layer >= file.max_window_layers else "full_attention"
+        for layer in range(file.num_hidden_layers)
+    ]
+    if len(kinds) != file.num_hidden_layers or set(kinds) - {"sliding_attention", "full_attention"}:
+        raise UsageError(
+            f"{path}: layer_types {kinds} must name sliding_attention or full_attention for each of "
+            f"{file.num_hidden_layers} layers"
+        )
+    return tuple(window if kind == "sliding_attention" else UNLIMITED for kind in kinds)
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -67,11 +67,15 @@ class AttentionPlan:
             return None
         return self._tensor(self.row * self.width + self.column)
 
-    def mask(self, group: int, dtype: torch.dtype) -> Tensor:
-        """[B, 1, width * group, pages * PAGE], added to the scores of `group` query heads a KV head."""
+    def mask(self, group: int, dtype: torch.dtype, window: int) -> Tensor:
+        """[B, 1, width * group, pages * PAGE], added to the scores of `group` query heads a KV head.
+
+        A query sees itself and the `window - 1` keys before it.
+        """
         newest = self._tensor(self.cached)[:, None] + torch.arange(self.width, device=self._device)
         keys = torch.arange(self.pages.shape[1] * PAGE, device=self._device)
-        seen = keys <= newest.repeat_interleave(group, dim=1)[:, None, :, None]
+        query = newest.repeat_interleave(group, dim=1)[:, None, :, None]
+        seen = (keys <= query) & (keys > query - window)
         return torch.zeros(seen.shape, dtype=dtype, device=self._device).masked_fill_(~seen, float("-inf"))
 
     def _tensor(self, array: np.ndarray) -> Tensor:

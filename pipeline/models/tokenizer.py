@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import tokenizers
+from tokenizers.decoders import DecodeStream
 
 from pipeline.errors import UsageError
 from pipeline.models.config import ModelConfig
@@ -75,6 +76,22 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def stream(self) -> "TextStream":
+        """The text of a response that grows token by token."""
+        return TextStream(self._tokenizer)
+
+
+class TextStream:
+    """Decodes one token after the other; a character that spans tokens comes with its last one."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def step(self, token: int) -> str:
+        """The text that this token completes."""
+        return self._stream.step(self._tokenizer, token) or ""
 
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:

@@ -22,6 +22,8 @@ class Stream(IntEnum):
     """acceptance of a draft token that was itself sampled"""
     RESIDUAL = 2
     """draw after such a draft was rejected"""
+    BLOCK = 3
+    """acceptance by block verification, which looks at numbers of positions that it then leaves open"""
 
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> np.ndarray:
@@ -32,6 +34,17 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> np.nda
     bits = _mix(_mix(keys ^ _INCREMENT) + np.atleast_1d(positions).astype(np.uint64) * _INCREMENT)
     # 52 bits and a half keep the largest value below 1 after rounding, and the smallest above 0.
     return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def salted(seeds: np.ndarray, salts: np.ndarray) -> np.ndarray:
+    """A seed of its own [N] for each pair of `seeds` [N] and positive `salts` [N]; a salt of 0 leaves the seed.
+
+    A drafter that remembers what a seed led to, and then draws drafts from a distribution that it made of that, would
+    state a distribution that is not independent of the numbers it is tested with. Salted seeds meet new numbers.
+    """
+    salts = salts.astype(np.uint64)
+    mixed = _mix(_mix(seeds.astype(np.uint64) ^ _FIRST) + salts * _SECOND) >> np.uint64(1)
+    return np.where(salts == 0, seeds, mixed.astype(np.int64))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

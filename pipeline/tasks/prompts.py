@@ -3,7 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import msgspec
+
+from pipeline.config.types import SamplingSection
 from pipeline.errors import UsageError
+from pipeline.messages import SamplingParams
 from pipeline.tasks.base import Task
 
 _MASK64 = (1 << 64) - 1
@@ -24,6 +28,22 @@ def mix64(*values: int) -> int:
 def sample_seed(run_seed: int, epoch: int, lease: int, sample: int) -> int:
     """Seed of one sample, in [0, 2^62)."""
     return mix64(run_seed, epoch, lease, sample) >> 2
+
+
+def rollout_sampling(section: SamplingSection, eos_token_ids: Sequence[int]) -> SamplingParams:
+    """The sampling parameters of every rollout of a run; the model's end-of-text ids end a response too.
+
+    Raises:
+        UsageError: a value that no generator can use, or a key of `sampling.logit_bias` that is no token id.
+    """
+    options = msgspec.to_builtins(section)
+    del options["max_prompt_tokens"]
+    try:
+        options["logit_bias"] = [(int(token), value) for token, value in section.logit_bias.items()]
+        options["stop_token_ids"] = [*dict.fromkeys([*eos_token_ids, *section.stop_token_ids])]
+        return msgspec.convert(options, SamplingParams)
+    except ValueError as error:  # of int() and of msgspec
+        raise UsageError(f"the table [sampling] cannot be used: {error}") from None
 
 
 class PromptOrder:

@@ -22,6 +22,8 @@ class Scored:
 
     reward: float | None
     error: str = ""
+    reason: str = "reward_error"
+    """under which a sample without a reward is counted"""
 
 
 _NUMBER = re.compile(r"\s*(-?)\s*\$?\s*(-?)([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
@@ -64,6 +66,11 @@ def numeric_answer(prompts: list[str], completions: list[str], *, reference: lis
 
 
 _BUILT_IN: dict[str, RewardFunction] = {"numeric-answer": numeric_answer}
+
+
+def is_built_in(name: str) -> bool:
+    """Whether a reward is ours; others run in a process of their own."""
+    return name in _BUILT_IN
 
 
 def load_reward(name: str) -> RewardFunction:

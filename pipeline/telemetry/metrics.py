@@ -55,6 +55,10 @@ class StepMetrics(Struct, kw_only=True):
     engines: int = 0
     reissued_total: int = 0
     skipped_steps: int = 0
+    samples: dict[str, int] = field(default_factory=dict)
+    """leased, and where they are: trained, dropped, buffered, in_flight; cumulative, the first is the others' sum"""
+    transport: dict[str, float] = field(default_factory=dict)
+    """counters and sizes of streaming, cumulative (docs/reliability.md)"""
     extra: dict[str, float] = field(default_factory=dict)
     """metrics of the objective's pieces, under their names"""
 

@@ -4,6 +4,7 @@ A socket runs in one thread of its own and calls its handler there; `send` may b
 blocks. Nothing here promises delivery: what must arrive is kept in a spool or a journal and sent again after HELLO.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -19,6 +20,9 @@ class LearnerHandler(Protocol):
     def on_tick(self) -> None:
         """Several times a second."""
 
+    def on_refused(self, reason: str) -> None:
+        """A connection did not come about: its key is not known, say."""
+
     def on_error(self, error: Exception) -> None:
         """The socket's thread ended by this error; nothing will be sent or received any more."""
 
@@ -28,8 +32,14 @@ class LearnerSocket(Protocol):
 
     address: str
     """where engines connect; the bound endpoint after `start`"""
+    max_message_bytes: int
+    """a larger frame ends its sender's connection"""
     sends_lost: int
     """messages to peers that had gone"""
+    damaged: int
+    """messages that were not what their sender's checksum says; their connections were ended"""
+    refused: Counter[str]
+    """connections that did not come about, by reason"""
 
     def start(self, handler: LearnerHandler) -> None:
         """Listen.
@@ -43,6 +53,9 @@ class LearnerSocket(Protocol):
 
     def disconnect(self, peer: bytes) -> None:
         """Ignore what the peer still sends; what is queued for it goes out."""
+
+    def key_of(self, peer: bytes) -> str:
+        """Fingerprint of the key that the peer proved to have; empty without encryption."""
 
     def stop(self, linger_seconds: float) -> None:
         """Send what is queued for at most this long, then close."""
@@ -61,6 +74,9 @@ class EngineHandler(Protocol):
     def on_tick(self) -> None:
         """Several times a second, connected or not."""
 
+    def on_refused(self) -> None:
+        """The learner knows our key and does not list it."""
+
     def on_error(self, error: Exception) -> None:
         """The socket's thread ended by this error."""
 
@@ -71,6 +87,10 @@ class EngineSocket(Protocol):
     address: str
     max_message_bytes: int
     """a larger frame would end the connection, again and again"""
+    damaged: int
+    """messages damaged on the way, theirs or ours; the connection was renewed each time"""
+    handshakes_failed: int
+    """connections that ended before a word was said: wrong keys, or keys on one side only"""
 
     def start(self, handler: EngineHandler) -> None: ...
 

@@ -6,7 +6,8 @@ copied elsewhere (a payload may hold anything) never pass for a record.
 
 What is synced: `append` with `sync=True` returns after fsync of the data; a new segment is synced with its folder
 before it is written to, and a full one before the next begins. So only the last segment can have a torn tail, which
-opening the log cuts off; damage anywhere else is skipped up to the next valid record, and counted.
+opening the log cuts off; damage anywhere else is skipped up to the next valid record, and counted. With `fsync=False`
+nothing is synced: what was written survives the process, not the machine.
 """
 
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from struct import Struct
 
 from pipeline.durable import sync
+from pipeline.failpoints import armed, failpoint
 
 MAGIC = b"\x93RLg"
 _HEADER = Struct("<4sII")
@@ -32,15 +34,23 @@ def write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+class DamagedRecord(OSError):
+    """There is no intact record at an offset; others are not concerned."""
+
+
 class SegmentLog:
     """One process writes a log; its methods may be called from any thread, and wait for each other's disk work."""
 
-    def __init__(self, folder: Path, segment_bytes: int = 16 << 20) -> None:
+    def __init__(
+        self, folder: Path, segment_bytes: int = 16 << 20, *, fsync: bool = True, name: str = "journal"
+    ) -> None:
         """Opens the log in `folder`, created when missing, and repairs its tail.
 
         Args:
             folder: where the segment files are.
             segment_bytes: a segment this long is not appended to; a single append is never split.
+            fsync: False leaves it to the kernel when data reaches the disk.
+            name: of its failpoints.
         """
         self.corrupt = 0
         """stretches of damaged bytes skipped while reading"""
@@ -48,6 +58,7 @@ class SegmentLog:
         """cut off the end when the log was opened"""
         self._folder = folder
         self._segment_bytes = segment_bytes
+        self._fsync, self._name = fsync, name
         self._lock = threading.Lock()
         self._broken = ""
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,6 +79,11 @@ class SegmentLog:
     def size(self) -> int:
         """Bytes on disk. Never waits for the disk."""
         return self._size
+
+    @property
+    def broken(self) -> bool:
+        """A sync failed: nothing more can be written."""
+        return bool(self._broken)
 
     def append(self, payloads: Sequence[bytes], sync: bool = True) -> list[int]:
         """Write records in one go; all of them are in the log afterwards, or none.
@@ -96,19 +112,19 @@ class SegmentLog:
         """The payload of the record at an offset that `append` or `records` gave.
 
         Raises:
-            OSError: there is no intact record there.
+            DamagedRecord: there is no intact record there.
         """
         with self._lock:
             base = max((base for base in self._sizes if base <= offset), default=None)
             if base is None:
-                raise OSError(f"offset {offset} is before the log in {self._folder}")
+                raise DamagedRecord(f"offset {offset} is before the log in {self._folder}")
             with self._path(base).open("rb") as file:
                 file.seek(offset - base)
                 header = file.read(_HEADER.size)
                 length = _HEADER.unpack(header)[1] if len(header) == _HEADER.size else 0
                 payload = _parse(header + file.read(length), 0, offset)
         if payload is None:
-            raise OSError(f"the record at offset {offset} of the log in {self._folder} is damaged")
+            raise DamagedRecord(f"the record at offset {offset} of the log in {self._folder} is damaged")
         return payload
 
     def records(self, start: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -130,23 +146,26 @@ class SegmentLog:
         """Delete segments that hold nothing at or after an offset; the one being written goes when it is at least a
         quarter full, else later."""
         with self._lock:
+            self._delete_before(offset)
             if offset >= self._end and self._sizes[self._base] >= max(1, self._segment_bytes // 4):
                 self._rotate()
-            bases = sorted(self._sizes)
-            for base, following in pairwise(bases):
-                if following <= offset:
-                    self._path(base).unlink()
-                    del self._sizes[base]
-            self._count()
+                self._delete_before(offset)
 
     def close(self) -> None:
         """Sync and close; closing twice is fine."""
         with self._lock:
             if self._active >= 0:
-                if not self._broken:
+                if not self._broken and self._fsync:
                     os.fsync(self._active)
                 os.close(self._active)
                 self._active, self._broken = -1, "it is closed"
+
+    def _delete_before(self, offset: int) -> None:
+        for base, following in pairwise(sorted(self._sizes)):
+            if following <= offset:
+                self._path(base).unlink()
+                del self._sizes[base]
+        self._count()
 
     @property
     def _base(self) -> int:
@@ -172,20 +191,28 @@ class SegmentLog:
         self._active = os.open(self._path(self._base), os.O_WRONLY | os.O_APPEND)
 
     def _write(self, data: bytes, sync: bool) -> None:
-        base = self._base
+        base, size = self._base, len(data)
         try:
+            failpoint(f"{self._name}.write")
+            if armed(f"{self._name}.torn"):
+                write_all(self._active, data[: len(data) // 2])
+                failpoint(f"{self._name}.torn")
+                data = data[len(data) // 2 :]
             write_all(self._active, data)
         except OSError:
             self._undo(base)
             raise
         if sync:
             self._sync()
-        self._sizes[base] += len(data)
+        self._sizes[base] += size
         self._count()
+        failpoint(f"{self._name}.synced")
 
     def _sync(self) -> None:
         try:
-            os.fsync(self._active)
+            failpoint(f"{self._name}.fsync")
+            if self._fsync:
+                os.fsync(self._active)
         except OSError as error:
             # The kernel may have thrown the dirty pages away: a second fsync that succeeds would prove nothing.
             self._broken = str(error)

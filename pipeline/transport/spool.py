@@ -17,7 +17,7 @@ import msgspec
 from pipeline.durable import sync
 from pipeline.errors import UsageError
 from pipeline.messages import SampleId
-from pipeline.transport.segments import SegmentLog, write_all
+from pipeline.transport.segments import DamagedRecord, SegmentLog, write_all
 
 _LARGEST_SEGMENT = 16 << 20
 _SEGMENTS = 16
@@ -65,36 +65,48 @@ _decoder = msgspec.msgpack.Decoder(_Record)
 class Spool:
     """Made by `acquire`; its methods may be called from any thread."""
 
-    def __init__(self, folder: Path, lock: FolderLock, limit_bytes: int) -> None:
+    def __init__(self, folder: Path, lock: FolderLock, limit_bytes: int, fsync: bool = True) -> None:
         self.folder = folder
         self.producer = folder.name
+        self.damaged = 0
+        """samples that turned out to be unreadable when they were to be sent"""
         self._folder_lock = lock
         self._lock = threading.Lock()
         self._limit = limit_bytes
         self._identity = self._next_identity()
-        self._log = SegmentLog(folder / "log", min(_LARGEST_SEGMENT, limit_bytes // _SEGMENTS))
+        self._log = SegmentLog(
+            folder / "log", min(_LARGEST_SEGMENT, limit_bytes // _SEGMENTS), fsync=fsync, name="spool"
+        )
         self._offsets: dict[SampleId, int] = {}
         for offset, payload in self._log.records():
-            self._offsets.setdefault(_decoder.decode(payload).sample, offset)
+            self._offsets.setdefault(self._decode(payload).sample, offset)
 
     @classmethod
-    def acquire(cls, root: Path, limit_bytes: int) -> "Spool":
+    def acquire(cls, root: Path, limit_bytes: int, *, owner: str = "", fsync: bool = True) -> "Spool":
         """Adopt a spool under `root` that no living process holds, else begin one.
 
+        Args:
+            limit_bytes: on disk; from there on it is full.
+            owner: fingerprint of the engine's key: only spools that were begun under it are adopted, as the learner
+                takes a producer's samples from the holder of its key alone.
+            fsync: see `SegmentLog`.
+
         Raises:
-            UsageError: the folder cannot be written.
+            UsageError: the folder cannot be written, or holds a spool of another version.
         """
+        prefix = f"{owner}-" if owner else ""
         try:
             root.mkdir(parents=True, exist_ok=True)
             for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-                if (lock := FolderLock.acquire(folder)) is not None:
-                    return cls(folder, lock, limit_bytes)
+                mine = folder.name.rpartition("-")[0] == owner
+                if mine and (lock := FolderLock.acquire(folder)) is not None:
+                    return cls(folder, lock, limit_bytes, fsync)
             while True:
-                folder = root / uuid.uuid4().hex
+                folder = root / f"{prefix}{uuid.uuid4().hex}"
                 folder.mkdir()
                 # Another engine may look between mkdir and lock and adopt the new folder; then this one tries again.
                 if (lock := FolderLock.acquire(folder)) is not None:
-                    return cls(folder, lock, limit_bytes)
+                    return cls(folder, lock, limit_bytes, fsync)
         except OSError as error:
             raise UsageError(
                 f"the spool folder {root} cannot be used ({error.strerror or error}); choose another output folder"
@@ -120,9 +132,14 @@ class Spool:
         return self.size >= self._limit
 
     @property
+    def room(self) -> int:
+        """Bytes until it is full; below zero once it is."""
+        return self._limit - self.size
+
+    @property
     def corrupt(self) -> int:
-        """Damaged stretches found when it was opened."""
-        return self._log.corrupt
+        """Damaged stretches skipped when it was opened, and samples found unreadable since."""
+        return self._log.corrupt + self.damaged
 
     def bind(self, run: str) -> None:
         """Remember, durably, which run the samples are for."""
@@ -150,16 +167,28 @@ class Spool:
             self._offsets.update(zip(fresh, offsets, strict=True))
         return list(fresh)
 
+    def __len__(self) -> int:
+        """Samples not forgotten."""
+        return len(self._offsets)
+
     def pending(self) -> list[SampleId]:
         """Samples not forgotten, oldest first."""
         with self._lock:
             return list(self._offsets)
 
     def read(self, sample: SampleId) -> list[bytes] | None:
-        """The frames of a pending sample; None when it is not pending."""
+        """The frames of a pending sample; None when it is not pending, or no more: one whose record turns out to be
+        damaged is counted and forgotten, and its lease will be issued again."""
         with self._lock:
             offset = self._offsets.get(sample)
-        return None if offset is None else _decoder.decode(self._log.read(offset)).frames
+        if offset is None:
+            return None
+        try:
+            return self._decode(self._log.read(offset)).frames
+        except DamagedRecord:
+            self.damaged += 1
+            self.forget([sample])
+            return None
 
     def forget(self, samples: Sequence[SampleId]) -> None:
         """These need not be kept; unknown ones are fine. Their space comes back as whole segments become free."""
@@ -177,6 +206,15 @@ class Spool:
         with self._lock:
             oldest = next(iter(self._offsets.values()), None)
         self._log.drop_before(self._log.end if oldest is None else oldest)
+
+    def _decode(self, payload: bytes) -> _Record:
+        try:
+            return _decoder.decode(payload)
+        except msgspec.MsgspecError as error:
+            raise UsageError(
+                f"the spool {self.folder} was written by another version ({error}); start an engine of that version "
+                "once, or delete the folder"
+            ) from error
 
     def _next_identity(self) -> _Identity:
         path = self.folder / "identity.json"

@@ -10,6 +10,10 @@ class WeightsError(Exception):
     """A published version is missing, incomplete or corrupt; the reader keeps what it has and tries again."""
 
 
+class WeightsPending(WeightsError):
+    """A version is on its way; nothing is wrong."""
+
+
 class Publication(Struct, kw_only=True, frozen=True):
     """One published version of the policy. Numbers are never reused in a run directory, also across restarts; each maps
     to the optimiser step of a timeline (a restart from a checkpoint begins a new timeline)."""

@@ -6,6 +6,7 @@ intact. The newest number ever used is kept in weights/newest, so that numbers s
 """
 
 import hashlib
+import os
 import re
 import shutil
 import time
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pipeline.durable import sync, write_durably
+from pipeline.failpoints import failpoint
 from pipeline.weights.base import Publication, WeightsError
 
 if TYPE_CHECKING:
@@ -28,13 +30,37 @@ COMPANION_FILES = (
 """Files that make a folder of weights and a config.json a complete Hugging Face model, where the source has them."""
 
 
-def _versions(root: Path) -> list[int]:
+_PINNED_AT_MOST = 4
+"""times `keep` that versions are spared for engines; one that stays behind for longer takes the newest"""
+
+
+def versions(root: Path) -> list[int]:
+    """Numbers of the versions in a folder, rising."""
     if not root.is_dir():
         return []
     return sorted(int(m[1]) for entry in root.iterdir() if (m := _NAME.match(entry.name)))
 
 
-def _sha256(path: Path) -> str:
+def save_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
+    """A safetensors file whose failure to be written is an OSError, as any other file's.
+
+    Raises:
+        OSError: ENOSPC when the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -47,7 +73,7 @@ class FilesystemPublisher:
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(".writing-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        self.version = max([*_versions(root), self._recorded()], default=-1)
+        self.version = max([*versions(root), self._recorded()], default=-1)
         self.timeline = self._newest_timeline() + 1
 
     def publish(self, tensors: "dict[str, torch.Tensor]", step: int) -> Publication:
@@ -56,20 +82,18 @@ class FilesystemPublisher:
         Raises:
             OSError: the disk is full or not writable; nothing visible has changed.
         """
-        from safetensors.torch import save_file
-
         version = self.version + 1
         folder = self.root / f".writing-{version}"
-        folder.mkdir()
         try:
+            folder.mkdir(exist_ok=True)
             weights = folder / "model.safetensors"
-            save_file(tensors, weights, metadata={"format": "pt"})
+            save_tensors(tensors, weights)
             self._write_companions(folder, str(next(iter(tensors.values())).dtype).removeprefix("torch."))
             publication = Publication(
                 version=version,
                 timeline=self.timeline,
                 step=step,
-                sha256=_sha256(weights),
+                sha256=sha256_of(weights),
                 bytes=weights.stat().st_size,
             )
             (folder / "publication.json").write_bytes(msgspec.json.encode(publication))
@@ -77,8 +101,10 @@ class FilesystemPublisher:
                 sync(path)
             # before the rename: a number that was ever visible is never given out again
             write_durably(self.root / "newest", str(version).encode())
+            failpoint("publish.written")
             folder.rename(self.root / f"v{version}")
             sync(self.root)
+            failpoint("publish.renamed")
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -86,9 +112,14 @@ class FilesystemPublisher:
         return publication
 
     def retire(self, oldest_in_use: int | None) -> None:
-        """Delete all but the newest `keep` versions, sparing those a live engine has yet to leave behind."""
-        for version in _versions(self.root)[: -self.keep]:
-            if oldest_in_use is None or version < oldest_in_use:
+        """Delete all but the newest `keep` versions, sparing for a while those a live engine has yet to leave behind.
+
+        Nothing is lost by a deletion: an engine that looks for a version that is gone takes the newest.
+        """
+        present = versions(self.root)
+        for index, version in enumerate(reversed(present)):
+            spared = oldest_in_use is not None and version >= oldest_in_use and index < _PINNED_AT_MOST * self.keep
+            if index >= self.keep and not spared:
                 shutil.rmtree(self.root / f"v{version}", ignore_errors=True)
 
     def _write_companions(self, folder: Path, dtype: str) -> None:
@@ -106,7 +137,7 @@ class FilesystemPublisher:
             return -1
 
     def _newest_timeline(self) -> int:
-        for version in reversed(_versions(self.root)):
+        for version in reversed(versions(self.root)):
             try:
                 return msgspec.json.decode(
                     (self.root / f"v{version}" / "publication.json").read_bytes(), type=Publication
@@ -123,9 +154,9 @@ class FilesystemFollower:
         self.root = root
 
     def newest(self) -> int:
-        return max(_versions(self.root), default=-1)
+        return max(versions(self.root), default=-1)
 
-    def fetch(self, version: int, patience: float = 5.0) -> tuple[Path, Publication]:
+    def fetch(self, version: int, patience: float = 0.5) -> tuple[Path, Publication]:
         """The folder of `version`, or of the newest one if that is gone; checked against its checksum.
 
         A version can be deleted while it is read, or be corrupt; then the newest is tried until `patience` seconds are
@@ -145,7 +176,7 @@ class FilesystemFollower:
     def _verified(self, version: int) -> tuple[Path, Publication]:
         folder = self.root / f"v{version}"
         publication = msgspec.json.decode((folder / "publication.json").read_bytes(), type=Publication)
-        found = _sha256(folder / "model.safetensors")
+        found = sha256_of(folder / "model.safetensors")
         if found != publication.sha256:
             raise WeightsError(f"checksum {found[:12]} differs from the published {publication.sha256[:12]}")
         return folder, publication

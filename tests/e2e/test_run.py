@@ -36,6 +36,16 @@ def test_run_leaves_a_complete_run_directory(tmp_path, cache):
     assert generated.returncode == 0 and "verifications" in generated.stdout
 
 
+def test_truncated_sampling_trains_and_the_learner_agrees_with_what_was_sampled(tmp_path, cache):
+    run = tmp_path / "run"
+    truncated = {"sampling__top_p": 0.95, "sampling__top_k": 20, "learner__max_staleness": 0}
+    done = rollahead("run", *settings(**SMALL | truncated, run__steps=3), "--out", str(run), cache=cache)
+    assert done.returncode == 0, done.stderr
+    found = rows(run)
+    assert [row["step"] for row in found] == [1, 2, 3]
+    assert all(row["tokens_trained"] > 0 and row["mismatch_k3"] < 1e-6 and not row["dropped"] for row in found)
+
+
 def test_the_same_command_goes_on_and_another_configuration_is_refused(tmp_path, cache):
     run = tmp_path / "run"
     assert rollahead("run", *settings(**SMALL, run__steps=2), "--out", str(run), cache=cache).returncode == 0

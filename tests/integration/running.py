@@ -10,11 +10,12 @@ from pathlib import Path
 
 import zmq
 
+from benchmarks.synthetic import BATCH, DIGEST, GROUP, make_hub
 from learner.hub import Hub
 from pipeline import messages
 from pipeline.engine.link import Failed, Link
 from pipeline.messages import SCHEMA, Capabilities
-from tests.integration.synthetic import BATCH, DIGEST, GROUP, make_hub
+from pipeline.transport.integrity import seal, unseal
 
 GROUPS = BATCH // GROUP
 
@@ -98,16 +99,22 @@ def raw_peer(address: str) -> zmq.Socket:
     return peer
 
 
+def send(peer: zmq.Socket, frames: list[bytes]) -> None:
+    peer.send_multipart(seal(frames))
+
+
 def hello(peer: zmq.Socket, producer: str, incarnation: int = 0, **fields) -> None:
     message = messages.Hello(
         schema=SCHEMA, producer=producer, incarnation=incarnation, digest=DIGEST,
         capabilities=Capabilities(entropy=True), **fields,
     )  # fmt: skip
-    peer.send_multipart(messages.encode(message))
+    send(peer, messages.encode(message))
 
 
 def answer(peer: zmq.Socket, *skipped: type):
     while True:
-        message = messages.decode_from_learner(peer.recv_multipart())
+        frames = unseal(peer.recv_multipart())
+        assert frames is not None
+        message = messages.decode_from_learner(frames)
         if not isinstance(message, skipped):
             return message

@@ -6,12 +6,14 @@ import time
 import pytest
 import zmq
 
+from benchmarks.synthetic import GROUP, make_hub, make_link, start_engine
 from learner.journal import Arrived, Journal
 from pipeline import messages
 from pipeline.engine.link import Failed
 from pipeline.errors import RunFailed, UsageError
+from pipeline.transport.integrity import unseal
+from pipeline.transport.router import ZmqLearnerSocket
 from pipeline.transport.spool import Spool
-from pipeline.transport.zmq import ZmqLearnerSocket
 from tests.integration.running import (
     answer,
     ended,
@@ -24,7 +26,6 @@ from tests.integration.running import (
     train,
     wait_for_failure,
 )
-from tests.integration.synthetic import GROUP, make_hub, make_link, start_engine
 
 
 def test_sends_to_vanished_peers_are_counted(tmp_path):
@@ -146,7 +147,7 @@ def test_engine_tries_anew_when_the_learner_accepts_it_and_says_nothing(tmp_path
     peers = set()
     while len(peers) < 3:
         peer, *frames = listener.recv_multipart()
-        assert isinstance(messages.decode_from_engine(frames), messages.Hello)
+        assert isinstance(messages.decode_from_engine(unseal(frames)), messages.Hello)
         peers.add(peer)
     link.stop()
     listener.close(linger=0)

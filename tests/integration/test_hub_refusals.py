@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.synthetic import BATCH, DIGEST, GROUP, make_link, source, start_engine, trajectory
 from pipeline import messages
 from pipeline.engine.link import Failed, Granted
 from pipeline.errors import UsageError
@@ -13,11 +14,11 @@ from tests.integration.running import (
     raw_peer,
     running,
     running_hub,
+    send,
     train,
     wait_for,
     wait_for_failure,
 )
-from tests.integration.synthetic import BATCH, DIGEST, GROUP, make_link, source, start_engine, trajectory
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,13 @@ def test_newer_incarnation_takes_over_from_an_older_one(tmp_path):
             socket_.close(linger=0)
 
 
-ORDINARY = (messages.Welcome, messages.Published, messages.Grant, messages.Received, messages.Committed)
+ORDINARY = (
+    messages.Welcome,
+    messages.Window,
+    messages.Published,
+    messages.Grant,
+    messages.Committed,
+)
 
 
 def bad_messages() -> dict[str, list[bytes]]:
@@ -112,8 +119,8 @@ def test_bad_messages_end_their_sender_and_nobody_else(tmp_path):
     with running_hub(tmp_path, events=events, lease_seconds=60.0) as hub:
         holder = raw_peer(hub.address)
         hello(holder, "holder")
-        holder.send_multipart(messages.encode(messages.Progress(running=(), credit=GROUP, version=0)))
-        grant = answer(holder, messages.Welcome, messages.Published)
+        send(holder, messages.encode(messages.Progress(running=(), credit=GROUP, version=0)))
+        grant = answer(holder, messages.Welcome, messages.Window, messages.Published)
         assert [lease.id for lease in grant.leases] == [0], (
             "which stays open, so that answers to it are compared with it"
         )
@@ -123,7 +130,7 @@ def test_bad_messages_end_their_sender_and_nobody_else(tmp_path):
             for number, (complaint, frames) in enumerate(bad_messages().items(), start=1):
                 peer = raw_peer(hub.address)
                 hello(peer, "peer", running=(0,))
-                peer.send_multipart(frames)
+                send(peer, frames)
                 fatal = answer(peer, *ORDINARY)
                 assert isinstance(fatal, messages.Fatal), fatal
                 assert complaint == "malformed" or complaint in fatal.message
@@ -132,7 +139,7 @@ def test_bad_messages_end_their_sender_and_nobody_else(tmp_path):
                 peer.close(linger=1000)
                 train(hub, 1, trained)
             stranger = raw_peer(hub.address)
-            stranger.send_multipart([b"GET / HTTP/1.1"])
+            send(stranger, [b"GET / HTTP/1.1"])
             assert isinstance(answer(stranger), messages.Fatal)
             stranger.close(linger=0)
             train(hub, 2, trained)

@@ -11,13 +11,19 @@ import pytest
 from pipeline.cli import build_parser, main
 
 COMMAND_LINE = {
-    "run": ["[config]", "--set", "--dry-run", "--out"],
-    "learner": ["config", "--set", "--dry-run"],
+    "run": ["[config]", "--set", "--dry-run", "--out", "--insecure"],
+    "learner": ["config", "--set", "--dry-run", "--insecure"],
+    "keygen": ["folder", "--engine"],
     "engine": ["config", "--connect", "--connect-timeout", "--set", "--dry-run"],
-    "generate": ["model", "--prompt", "--drafter", "--max-new-tokens", "--temperature", "--seed"],
+    "generate": [
+        "model", "--prompt", "--drafter", "--max-new-tokens", "--temperature", "--seed", "--samples", "--top-k",
+        "--top-p", "--min-p", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logit-bias",
+        "--allowed-token-ids", "--bad-token-ids", "--stop-token-ids", "--stop-strings", "--min-new-tokens",
+    ],
+    "corpus": ["action", "files", "--out", "--tokenizer", "--template"],
     "drafters": [],
     "bench": ["what", "arguments"],
-}
+}  # fmt: skip
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:

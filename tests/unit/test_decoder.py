@@ -35,10 +35,10 @@ MODELS = {
 class Runner:
     """A decoder with its cache, fed row by row."""
 
-    def __init__(self, folder, slots=8, max_length=256):
-        self.decoder = load_decoder(folder, "float32", "cpu")
+    def __init__(self, folder, slots=8, max_length=256, dtype="float32"):
+        self.decoder = load_decoder(folder, dtype, "cpu")
         each = -(-max_length // PAGE)
-        self.cache = KVCache(self.decoder.config, torch.float32, torch.device("cpu"), slots * each)
+        self.cache = KVCache(self.decoder.config, self.decoder.dtype, torch.device("cpu"), slots * each)
         # interleaved: pages of a sequence do not lie next to each other
         self.tables = np.array([self.cache.take(1) for _ in range(slots * each)]).reshape(each, slots).T
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import UsageError
 from pipeline.models.checkpoint import load_decoder, load_weights_into
-from pipeline.models.config import ModelConfig
+from pipeline.models.config import UNLIMITED, ModelConfig
 from tests.unit.tiny_models import reference, save_tiny
 
 
@@ -138,8 +138,22 @@ def test_older_rope_fields_are_read(folder):
     assert (rope.theta, rope.kind, rope.factor) == (123.0, "linear", 3.0)
 
 
-def test_sliding_window_caps_the_positions_where_it_is_used(folder):
-    edit_config(folder, sliding_window=100, use_sliding_window=False)
+def test_sliding_windows_are_read_as_transformers_reads_them(folder):
+    def windows(**changes):
+        edit_config(folder, **{"num_hidden_layers": 3, "layer_types": None, **changes})
+        config = ModelConfig.from_folder(folder)
+        return [config.window(layer) for layer in range(3)]
+
+    everywhere = [UNLIMITED] * 3
+    assert windows(sliding_window=100, use_sliding_window=False) == everywhere
+    assert windows(sliding_window=None, use_sliding_window=True) == everywhere
+    assert windows(sliding_window=100, use_sliding_window=True) == everywhere, "from layer 28 on"
+    assert windows(max_window_layers=1) == [UNLIMITED, 100, 100]
+    assert windows(layer_types=["sliding_attention", "full_attention", "full_attention"])[0] == 100
+    assert windows(architectures=["LlamaForCausalLM"]) == everywhere
+    assert windows(architectures=["MistralForCausalLM"], use_sliding_window=None) == [100] * 3
     assert ModelConfig.from_folder(folder).max_positions == 256
-    edit_config(folder, sliding_window=100, use_sliding_window=True)
-    assert ModelConfig.from_folder(folder).max_positions == 100
+    with pytest.raises(UsageError, match="sliding_window 0"):
+        windows(sliding_window=0)
+    with pytest.raises(UsageError, match="layer_types"):
+        windows(architectures=["Qwen3ForCausalLM"], sliding_window=9, use_sliding_window=True, layer_types=["linear"])

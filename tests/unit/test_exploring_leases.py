@@ -12,7 +12,7 @@ from learner.validation import Limits, check_trajectory
 from pipeline.config import load_config
 from pipeline.engine.generator import GroupRequest
 from pipeline.engine.native.generator import NativeGenerator
-from pipeline.messages import BadMessage, Grant, SamplingParams, decode_from_learner, encode
+from pipeline.messages import BadMessage, Capabilities, Grant, SamplingParams, decode_from_learner, encode
 from pipeline.tasks import load_task
 from tests.unit.generation import finish
 from tests.unit.learner_samples import trajectory
@@ -58,10 +58,10 @@ def test_a_sample_says_what_it_was_sampled_with(lease, temperature, accepted):
     sample.header = msgspec.structs.replace(sample.header, sampling=sampling)
     sample.prompt_ids = np.array([1, 2], np.uint32)
     if accepted:
-        check_trajectory(sample, "engine-0", granted, LIMITS, False)
+        check_trajectory(sample, "engine-0", granted, LIMITS, Capabilities())
     else:
         with pytest.raises(BadMessage, match="was sampled with"):
-            check_trajectory(sample, "engine-0", granted, LIMITS, False)
+            check_trajectory(sample, "engine-0", granted, LIMITS, Capabilities())
 
 
 def test_the_native_engine_samples_each_at_its_temperature(tmp_path):

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = {f"pipeline.{name}" for name in ("errors", "config", "messages", "digest", "stop", "plugins", "durable")}
+BASE = {
+    f"pipeline.{name}"
+    for name in ("errors", "config", "messages", "digest", "stop", "plugins", "durable", "failpoints", "watchdog")
+}
 STORES = BASE | {
     "pipeline.transport",
     "pipeline.weights",
@@ -61,7 +64,8 @@ def test_imports_follow_the_rule(place):
 @pytest.mark.parametrize(
     "module",
     [
-        "pipeline.config", "pipeline.messages", "pipeline.transport.zmq", "pipeline.transport.spool",
+        "pipeline.config", "pipeline.messages", "pipeline.transport.router", "pipeline.transport.dealer",
+        "pipeline.transport.spool",
         "pipeline.weights", "pipeline.tasks", "pipeline.telemetry", "pipeline.telemetry.progress", "pipeline.cli",
         "learner.hub", "learner.leases", "pipeline.engine.link",
     ],

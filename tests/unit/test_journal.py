@@ -7,6 +7,7 @@ import pytest
 
 from learner.journal import Arrived, Dropped, Failed, Granted, Journal
 from pipeline.errors import UsageError
+from pipeline.failpoints import arm
 
 RECORDS = [
     Granted(0, 0, 3, "producer"),
@@ -87,3 +88,31 @@ def test_unwritable_place_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"choose another run\.out"):
         Journal(tmp_path / "file")
+
+
+def test_disk_without_space_is_waited_for_and_nothing_is_acknowledged_before(tmp_path):
+    journal = Journal(tmp_path)
+    states, done = [], threading.Event()
+    journal.on_stall = states.append
+    arm("journal.write=enospc*2")
+    try:
+        journal.append(RECORDS[1], done.set)
+        assert not done.wait(0.5) and journal.stalled
+        assert done.wait(5)
+    finally:
+        arm("")
+    assert states == [True, False] and journal.error is None
+    assert [record for _, record in journal.replay()] == [RECORDS[1]]
+    journal.close()
+
+
+def test_closing_does_not_wait_for_space(tmp_path):
+    journal = Journal(tmp_path)
+    acknowledged = []
+    arm("journal.write=enospc")
+    try:
+        journal.append(RECORDS[1], lambda: acknowledged.append(1))
+        journal.close()
+    finally:
+        arm("")
+    assert acknowledged == []

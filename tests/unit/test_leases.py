@@ -60,6 +60,22 @@ def finish(ledger: Ledger, *leases: int) -> None:
             assert ledger.arrive(trajectory(lease, sample, float(sample))) is Outcome.ACCEPTED
 
 
+def test_an_account_says_where_every_sample_is_and_a_wrong_one_is_noticed():
+    ledger = make_ledger()
+    ledger.published(0)
+    leases = grant_all(ledger)
+    finish(ledger, *leases[:3])
+    ledger.fail(leases[3], 0, "reward_error")
+    ledger.trained(ledger.take(BATCH // GROUP, ordered=True))
+    account = ledger.account()
+    assert account.leased == GROUP * len(leases) == 8
+    assert (account.trained, account.dropped, account.buffered, account.in_flight) == (4, {"reward_error": 1}, 2, 1)
+    ledger.check()
+    ledger._table.trained_samples += 1
+    with pytest.raises(AssertionError, match="-1 samples are not accounted for"):
+        ledger.check()
+
+
 @pytest.mark.parametrize("publish_first", [False, True])
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 def test_rollouts_run_ahead_by_the_allowed_batches_in_either_order_of_publication(max_staleness, publish_first):

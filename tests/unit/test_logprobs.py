@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from learner.logprobs import Wanted, pack_logprobs, token_logprobs
-from learner.packing import pack
+from learner.packing import Kept, pack
 from learner.policy import load_policy, policy_state
 from pipeline.errors import UsageError
 from tests.unit.learner_samples import VOCABULARY, batch, tiny_policy, trajectory
@@ -76,6 +76,48 @@ def test_backward_holds_no_logits_of_the_whole_batch():
     assert kept
     assert 4 * 1000 not in kept
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("chunk", [1, 4, None])
+def test_truncated_tokens_are_renormalised_over_what_was_kept(chunk):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(9, 16, generator=generator).requires_grad_()
+    weight = torch.randn(50, 16, generator=generator).requires_grad_()
+    target = torch.randint(0, 50, (9,), generator=generator)
+    ids = [sorted({int(t), *torch.randint(0, 50, (n,), generator=generator).tolist()}) for n, t in enumerate(target)]
+    ids[2], ids[5] = [], []
+    kept = Kept(torch.tensor([len(i) for i in ids]), torch.tensor([i for some in ids for i in some]))
+    logp, entropy, *_ = token_logprobs(hidden, weight, target, 0.7, chunk_tokens=chunk, kept=kept)
+    gradients = torch.autograd.grad(logp.square().sum(), (hidden, weight))
+
+    logits = hidden.double() @ weight.double().T / 0.7
+    expected = []
+    for n, some in enumerate(ids):
+        left = logits[n, some] if some else logits[n]
+        expected.append(logits[n, target[n]] - torch.log(torch.exp(left).sum()))
+    wanted = torch.stack(expected)
+    torch.testing.assert_close(logp.double(), wanted, atol=1e-5, rtol=1e-5)
+    assert logp[0].item() == pytest.approx(0, abs=1e-6), "one id left"
+    expected_gradients = torch.autograd.grad(wanted.square().sum(), (hidden, weight))
+    for actual, reference in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, reference, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(entropy, token_logprobs(hidden, weight, target, 0.7)[1])
+
+
+def test_a_pack_carries_the_kept_ids_of_its_trained_tokens():
+    rng = np.random.default_rng(0)
+    samples = [trajectory(rng, response=4, environment=(1,)), trajectory(rng, response=2), trajectory(rng, response=3)]
+    for sample, counts in ((samples[0], [2, 3, 1, 2]), (samples[2], [1, 1, 4])):
+        sample.kept_counts = np.array(counts, np.uint32)
+        sample.kept_ids = rng.integers(0, VOCABULARY, sum(counts)).astype(np.uint32)
+    (row,) = pack(samples, range(3), 100, "cpu")
+    order = [int(index) for index in dict.fromkeys(row.sequence.tolist())]
+    counts = {0: [2, 1, 2], 1: [0, 0], 2: [1, 1, 4]}
+    ids = {0: [*samples[0].kept_ids[:2], *samples[0].kept_ids[5:]], 1: [], 2: [*samples[2].kept_ids]}
+    assert row.kept.counts.tolist() == [c for index in order for c in counts[index]]
+    assert row.kept.ids.tolist() == [int(i) for index in order for i in ids[index]]
+    (plain,) = pack(samples, [1], 100, "cpu")
+    assert plain.kept is None
 
 
 def test_no_token_gives_no_log_prob():

@@ -30,6 +30,15 @@ def make_trajectory(tokens: int = 5, entropies: bool = True, **header) -> Trajec
     )
 
 
+def with_kept_ids(trajectory: Trajectory) -> Trajectory:
+    """Of token i, i % 3 ids beside itself; of the last token, nothing was truncated."""
+    ids = [[token, *range(2000, 2000 + i % 3)] for i, token in enumerate(trajectory.token_ids.tolist()[:-1])]
+    trajectory.kept_counts = np.array([len(some) for some in [*ids, []]], np.uint32)
+    trajectory.kept_ids = np.concatenate([*ids, []]).astype(np.uint32)
+    trajectory.header = msgspec.structs.replace(trajectory.header, kept_ids=len(trajectory.kept_ids))
+    return trajectory
+
+
 ARRAYS = ("prompt_ids", "token_ids", "logprobs", "versions", "samplers", "roles")
 
 
@@ -46,6 +55,34 @@ def test_trajectory_arrives_as_it_left(tokens, entropies):
     assert (got.entropies is None) == (not entropies)
     if entropies:
         np.testing.assert_array_equal(got.entropies, sent.entropies)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 50])
+def test_kept_ids_arrive_as_they_left(tokens):
+    sent = with_kept_ids(make_trajectory(tokens))
+    got = messages.decode_from_engine(messages.encode_trajectory(sent))
+    np.testing.assert_array_equal(got.kept_counts, sent.kept_counts)
+    np.testing.assert_array_equal(got.kept_ids, sent.kept_ids)
+    plain = messages.decode_from_engine(messages.encode_trajectory(make_trajectory(tokens)))
+    assert plain.kept_counts is None and plain.kept_ids is None
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.kept_ids.__setitem__(0, 4000), "token 0 was not drawn from the ids kept for it"),
+        (lambda t: t.kept_counts.__setitem__(1, 3), "9 kept ids where 10 were announced"),
+        (lambda t: t.kept_counts.__setitem__(1, 1 << 31), "were announced"),
+        (lambda t: t.kept_ids.__setitem__(2, t.kept_ids[1]), "token 1 was not drawn"),
+        (lambda t: setattr(t, "header", msgspec.structs.replace(t.header, kept_ids=8)), "array frame"),
+        (lambda t: setattr(t, "header", msgspec.structs.replace(t.header, kept_ids=None)), "array frame"),
+    ],
+)
+def test_kept_ids_that_do_not_fit_the_tokens_are_refused(change, complaint):
+    sent = with_kept_ids(make_trajectory(6))
+    change(sent)
+    with pytest.raises(BadMessage, match=complaint):
+        messages.decode_from_engine(messages.encode_trajectory(sent))
 
 
 def test_arrays_travel_little_endian_whatever_their_type_was():
@@ -116,9 +153,9 @@ def test_arbitrary_bytes_raise_nothing_but_bad_message(frames):
             continue
 
 
-@given(position=st.integers(0, 10_000), value=st.integers(0, 255), frame=st.integers(0, 7))
+@given(position=st.integers(0, 10_000), value=st.integers(0, 255), frame=st.integers(0, 9))
 def test_damaged_trajectories_raise_nothing_but_bad_message(position, value, frame):
-    frames = messages.encode_trajectory(make_trajectory())
+    frames = messages.encode_trajectory(with_kept_ids(make_trajectory()))
     damaged = bytearray(frames[frame])
     damaged[position % len(damaged)] = value
     frames[frame] = bytes(damaged)
@@ -128,6 +165,41 @@ def test_damaged_trajectories_raise_nothing_but_bad_message(position, value, fra
         return
     if isinstance(got, Trajectory):
         assert got.header.response_tokens == len(got.token_ids) and np.isfinite(got.logprobs).all()
+
+
+def nested(depth: int) -> bytes:
+    return b"\x91" * depth + b"\x90"
+
+
+@pytest.mark.parametrize("depth", [100, 100_000])
+def test_deep_nesting_is_refused_or_skipped_without_harm(depth):
+    frame = b"\x82" + msgspec.msgpack.encode("type") + msgspec.msgpack.encode("leaving")
+    frame += msgspec.msgpack.encode("unknown") + nested(depth)
+    try:
+        messages.decode_from_engine([frame])
+    except BadMessage:
+        assert depth > 100
+
+
+def test_lists_longer_than_allowed_and_huge_headers_are_refused():
+    long = messages.Leaving(handed_back=tuple(range(messages.IDS_A_MESSAGE + 1)))
+    with pytest.raises(BadMessage, match="length"):
+        messages.decode_from_engine(messages.encode(long))
+    announced = b"\x82\xa4type\xa7leaving\xabhanded_back\xdd\xff\xff\xff\xff"  # four thousand million entries
+    with pytest.raises(BadMessage):
+        messages.decode_from_engine([announced])
+    with pytest.raises(BadMessage, match="header"):
+        messages.decode_from_engine([bytes(messages.LARGEST_HEADER + 1)])
+
+
+def test_a_part_of_the_reward_that_is_no_number_is_refused():
+    with pytest.raises(BadMessage, match="part"):
+        messages.decode_from_engine(messages.encode_trajectory(make_trajectory(reward_parts={"right": float("inf")})))
+
+
+def test_an_error_of_any_length_fits_into_a_message():
+    told = messages.fatal("m" * (1 << 21), "t" * (1 << 21) + "end")
+    assert messages.decode_from_engine(messages.encode(told)) == told and told.traceback.endswith("end")
 
 
 def test_messages_of_a_later_version_with_new_fields_are_understood():

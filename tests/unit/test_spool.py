@@ -89,3 +89,25 @@ def test_unwritable_place_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="choose another output folder"):
         Spool.acquire(tmp_path / "file", LIMIT)
+
+
+def test_spools_of_another_key_are_left_alone(tmp_path):
+    first = Spool.acquire(tmp_path, LIMIT, owner="aaaa")
+    first.append([((0, 0), [b"x"])])
+    first.close()
+    assert first.producer.startswith("aaaa-")
+    for owner in ("bbbb", ""):
+        other = Spool.acquire(tmp_path, LIMIT, owner=owner)
+        assert other.producer != first.producer and other.pending() == []
+        other.close()
+    again = Spool.acquire(tmp_path, LIMIT, owner="aaaa")
+    assert again.producer == first.producer and again.pending() == [(0, 0)]
+    again.close()
+
+
+def test_spool_of_another_version_is_refused_with_its_folder(tmp_path):
+    spool = Spool.acquire(tmp_path, LIMIT)
+    spool._log.append([b"no record of this version"])
+    spool.close()
+    with pytest.raises(UsageError, match="another version"):
+        Spool.acquire(tmp_path, LIMIT)

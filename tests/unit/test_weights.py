@@ -1,12 +1,16 @@
 """Published versions: complete or invisible, checked, numbered once."""
 
+import errno
 import json
+import resource
 import shutil
 
 import pytest
 import torch
 
+from pipeline.failpoints import arm
 from pipeline.weights import FilesystemFollower, FilesystemPublisher, WeightsError
+from pipeline.weights.filesystem import save_tensors
 
 
 @pytest.fixture
@@ -81,3 +85,36 @@ def test_versions_a_live_engine_still_needs_are_spared(tmp_path, model_folder):
         publisher.publish({"w": torch.zeros(1)}, step)
     publisher.retire(oldest_in_use=1)
     assert sorted(path.name for path in (tmp_path / "weights").glob("v*")) == ["v1", "v2", "v3", "v4"]
+
+
+def test_a_stuck_engine_does_not_pin_versions_for_ever(tmp_path, model_folder):
+    publisher = _publisher(tmp_path, model_folder)
+    for step in range(20):
+        publisher.publish({"w": torch.zeros(1)}, step)
+        publisher.retire(oldest_in_use=-1)
+    assert len(list((tmp_path / "weights").glob("v*"))) == 4 * publisher.keep
+
+
+def test_a_full_disk_is_an_error_that_changes_nothing_and_goes_away(tmp_path, model_folder):
+    publisher = _publisher(tmp_path, model_folder)
+    publisher.publish({"w": torch.zeros(1)}, 0)
+    arm("publish.written=enospc*1")
+    try:
+        with pytest.raises(OSError) as error:
+            publisher.publish({"w": torch.zeros(1)}, 1)
+    finally:
+        arm("")
+    assert error.value.errno == errno.ENOSPC
+    assert FilesystemFollower(tmp_path / "weights").newest() == 0
+    assert publisher.publish({"w": torch.zeros(1)}, 1).version == 1
+
+
+def test_tensors_that_do_not_fit_on_the_disk_raise_as_any_other_file_does(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            save_tensors({"w": torch.zeros(10_000)}, tmp_path / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG

@@ -15,7 +15,8 @@ SHAPE = {
 
 
 def save_tiny(folder: Path, family: str = "Qwen3", seed: int = 0, sharpness: float = 2.0, **overrides: Any) -> Path:
-    """A checkpoint whose next-token entropy is like a language's: every weight random, norms and biases included."""
+    """A checkpoint whose next-token entropy is like a language's: every weight random, norms and biases included, and
+    matrices as wide as keeps activations of one size, so that rounding does not grow from layer to layer."""
     shape = {key: value for key, value in {**SHAPE, **overrides}.items() if value is not None}
     config = getattr(transformers, f"{family}Config")(**shape)
     torch.manual_seed(seed)
@@ -25,7 +26,7 @@ def save_tiny(folder: Path, family: str = "Qwen3", seed: int = 0, sharpness: flo
             if weight.dim() == 1:
                 weight.add_(0.2 * torch.randn_like(weight))
             else:
-                weight.normal_(0, 0.2)
+                weight.normal_(0, 0.2 * (SHAPE["hidden_size"] / config.hidden_size) ** 0.5)
         model.get_output_embeddings().weight.mul_(sharpness)
     model.save_pretrained(folder)
     return folder

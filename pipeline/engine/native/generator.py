@@ -12,18 +12,22 @@ from torch import Tensor
 
 from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
 from drafters.none import NoDrafter
-from pipeline.engine.generator import FinishedSample, GroupRequest
+from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds
 from pipeline.engine.native.drafting import Drafting
 from pipeline.engine.native.memory import Memory, page_budget
 from pipeline.engine.native.prefill import prefill
 from pipeline.engine.native.scheduler import Scheduler
 from pipeline.engine.native.sequence import Emission, Sequence
+from pipeline.engine.native.stop_strings import StopStrings
 from pipeline.errors import RunFailed, UsageError
 from pipeline.messages import Capabilities
 from pipeline.models.checkpoint import load_decoder, load_weights_into
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import PAGE, KVCache
-from pipeline.sampling.verification import TokenUniforms, VerifiedTokens, packed_rows, verify
+from pipeline.models.tokenizer import Tokenizer
+from pipeline.sampling.processors import Processors
+from pipeline.sampling.uniforms import salted
+from pipeline.sampling.verification import TokenUniforms, VerifiedTokens, verify
 
 
 @dataclass(slots=True)
@@ -64,9 +68,12 @@ class NativeGenerator:
         device: torch.device | str = "auto",
         stop_token_ids: Items[int] | None = None,
         entropy: bool = True,
+        verification: str = "standard",
+        tokenizer: Tokenizer | None = None,
         kv_bytes: int = 0,
         prefill_tokens: int = 2048,
         recompute_on_update: bool = False,
+        stagger: bool = False,
         version: int = -1,
         on_event: Callable[[str], None] | None = None,
     ) -> None:
@@ -79,12 +86,16 @@ class NativeGenerator:
             max_length: tokens of prompt and response together; None: what the model was made for.
             stop_token_ids: tokens that end every response, beside those of a request; None: the model's own.
             entropy: whether to record entropies.
+            verification: rule for drafts that bring probabilities: "standard", token by token, or "block".
+            tokenizer: for requests with stop strings; None: the checkpoint directory's.
             kv_bytes: memory for keys and values; 0: for `max_sequences` of `max_length`, at most half of what is free.
                 When it runs out, the sequences that started last are preempted and computed again later.
             prefill_tokens: tokens of prompts computed between two verifications.
             recompute_on_update: whether new weights compute the keys and values of sequences under way anew.
+            stagger: whether, of more samples than run at once, one of each group goes ahead, so that the others' drafts
+                can follow it; groups finish later then.
             version: publication that `model` is.
-            on_event: told in one sentence when the drafter is switched off; None: `warnings.warn`.
+            on_event: told in one sentence when the drafter is switched off or stuck; None: `warnings.warn`.
 
         Raises:
             UsageError: the checkpoint cannot be used, `max_length` is over what the model was made for, or `kv_bytes`
@@ -92,7 +103,7 @@ class NativeGenerator:
         """
         self.decoder = model if isinstance(model, Decoder) else load_decoder(model, dtype, device)
         config = self.decoder.config
-        self.capabilities = Capabilities(entropy=entropy)
+        self.capabilities = Capabilities(entropy=entropy, kept_ids=True)
         self.version = version
         self.max_sequences, self.max_draft_tokens = max_sequences, max_draft_tokens
         self.max_length = max_length or config.max_positions
@@ -107,7 +118,7 @@ class NativeGenerator:
             config, self.decoder.dtype, self.decoder.device, kv_bytes, max_sequences, self.max_length
         )
         self._memory = self._new_memory()
-        self._scheduler = Scheduler()
+        self._scheduler = Scheduler(stagger)
         self._starting: list[Sequence] = []
         """those whose prompt is not complete"""
         self._live: list[Sequence] = []
@@ -116,6 +127,13 @@ class NativeGenerator:
         """row b: pages of live sequence b"""
         self._groups: dict[int, int] = {}
         """samples of each group that have not finished"""
+        if verification not in ("standard", "block"):
+            raise UsageError(f"verification {verification!r} is unknown; use standard or block")
+        self._block = verification == "block"
+        self._processors = Processors(config.vocab_size, self.decoder.device)
+        self._tokenizer, self._folder = tokenizer, None if isinstance(model, Decoder) else Path(model)
+        self._salt = False
+        """whether numbers depend on the sequence beside the seed: from the first drafts with probabilities on"""
         self._drafting = Drafting(drafter or NoDrafter(), self.decoder, on_event)
         self._stats = GeneratorStats()
         self._mark = 0.0
@@ -148,7 +166,8 @@ class NativeGenerator:
             limits: most tokens of each sample, where they differ; None: the sampling parameters' for all.
 
         Raises:
-            UsageError: the prompt is empty, leaves no room for a response, or has ids outside the vocabulary.
+            UsageError: the prompt is empty, leaves no room for a response, or has ids outside the vocabulary; sampling
+                settings that no response can have; stop strings without a tokenizer.
             ValueError: the group's id is in use.
         """
         prompt, vocab_size = request.prompt_ids, self.decoder.config.vocab_size
@@ -161,6 +180,9 @@ class NativeGenerator:
         wanted = limits or [request.sampling.max_new_tokens] * len(request.seeds)
         room = self.max_length - len(prompt)
         stop = self._stop.union(request.sampling.stop_token_ids)
+        self._processors.check(request.sampling, stop)
+        if request.sampling.stop_strings:
+            self._load_tokenizer()
         self._groups[request.id] = len(request.seeds)
         self._scheduler.add(request, [min(limit, room) for limit in wanted], stop)
 
@@ -171,9 +193,16 @@ class NativeGenerator:
             self._starting.remove(sequence)
             self._memory.free(sequence)
             stopped.append(sequence)
-        self._drafting.end([s.id for s in stopped if s.begun])
+        self._end([s for s in stopped if s.begun])
         self._release([row for row, s in enumerate(self._live) if s.group == group])
         self._memory.forget_prompt(group)
+
+    def _load_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            if self._folder is None:
+                raise UsageError("stop strings need a tokenizer; give NativeGenerator one, or a checkpoint directory")
+            self._tokenizer = Tokenizer(self._folder)
+        return self._tokenizer
 
     def has_work(self) -> bool:
         return bool(self._live or self._starting) or len(self._scheduler) > 0
@@ -199,6 +228,10 @@ class NativeGenerator:
     def _new_memory(self) -> Memory:
         return Memory(KVCache(self.decoder.config, self.decoder.dtype, self.decoder.device, self._pages))
 
+    def drafter_counters(self) -> dict[str, float]:
+        """The drafter's own figures so far; what they are is the drafter's business."""
+        return self._drafting.counters()
+
     # ---- a step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -216,26 +249,33 @@ class NativeGenerator:
             return []
         temperatures = np.array([s.temperature for s in self._live], np.float32)
         proposal = self._propose(budgets, temperatures)
+        began = self._mark
         hidden = self._forward(proposal)
         logits = self.decoder.logits(hidden)
         self._lap("forward_seconds")
-        verified = self._verify(logits, proposal, temperatures)
+        verified = self._verify(logits, proposal)
         emissions = self._emissions(verified, proposal)
         self._lap("sampling_seconds")
-        for sequence, emission in zip(self._live, emissions, strict=True):
-            sequence.append(emission, self.version)
+        seconds = self._mark - began
+        drafters = proposal.drafted_by or [self._drafting.name] * len(emissions)
+        for sequence, emission, drafter in zip(self._live, emissions, drafters, strict=True):
+            sequence.append(emission, self.version, drafter)
+        slots = np.array([s.slot for s in self._live], np.int64)
+        self._processors.observe(slots, [e.token_ids for e in emissions])
         self._count(emissions)
         self._lap("other_seconds")
-        self._observe(emissions, hidden, logits, proposal)
+        self._observe(emissions, hidden, logits, proposal, seconds)
         self._lap("drafter_seconds")
         return self._finish()
 
     def _admit(self) -> None:
         """Starts those next in the queue while there is memory for them."""
+        admission = self._memory.admission(self._starting, len(self._live))
         while len(self._live) + len(self._starting) < self.max_sequences:
             sequence = self._scheduler.next()
-            if sequence is None or not self._memory.fits(sequence, self._starting, len(self._live)):
+            if sequence is None or not admission.fits(sequence):
                 break
+            admission.add(sequence)
             self._scheduler.start()
             self._starting.append(sequence)
 
@@ -254,13 +294,28 @@ class NativeGenerator:
             self._tables[len(self._live), : len(sequence.pages)] = sequence.pages
             self._live.append(sequence)
             self._last_member_started(sequence.group)
-        new = [s for s in ready if not s.begun]
-        for sequence in new:
-            sequence.begun = True
-        if new:
-            starts = [SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed) for s in new]
-            self._drafting.begin(starts)
+        if ready:
+            new = [s for s in ready if not s.begun]
+            restored = [s for s in ready if s.begun]
+            for sequence in new:
+                self._begin(sequence)
+            self._drafting.begin([_start_of(s) for s in new])
+            self._drafting.restore([_start_of(s) for s in restored])
             self._lap("drafter_seconds")
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Its settings take effect; they stay over preemption until `_end`."""
+        params, sequence.begun = sequence.sampling, True
+        sequence.slot = self._processors.add(params, sequence.stop, sequence.request.prompt_ids)
+        if params.stop_strings:
+            stream = self._load_tokenizer().stream()
+            sequence.stop_strings = StopStrings(params.stop_strings, stream, params.min_new_tokens)
+
+    def _end(self, sequences: Items[Sequence]) -> None:
+        """What has begun is finished or cancelled."""
+        self._drafting.end([s.id for s in sequences])
+        for sequence in sequences:
+            self._processors.remove(sequence.slot)
 
     def _last_member_started(self, group: int) -> None:
         """Frees a group's prompt once no sample will ask for it."""
@@ -298,6 +353,7 @@ class NativeGenerator:
             row = max(range(len(self._live)), key=lambda r: self._live[r].id)
             victim = self._live[row]
             self._take_out(row)
+            self._drafting.preempt([victim.id])
         self._memory.free(victim)
         self._scheduler.put_back(victim)
         self._stats.preemptions += 1
@@ -318,18 +374,27 @@ class NativeGenerator:
         plan = self._memory.cache.plan(self._tables[: len(self._live)], cached, counts)
         return self.decoder.forward(torch.from_numpy(tokens).to(self.decoder.device), plan, self._memory.cache)
 
-    def _verify(self, logits: Tensor, proposal: Proposal, temperatures: np.ndarray) -> VerifiedTokens:
+    def _verify(self, logits: Tensor, proposal: Proposal) -> VerifiedTokens:
         seeds = np.array([s.seed for s in self._live], np.int64)
         positions = np.array([s.count for s in self._live], np.int64)
-        sampled = proposal.probabilities is not None
+        slots = np.array([s.slot for s in self._live], np.int64)
+        probabilistic = proposal.probabilities is not None
+        # From here on no seed has a text of its own anyway, and a drafter that remembers what a seed led to must not
+        # meet the same numbers again.
+        self._salt = self._salt or probabilistic
+        if self._salt:
+            seeds = salted(seeds, np.array([s.id + 1 for s in self._live], np.int64))
+        target = self._processors.target(
+            logits, slots, positions, proposal.token_ids, proposal.lengths, self.capabilities.entropy
+        )
         return verify(
-            logits,
+            target,
             proposal.token_ids,
             proposal.lengths,
-            torch.from_numpy(temperatures).to(logits.device),
-            TokenUniforms.draw(seeds, positions, proposal.lengths, sampled, logits.device),
+            TokenUniforms.draw(seeds, positions, proposal.lengths, probabilistic, logits.device, self._block),
             proposal.probabilities,
-            self.capabilities.entropy,
+            proposal.sampled,
+            self._block,
         )
 
     def _emissions(self, verified: VerifiedTokens, proposal: Proposal) -> list[Emission]:
@@ -338,7 +403,7 @@ class NativeGenerator:
             raise RunFailed(f"publication {self.version} gives log-probs that are not numbers; its weights are broken")
         tokens = verified.tokens.cpu().numpy()
         entropies = None if verified.entropies is None else verified.entropies.cpu().numpy()
-        emissions = []
+        emissions, kept = [], _kept_by_row(verified)
         for row, sequence in enumerate(self._live):
             n = int(accepted[row])
             emission = Emission(
@@ -347,26 +412,32 @@ class NativeGenerator:
                 None if entropies is None else entropies[row, : n + 1],
                 int(proposal.lengths[row]),
                 n,
+                kept[row].first(n + 1) if sequence.request.sampling.truncates else None,
             )
             emissions.append(sequence.cut_at_stop(emission))
         return emissions
 
-    def _observe(self, emissions: list[Emission], hidden: Tensor, logits: Tensor, proposal: Proposal) -> None:
+    def _observe(
+        self, emissions: list[Emission], hidden: Tensor, logits: Tensor, proposal: Proposal, seconds: float
+    ) -> None:
         self._drafting.observe(
             Verified(
                 ids=[s.id for s in self._live],
                 emitted=[e.token_ids for e in emissions],
                 accepted=np.array([e.accepted for e in emissions], np.int64),
-                hidden=_padded(hidden, proposal) if Needs.HIDDEN_STATES in self._drafting.needs else None,
-                logits=_padded(logits, proposal) if Needs.LOGITS in self._drafting.needs else None,
+                hidden=hidden if Needs.HIDDEN_STATES in self._drafting.needs else None,
+                logits=logits if Needs.LOGITS in self._drafting.needs else None,
+                starts=np.cumsum(proposal.lengths + 1) - (proposal.lengths + 1),
+                seconds=seconds,
             )
         )
 
     def _finish(self) -> list[FinishedSample]:
         rows = [row for row, s in enumerate(self._live) if s.finish_reason]
-        done = [self._live[row].finished(self._drafting.name, self.capabilities.entropy) for row in rows]
+        done = [self._live[row].finished(self.capabilities.entropy) for row in rows]
         self._release(rows)
         for sample in done:
+            self._scheduler.finished(sample.group)
             self._groups[sample.group] -= 1
             if not self._groups[sample.group]:
                 del self._groups[sample.group]
@@ -375,7 +446,7 @@ class NativeGenerator:
 
     def _release(self, rows: list[int]) -> None:
         """Ends live sequences."""
-        self._drafting.end([self._live[row].id for row in rows])
+        self._end([self._live[row] for row in rows])
         for row in sorted(rows, reverse=True):
             self._memory.free(self._live[row])
             self._take_out(row)
@@ -401,9 +472,15 @@ class NativeGenerator:
         self._mark = now
 
 
-def _padded(packed: Tensor, proposal: Proposal) -> Tensor:
-    """[B, K+1, ...] of packed rows [N, ...], zeros behind each row's own."""
-    row, depth = packed_rows(proposal.lengths)
-    out = packed.new_zeros(len(proposal.lengths), proposal.token_ids.shape[1] + 1, *packed.shape[1:])
-    out[torch.from_numpy(row), torch.from_numpy(depth)] = packed
-    return out
+def _start_of(s: Sequence) -> SequenceStart:
+    response = s.token_ids[: s.count].copy()
+    return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response)
+
+
+def _kept_by_row(verified: VerifiedTokens) -> list[KeptIds]:
+    """Of each row's columns; empty where nothing was truncated."""
+    if verified.kept_counts is None or verified.kept_ids is None:
+        return []
+    counts, ids = verified.kept_counts.cpu().numpy(), verified.kept_ids.cpu().numpy()
+    parts = np.split(ids, counts.sum(1).cumsum()[:-1])
+    return [KeptIds(row, part) for row, part in zip(counts, parts, strict=True)]

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
-from pipeline.engine.generator import FinishedSample, GroupRequest, TokenOrigin
-from pipeline.messages import DraftCounts, Sampler
+from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds, TokenOrigin
+from pipeline.engine.native.stop_strings import StopStrings
+from pipeline.messages import DraftCounts, Sampler, SamplingParams
 
 
 @dataclass(slots=True)
@@ -20,6 +22,19 @@ class Emission:
     """float32 [n]"""
     drafted: int
     accepted: int
+    kept: KeptIds | None = None
+    """of these tokens; None where nothing was truncated"""
+
+    def first(self, n: int) -> "Emission":
+        """The first n tokens of it."""
+        return Emission(
+            self.token_ids[:n],
+            self.logprobs[:n],
+            None if self.entropies is None else self.entropies[:n],
+            self.drafted,
+            min(self.accepted, n),
+            None if self.kept is None else self.kept.first(n),
+        )
 
 
 class Sequence:
@@ -29,8 +44,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "accepted", "begun", "cached", "count", "drafted", "entropies", "id", "kv_kept", "limit", "logprobs", "origins",
-        "pages", "request", "sample", "stop", "token_ids", "verifications", "versions",
+        "begun", "cached", "count", "drafts", "entropies", "id", "kept", "kv_kept", "limit", "logprobs", "origins",
+        "pages", "request", "sample", "slot", "sources", "stop", "stop_strings", "string_completed", "token_ids",
+        "verifications", "versions",
     )  # fmt: skip
 
     def __init__(self, id: int, request: GroupRequest, sample: int, limit: int, stop: frozenset[int]) -> None:
@@ -40,24 +56,39 @@ class Sequence:
         self.entropies = np.zeros(limit, np.float32)
         self.versions = np.zeros(limit, np.int64)
         self.origins = np.zeros(limit, np.uint8)
-        self.count = self.verifications = self.drafted = self.accepted = 0
+        self.sources = np.zeros(limit, np.uint8)
+        self.count = self.verifications = 0
+        self.drafts: dict[str, tuple[int, int]] = {}
+        """tokens drafted and accepted, by drafter"""
         self.kv_kept = False
         self.begun = False
-        """whether the drafter knows it"""
+        """whether the drafter knows it, and its settings have a slot"""
         self.cached = 0
         """tokens whose keys and values are in the cache"""
         self.pages: list[int] = []
         """of the cache, in order"""
+        self.slot = -1
+        """of its settings in the generator's `Processors`; -1 before it begins"""
+        self.stop_strings: StopStrings | None = None
+        self.string_completed = False
+        self.kept: list[KeptIds] = []
+        """an entry an emission, where tokens are truncated"""
 
     @property
     def seed(self) -> int:
         return self.request.seeds[self.sample]
 
     @property
+    def sampling(self) -> SamplingParams:
+        """The request's, with this sample's own temperature where it has one."""
+        params = self.request.sampling
+        if self.request.temperatures:
+            params = msgspec.structs.replace(params, temperature=self.request.temperatures[self.sample])
+        return params
+
+    @property
     def temperature(self) -> float:
-        return (
-            self.request.temperatures[self.sample] if self.request.temperatures else self.request.sampling.temperature
-        )
+        return self.sampling.temperature
 
     @property
     def group(self) -> int:
@@ -88,45 +119,45 @@ class Sequence:
         return self.limit - self.count - 1
 
     def cut_at_stop(self, emission: Emission) -> Emission:
-        """What follows the first stop token is not part of the response."""
-        for n, token in enumerate(emission.token_ids.tolist(), 1):
-            if token in self.stop:
-                entropies = None if emission.entropies is None else emission.entropies[:n]
-                return Emission(
-                    emission.token_ids[:n],
-                    emission.logprobs[:n],
-                    entropies,
-                    emission.drafted,
-                    min(emission.accepted, n),
-                )
-        return emission
+        """What follows the first stop token, or the token that completes a stop string, is not part of the response."""
+        tokens = emission.token_ids.tolist()
+        n = next((n for n, token in enumerate(tokens, 1) if token in self.stop), len(tokens))
+        if self.stop_strings is not None:
+            end = self.stop_strings.first_end(tokens[:n])
+            self.string_completed = end is not None
+            n = end or n
+        return emission if n == len(tokens) else emission.first(n)
 
-    def append(self, emission: Emission, version: int) -> None:
-        """Records an emission that was sampled by publication `version`."""
+    def append(self, emission: Emission, version: int, drafter: str) -> None:
+        """Records an emission that was sampled by publication `version` after a draft of `drafter`."""
         start, end = self.count, self.count + len(emission.token_ids)
         self.token_ids[start:end] = emission.token_ids
         self.logprobs[start:end] = emission.logprobs
         if emission.entropies is not None:
             self.entropies[start:end] = emission.entropies
+        if emission.kept is not None:
+            self.kept.append(emission.kept)
         self.versions[start:end] = version
         self.origins[start : start + emission.accepted] = TokenOrigin.ACCEPTED
         if emission.accepted < end - start:
-            whole = 0 < emission.drafted == emission.accepted
-            self.origins[end - 1] = TokenOrigin.BONUS if whole else TokenOrigin.SAMPLED
+            whole = TokenOrigin.BONUS if emission.drafted else TokenOrigin.SAMPLED
+            self.origins[end - 1] = whole if emission.accepted == emission.drafted else TokenOrigin.RESIDUAL
         self.count = end
         self.cached = self.target  # the pass that sampled the last token computed all before it
         self.verifications += 1
-        self.drafted += emission.drafted
-        self.accepted += emission.accepted
+        if emission.drafted:
+            drafted, accepted = self.drafts.get(drafter, (0, 0))
+            self.drafts[drafter] = drafted + emission.drafted, accepted + emission.accepted
+            self.sources[start : start + emission.accepted] = 1 + list(self.drafts).index(drafter)
 
     @property
     def finish_reason(self) -> str | None:
         """`stop`, `length`, or None while the response goes on."""
-        if self.count and self.last_token in self.stop:
+        if self.string_completed or (self.count and self.last_token in self.stop):
             return "stop"
         return "length" if self.count >= self.limit else None
 
-    def finished(self, drafter: str, with_entropy: bool) -> FinishedSample:
+    def finished(self, with_entropy: bool) -> FinishedSample:
         """The sample of a sequence that has a finish reason."""
         n = self.count
         return FinishedSample(
@@ -139,7 +170,9 @@ class Sequence:
             samplers=np.full(n, Sampler.POLICY, np.uint8),
             finish_reason=self.finish_reason or "length",
             verifications=self.verifications,
-            drafters={drafter: DraftCounts(drafted=self.drafted, accepted=self.accepted)} if self.drafted else {},
+            drafters={name: DraftCounts(drafted=d, accepted=a) for name, (d, a) in self.drafts.items()},
             kv_kept_across_update=self.kv_kept,
             origins=self.origins[:n].copy(),
+            kept=KeptIds.joined(self.kept) if self.kept else None,
+            draft_sources=self.sources[:n].copy(),
         )
