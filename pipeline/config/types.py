@@ -157,6 +157,9 @@ class LearnerSection(Section):
     group_size: Annotated[PositiveInt, option("samples a prompt")] = 8
     minibatches: Annotated[PositiveInt, option("optimiser steps a batch")] = 2
     micro_batch_tokens: Annotated[PositiveInt, option("tokens a forward-backward pass, packed without padding")] = 4096
+    gradient_checkpointing: Annotated[
+        bool, option("keep only the layers' inputs for the backward pass and compute the layers again in it")
+    ] = False
     learning_rate: Annotated[PositiveFloat, option("AdamW learning rate after warm-up")] = 1e-5
     warmup_steps: Annotated[Count, option("batches of linear learning-rate warm-up")] = 0
     weight_decay: Annotated[NonNegativeFloat, option("AdamW weight decay of matrices")] = 0.0
