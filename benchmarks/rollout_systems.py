@@ -72,6 +72,7 @@ class Rollahead:
             max_draft_tokens=job.max_draft_tokens,
             max_length=max(map(len, job.prompts)) + job.tokens,
             stop_token_ids=(),
+            stagger=True,
         )
         for i, prompt in enumerate(job.prompts):
             seeds = tuple(job.seed * 1_000_003 + i * job.group_size + s for s in range(job.group_size))

@@ -2,11 +2,12 @@
 
 A drafter guesses continuations; verification alone decides what is sampled, so a drafter can make generation faster or
 slower but never different. Sequences are named by an integer that stays theirs from `begin` to `end`, whatever row of
-a batch they sit in; a preempted sequence simply does not appear in `propose` for a while.
+a batch they sit in. Life of a sequence: `begin`, then `propose` and `observe` by turns, perhaps `preempt` and later
+`restore`, and `end`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import Protocol, runtime_checkable
 
@@ -37,6 +38,8 @@ class SequenceStart:
     """sequences with the same group share their prompt"""
     temperature: float
     seed: int
+    response_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [T], tokens it has already; empty but in `restore`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,12 @@ class Proposal:
     sampled: np.ndarray | None = None
     """bool [B], rows whose tokens were drawn from `probabilities`; the other rows are deterministic. None: all rows
     where there are probabilities"""
+    drafted_by: Sequence[str] | None = None
+    """B names, for a drafter that hands out others' drafts; None: the drafter's own"""
+    matches: np.ndarray | None = None
+    """int64 [B], tokens of context each draft was found with; None: the drafter has no such notion"""
+    confidences: np.ndarray | None = None
+    """float32 [B, K], the drafter's own guess that each token is accepted if those before it are"""
 
     @staticmethod
     def empty(rows: int) -> "Proposal":
@@ -83,9 +92,14 @@ class Verified:
     accepted: np.ndarray
     """int64 [B], accepted draft tokens"""
     hidden: torch.Tensor | None = None
-    """[B, K+1, H]"""
+    """[N, H], final-norm hidden states after each row's last token and after each of its draft tokens, row by row"""
     logits: torch.Tensor | None = None
-    """[B, K+1, V]"""
+    """[N, V], float32, at the same places"""
+    starts: np.ndarray | None = None
+    """int64 [B], where each row's places begin; given with either. The first `len(emitted[b])` of row b are those that
+    its emitted tokens were sampled from"""
+    seconds: float = 0.0
+    """wall time of the verification: forward pass and sampling, without drafting; 0: not measured"""
 
 
 @runtime_checkable
@@ -110,6 +124,13 @@ class Drafter(Protocol):
 
     def observe(self, verified: Verified) -> None:
         """Tokens that were emitted, whoever drafted them."""
+
+    def preempt(self, ids: Sequence[int]) -> None:
+        """These sequences pause and give their place on the device back; `restore` or `end` follows."""
+
+    def restore(self, sequences: Sequence[SequenceStart]) -> None:
+        """These sequences, preempted before, go on; what was given up with their place is made again from
+        `response_ids`."""
 
     def weights_changed(self, version: int) -> None:
         """The target runs publication `version` from the next verification on."""
@@ -136,8 +157,18 @@ class BaseDrafter:
     def observe(self, verified: Verified) -> None:
         pass
 
+    def preempt(self, ids: Sequence[int]) -> None:
+        pass
+
+    def restore(self, sequences: Sequence[SequenceStart]) -> None:
+        pass
+
     def weights_changed(self, version: int) -> None:
         pass
 
     def end(self, ids: Sequence[int]) -> None:
         pass
+
+    def counters(self) -> dict[str, float]:
+        """Figures worth showing to people, since the drafter was made; not part of the protocol."""
+        return {}

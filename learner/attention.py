@@ -16,6 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from learner.cpu_attention import LONG, BlockAttention
+from learner.linear import onednn_pays
+
 PACKED_ATTENTION = "packed_sdpa"
 
 _listener: tuple[int, list[torch.Tensor]] | None = None
@@ -78,21 +81,39 @@ def packed_sdpa(
     outputs_BSHD = []
     for start, end in pairwise(bounds):
         segment = slice(start, end)
-        window = _window_mask(end - start, sliding_window, query_BHLD.device)
-        output_BHSD = scaled_dot_product_attention(
-            query_BHLD[:, :, segment],
-            key_BGLD[:, :, segment],
-            value_BGLD[:, :, segment],
-            attn_mask=window,
-            is_causal=window is None,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=query_BHLD.shape[1] != key_BGLD.shape[1],
-        )
+        parts = query_BHLD[:, :, segment], key_BGLD[:, :, segment], value_BGLD[:, :, segment]
+        output_BHSD = _attend(*parts, sliding_window, dropout, scaling)
         outputs_BSHD.append(output_BHSD.transpose(1, 2))
     if _listener is not None and getattr(module, "layer_idx", None) == _listener[0]:
         _listener[1].append(_entropies(query_BHLD[0], key_BGLD[0], bounds, scaling, sliding_window))
     return torch.cat(outputs_BSHD, dim=1), None
+
+
+def _attend(
+    query_BHSD: torch.Tensor,
+    key_BGSD: torch.Tensor,
+    value_BGSD: torch.Tensor,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Causal attention of one sequence, [B, H, S, D]."""
+    rows, heads, length, dimension = query_BHSD.shape
+    if rows == 1 and length >= LONG and not dropout and query_BHSD.device.type == "cpu" and onednn_pays():
+        scale = dimension**-0.5 if scaling is None else scaling
+        attended: torch.Tensor = BlockAttention.apply(query_BHSD[0], key_BGSD[0], value_BGSD[0], scale, window)
+        return attended[None]
+    mask = _window_mask(length, window, query_BHSD.device)
+    return scaled_dot_product_attention(
+        query_BHSD,
+        key_BGSD,
+        value_BGSD,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=heads != key_BGSD.shape[1],
+    )
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from learner.attention import PACKED_ATTENTION
+from learner.lean import keep_less
+from learner.linear import use_fast_products
 from pipeline.errors import UsageError
 from pipeline.weights import COMPANION_FILES
 
@@ -62,7 +65,23 @@ def load_policy(folder: Path | str, device: str = "auto") -> PreTrainedModel:
     if missing:
         raise UsageError(f"the checkpoint {folder} lacks {len(missing)} weights, {missing[0]} first; is it complete?")
     policy: PreTrainedModel = model.to(resolve_device(device)).eval()
+    use_fast_products(policy)
+    keep_less(policy)
     return policy
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only the inputs of the layers for the backward pass, and compute each layer again in it.
+
+    transformers does that in training mode alone, which is set on the layers themselves and on nothing inside them: no
+    dropout.
+    """
+    # renamed in transformers 5.19
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def policy_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:

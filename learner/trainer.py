@@ -16,6 +16,7 @@ from learner.assembly import Groups, MicroBatch, batch_tokens, group_rewards, mi
 from learner.logprobs import TokenValues, Wanted, pack_logprobs
 from learner.objective import Objective, Plans
 from learner.packing import Pack, pack, trained_positions
+from learner.policy import checkpoint_activations
 from learner.step_metrics import Metrics, age_metrics, mean, mismatch, off_policy_metrics, reward_metrics
 from learner.tokens import BatchTokens, GroupRewards, MicroBatchTokens, Needs, concatenated
 from pipeline.config.types import LearnerSection
@@ -95,6 +96,8 @@ class Trainer:
         self.max_response_tokens = max_response_tokens
         self.compute = torch.bfloat16 if learner.dtype == "bfloat16" else torch.float32
         self.step = 0
+        if learner.gradient_checkpointing:
+            checkpoint_activations(model)
         self.optimizer = adamw(model, learner)
         needs = objective.needs
         self._wanted = Wanted(expected_score=Needs.EXPECTED_SCORE in needs, nucleus=objective.nucleus)

@@ -74,6 +74,15 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--samples", type=int, default=1, metavar="N", help="responses, with seeds from --seed on")
     _sampling_options(generate)
 
+    corpus = _command(commands, "corpus", "build a memory of texts for the suffix automaton", _corpus)
+    corpus.add_argument("action", choices=["build"])
+    corpus.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".jsonl, a document a line, or a text")
+    corpus.add_argument("--out", required=True, type=Path, metavar="CORPUS", help="folder to write")
+    corpus.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="checkpoint directory; not for lines of token_ids"
+    )
+    corpus.add_argument("--template", default="{text}", help="text of a line; {field} is replaced")
+
     _command(commands, "drafters", "list the drafters that are installed", _drafters)
 
     keys = _command(commands, "keygen", "make keys for engines on other machines, or add engines to them", _keygen)
@@ -189,7 +198,25 @@ def _drafters(options: argparse.Namespace) -> int:
     from drafters.registry import available
 
     for info in available():
-        print(f"{info.name:<20} {info.source:<40} needs {info.needs}")
+        print(f"{info.name:<18} {info.source:<22} needs {info.needs:<16} {info.summary}")
+    return 0
+
+
+def _corpus(options: argparse.Namespace) -> int:
+    import time
+
+    from drafters.suffix.corpus import build_corpus
+    from drafters.suffix.documents import read_documents
+    from pipeline.models.tokenizer import Tokenizer
+
+    began = time.perf_counter()
+    tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else None
+    size = build_corpus(read_documents(options.files, tokenizer, options.template), options.out)
+    print(
+        f"{options.out}: {size.tokens:,} tokens of {size.documents:,} documents, "
+        f"{size.bytes / size.tokens:.0f} bytes a token, {time.perf_counter() - began:.1f} s; use it with "
+        f'engine.drafter = {{name = "suffix-automaton", corpora = ["{options.out}"]}}'
+    )
     return 0
 
 

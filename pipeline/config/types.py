@@ -104,9 +104,12 @@ class EngineSection(Section):
     update_kv: Annotated[
         Literal["keep", "recompute"], option("keys and values of sequences under way when new weights arrive")
     ] = "keep"
-    max_draft_tokens: Annotated[Annotated[int, Meta(ge=0, le=128)], option("longest draft a verification")] = 2
+    max_draft_tokens: Annotated[Annotated[int, Meta(ge=0, le=128)], option("longest draft a verification")] = 16
     drafter: Annotated[Piece, option("drafter by name or module:Class, with its options")] = field(
-        default_factory=lambda: {"name": "suffix-automaton"}
+        default_factory=lambda: {"name": "arbiter", "drafters": ["suffix-automaton"]}
+    )
+    stagger: Annotated[bool, option("of more samples than run at once, one of each group goes ahead of the others")] = (
+        True
     )
     spool_bytes: Annotated[PositiveInt, option("unacknowledged trajectories an engine keeps on disk, in bytes")] = (
         256 << 20
@@ -154,6 +157,9 @@ class LearnerSection(Section):
     group_size: Annotated[PositiveInt, option("samples a prompt")] = 8
     minibatches: Annotated[PositiveInt, option("optimiser steps a batch")] = 2
     micro_batch_tokens: Annotated[PositiveInt, option("tokens a forward-backward pass, packed without padding")] = 4096
+    gradient_checkpointing: Annotated[
+        bool, option("keep only the layers' inputs for the backward pass and compute the layers again in it")
+    ] = False
     learning_rate: Annotated[PositiveFloat, option("AdamW learning rate after warm-up")] = 1e-5
     warmup_steps: Annotated[Count, option("batches of linear learning-rate warm-up")] = 0
     weight_decay: Annotated[NonNegativeFloat, option("AdamW weight decay of matrices")] = 0.0

@@ -82,6 +82,8 @@ class FinishedSample:
     """uint8 [T], `TokenOrigin`"""
     kept: KeptIds | None = None
     """None where nothing was truncated"""
+    draft_sources: np.ndarray | None = None
+    """uint8 [T], who drafted an accepted token: 1 + its place in `drafters`; 0: it was not drafted"""
 
 
 class Generator(Protocol):

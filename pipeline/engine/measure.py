@@ -68,6 +68,7 @@ def drafting_speedup(
             drafter=build(piece),
             max_sequences=max_sequences,
             max_draft_tokens=max_draft_tokens,
+            stagger=True,
             stop_token_ids=stop,
             entropy=True,
         )

@@ -326,6 +326,7 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         drafter=build(config.engine.drafter),
         max_sequences=config.engine.max_sequences,
         max_draft_tokens=config.engine.max_draft_tokens,
+        stagger=config.engine.stagger,
         max_length=config.sampling.max_prompt_tokens + config.sampling.max_new_tokens,
         dtype=config.engine.dtype,
         device=config.engine.device,

@@ -18,12 +18,9 @@ from pipeline.messages import SamplingParams
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 
-STYLES = {
-    TokenOrigin.SAMPLED: "",
-    TokenOrigin.ACCEPTED: "bold green",
-    TokenOrigin.BONUS: "cyan",
-    TokenOrigin.RESIDUAL: "",
-}
+COLOURS = ("green", "yellow", "magenta", "blue", "red")
+"""of the drafters, in the order in which each had a first draft"""
+BONUS = "cyan"
 
 
 def generate(
@@ -60,6 +57,8 @@ def generate(
         finished += generator.step()
     for sample in sorted(finished, key=lambda sample: sample.sample):
         _print(sample, tokenizer)
+    if counters := generator.drafter_counters():
+        print("; ".join(f"{name} {value:,.6g}" for name, value in counters.items()))
     return 0
 
 
@@ -90,27 +89,45 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 def _print(sample: FinishedSample, tokenizer: Tokenizer) -> None:
-    """Accepted drafts are green on a terminal and stand in ‹ › elsewhere."""
+    """Accepted drafts have their drafter's colour on a terminal and stand in ‹ › elsewhere, with its number where there
+    are several."""
     console = Console(highlight=False, soft_wrap=True)
-    origins = sample.origins if sample.origins is not None else np.zeros(len(sample.token_ids), np.uint8)
+    nothing = np.zeros(len(sample.token_ids), np.uint8)
+    origins = sample.origins if sample.origins is not None else nothing
+    sources = sample.draft_sources if sample.draft_sources is not None else nothing
+    several = len(sample.drafters) > 1
     text = Text()
-    for begin, end in _stretches(origins):
+    for begin, end in _stretches(origins.astype(np.int64) * 256 + sources):
         piece = tokenizer.decode(sample.token_ids[begin:end].tolist())
-        origin = TokenOrigin(int(origins[begin]))
-        marked = origin is TokenOrigin.ACCEPTED and not console.is_terminal
-        text.append(f"‹{piece}›" if marked else piece, style=STYLES[origin])
+        source = int(sources[begin])
+        if not source:
+            text.append(piece, style=BONUS if origins[begin] == TokenOrigin.BONUS else "")
+        elif console.is_terminal:
+            text.append(piece, style=_colour(source))
+        else:
+            text.append(f"‹{source}:{piece}›" if several else f"‹{piece}›")
     console.print(text)
-    drafts = ", ".join(
-        f"{name}: {counts.drafted} drafted, {counts.accepted} accepted" for name, counts in sample.drafters.items()
+    drafts = Text(", ").join(
+        Text(f"{number}: {name}" if several else name, style=_colour(number)).append(
+            f" {counts.drafted} drafted, {counts.accepted} accepted", style=""
+        )
+        for number, (name, counts) in enumerate(sample.drafters.items(), 1)
     )
     console.print(
-        f"{len(sample.token_ids)} tokens in {sample.verifications} verifications "
-        f"({len(sample.token_ids) / max(1, sample.verifications):.2f} each); {drafts or 'nothing drafted'}; "
-        f"log-prob {float(sample.logprobs.sum()):.2f} nats; ended by {sample.finish_reason}"
+        Text.assemble(
+            f"{len(sample.token_ids)} tokens in {sample.verifications} verifications "
+            f"({len(sample.token_ids) / max(1, sample.verifications):.2f} each); ",
+            drafts if sample.drafters else "nothing drafted",
+            f"; log-prob {float(sample.logprobs.sum()):.2f} nats; ended by {sample.finish_reason}",
+        )
     )
+
+
+def _colour(number: int) -> str:
+    return f"bold {COLOURS[(number - 1) % len(COLOURS)]}"
 
 
 def _stretches(origins: np.ndarray) -> list[tuple[int, int]]:
-    """[begin, end) of runs of equal origin."""
+    """[begin, end) of runs of equal entries."""
     borders = [0, *(np.flatnonzero(np.diff(origins)) + 1).tolist(), len(origins)]
     return [(a, b) for a, b in itertools.pairwise(borders) if b > a]

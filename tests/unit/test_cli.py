@@ -20,6 +20,7 @@ COMMAND_LINE = {
         "--top-p", "--min-p", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logit-bias",
         "--allowed-token-ids", "--bad-token-ids", "--stop-token-ids", "--stop-strings", "--min-new-tokens",
     ],
+    "corpus": ["action", "files", "--out", "--tokenizer", "--template"],
     "drafters": [],
     "bench": ["what", "arguments"],
 }  # fmt: skip

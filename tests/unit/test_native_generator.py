@@ -201,9 +201,9 @@ class Watching(Scripted):
 
     def observe(self, verified):
         for row, i in enumerate(verified.ids):
-            n = len(verified.emitted[row])
-            self.logits.setdefault(self.starts[i].seed, []).append(verified.logits[row, :n])
-            self.hidden.setdefault(self.starts[i].seed, []).append(verified.hidden[row, :n])
+            n, at = len(verified.emitted[row]), int(verified.starts[row])
+            self.logits.setdefault(self.starts[i].seed, []).append(verified.logits[at : at + n])
+            self.hidden.setdefault(self.starts[i].seed, []).append(verified.hidden[at : at + n])
         super().observe(verified)
 
     def weights_changed(self, version):

@@ -27,7 +27,7 @@ from pipeline.models.kv_cache import PAGE, KVCache
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.sampling.processors import Processors
 from pipeline.sampling.uniforms import salted
-from pipeline.sampling.verification import TokenUniforms, VerifiedTokens, packed_rows, verify
+from pipeline.sampling.verification import TokenUniforms, VerifiedTokens, verify
 
 
 @dataclass(slots=True)
@@ -73,6 +73,7 @@ class NativeGenerator:
         kv_bytes: int = 0,
         prefill_tokens: int = 2048,
         recompute_on_update: bool = False,
+        stagger: bool = False,
         version: int = -1,
         on_event: Callable[[str], None] | None = None,
     ) -> None:
@@ -91,8 +92,10 @@ class NativeGenerator:
                 When it runs out, the sequences that started last are preempted and computed again later.
             prefill_tokens: tokens of prompts computed between two verifications.
             recompute_on_update: whether new weights compute the keys and values of sequences under way anew.
+            stagger: whether, of more samples than run at once, one of each group goes ahead, so that the others' drafts
+                can follow it; groups finish later then.
             version: publication that `model` is.
-            on_event: told in one sentence when the drafter is switched off; None: `warnings.warn`.
+            on_event: told in one sentence when the drafter is switched off or stuck; None: `warnings.warn`.
 
         Raises:
             UsageError: the checkpoint cannot be used, `max_length` is over what the model was made for, or `kv_bytes`
@@ -115,7 +118,7 @@ class NativeGenerator:
             config, self.decoder.dtype, self.decoder.device, kv_bytes, max_sequences, self.max_length
         )
         self._memory = self._new_memory()
-        self._scheduler = Scheduler()
+        self._scheduler = Scheduler(stagger)
         self._starting: list[Sequence] = []
         """those whose prompt is not complete"""
         self._live: list[Sequence] = []
@@ -225,6 +228,10 @@ class NativeGenerator:
     def _new_memory(self) -> Memory:
         return Memory(KVCache(self.decoder.config, self.decoder.dtype, self.decoder.device, self._pages))
 
+    def drafter_counters(self) -> dict[str, float]:
+        """The drafter's own figures so far; what they are is the drafter's business."""
+        return self._drafting.counters()
+
     # ---- a step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -242,28 +249,33 @@ class NativeGenerator:
             return []
         temperatures = np.array([s.temperature for s in self._live], np.float32)
         proposal = self._propose(budgets, temperatures)
+        began = self._mark
         hidden = self._forward(proposal)
         logits = self.decoder.logits(hidden)
         self._lap("forward_seconds")
         verified = self._verify(logits, proposal)
         emissions = self._emissions(verified, proposal)
         self._lap("sampling_seconds")
-        for sequence, emission in zip(self._live, emissions, strict=True):
-            sequence.append(emission, self.version)
+        seconds = self._mark - began
+        drafters = proposal.drafted_by or [self._drafting.name] * len(emissions)
+        for sequence, emission, drafter in zip(self._live, emissions, drafters, strict=True):
+            sequence.append(emission, self.version, drafter)
         slots = np.array([s.slot for s in self._live], np.int64)
         self._processors.observe(slots, [e.token_ids for e in emissions])
         self._count(emissions)
         self._lap("other_seconds")
-        self._observe(emissions, hidden, logits, proposal)
+        self._observe(emissions, hidden, logits, proposal, seconds)
         self._lap("drafter_seconds")
         return self._finish()
 
     def _admit(self) -> None:
         """Starts those next in the queue while there is memory for them."""
+        admission = self._memory.admission(self._starting, len(self._live))
         while len(self._live) + len(self._starting) < self.max_sequences:
             sequence = self._scheduler.next()
-            if sequence is None or not self._memory.fits(sequence, self._starting, len(self._live)):
+            if sequence is None or not admission.fits(sequence):
                 break
+            admission.add(sequence)
             self._scheduler.start()
             self._starting.append(sequence)
 
@@ -282,12 +294,13 @@ class NativeGenerator:
             self._tables[len(self._live), : len(sequence.pages)] = sequence.pages
             self._live.append(sequence)
             self._last_member_started(sequence.group)
-        new = [s for s in ready if not s.begun]
-        for sequence in new:
-            self._begin(sequence)
-        if new:
-            starts = [SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed) for s in new]
-            self._drafting.begin(starts)
+        if ready:
+            new = [s for s in ready if not s.begun]
+            restored = [s for s in ready if s.begun]
+            for sequence in new:
+                self._begin(sequence)
+            self._drafting.begin([_start_of(s) for s in new])
+            self._drafting.restore([_start_of(s) for s in restored])
             self._lap("drafter_seconds")
 
     def _begin(self, sequence: Sequence) -> None:
@@ -340,6 +353,7 @@ class NativeGenerator:
             row = max(range(len(self._live)), key=lambda r: self._live[r].id)
             victim = self._live[row]
             self._take_out(row)
+            self._drafting.preempt([victim.id])
         self._memory.free(victim)
         self._scheduler.put_back(victim)
         self._stats.preemptions += 1
@@ -403,22 +417,27 @@ class NativeGenerator:
             emissions.append(sequence.cut_at_stop(emission))
         return emissions
 
-    def _observe(self, emissions: list[Emission], hidden: Tensor, logits: Tensor, proposal: Proposal) -> None:
+    def _observe(
+        self, emissions: list[Emission], hidden: Tensor, logits: Tensor, proposal: Proposal, seconds: float
+    ) -> None:
         self._drafting.observe(
             Verified(
                 ids=[s.id for s in self._live],
                 emitted=[e.token_ids for e in emissions],
                 accepted=np.array([e.accepted for e in emissions], np.int64),
-                hidden=_padded(hidden, proposal) if Needs.HIDDEN_STATES in self._drafting.needs else None,
-                logits=_padded(logits, proposal) if Needs.LOGITS in self._drafting.needs else None,
+                hidden=hidden if Needs.HIDDEN_STATES in self._drafting.needs else None,
+                logits=logits if Needs.LOGITS in self._drafting.needs else None,
+                starts=np.cumsum(proposal.lengths + 1) - (proposal.lengths + 1),
+                seconds=seconds,
             )
         )
 
     def _finish(self) -> list[FinishedSample]:
         rows = [row for row, s in enumerate(self._live) if s.finish_reason]
-        done = [self._live[row].finished(self._drafting.name, self.capabilities.entropy) for row in rows]
+        done = [self._live[row].finished(self.capabilities.entropy) for row in rows]
         self._release(rows)
         for sample in done:
+            self._scheduler.finished(sample.group)
             self._groups[sample.group] -= 1
             if not self._groups[sample.group]:
                 del self._groups[sample.group]
@@ -453,12 +472,9 @@ class NativeGenerator:
         self._mark = now
 
 
-def _padded(packed: Tensor, proposal: Proposal) -> Tensor:
-    """[B, K+1, ...] of packed rows [N, ...], zeros behind each row's own."""
-    row, depth = packed_rows(proposal.lengths)
-    out = packed.new_zeros(len(proposal.lengths), proposal.token_ids.shape[1] + 1, *packed.shape[1:])
-    out[torch.from_numpy(row), torch.from_numpy(depth)] = packed
-    return out
+def _start_of(s: Sequence) -> SequenceStart:
+    response = s.token_ids[: s.count].copy()
+    return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response)
 
 
 def _kept_by_row(verified: VerifiedTokens) -> list[KeptIds]:

@@ -28,18 +28,14 @@ class Memory:
         self.cache = cache
         self._prompts: dict[int, _Prompt] = {}
 
-    def fits(self, sequence: Sequence, starting: Items[Sequence], live: int) -> bool:
-        """Whether a sequence may start beside the `starting` ones, which have still to take theirs, and the `live`
-        ones, a page left for each to grow into."""
-        if not starting and not live:
-            return True
-        sharing, promised = set(self._prompts), 0
-        for other in (*starting, sequence):
-            promised += self._needs(other, other.group in sharing)
-            sharing.add(other.group)  # its first sample computes the prompt for the others
-        return promised + len(starting) + live <= self.cache.free
+    def admission(self, starting: Items[Sequence], live: int) -> "Admission":
+        """Who may start beside the `starting` sequences, which have still to take their pages, and the `live` ones."""
+        admission = Admission(self, live)
+        for sequence in starting:
+            admission.add(sequence)
+        return admission
 
-    def _needs(self, sequence: Sequence, shares: bool) -> int:
+    def needs(self, sequence: Sequence, shares: bool) -> int:
         """Pages it has still to take until it is ready."""
         shared = (len(sequence.request.prompt_ids) - 1) // PAGE if shares else 0
         return _pages(sequence.target + 1) - max(len(sequence.pages), shared)
@@ -56,6 +52,10 @@ class Memory:
     def free(self, sequence: Sequence) -> None:
         self.cache.release(sequence.pages)
         sequence.pages, sequence.cached = [], 0
+
+    def shared_groups(self) -> set[int]:
+        """Groups whose prompt is kept."""
+        return set(self._prompts)
 
     def keep_prompt(self, sequence: Sequence) -> None:
         """Its group's other samples take the prompt from here on."""
@@ -93,6 +93,26 @@ class Memory:
         for group in groups:
             self.forget_prompt(group)
         return bool(groups)
+
+
+class Admission:
+    """Pages promised to sequences that start, a page left for each sequence to grow into."""
+
+    def __init__(self, memory: Memory, live: int) -> None:
+        self._memory, self._others, self._promised = memory, live, 0
+        self._sharing = memory.shared_groups()
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Whether one more may start; the first always may."""
+        if not self._others:
+            return True
+        needed = self._memory.needs(sequence, sequence.group in self._sharing)
+        return self._promised + needed + self._others <= self._memory.cache.free
+
+    def add(self, sequence: Sequence) -> None:
+        self._promised += self._memory.needs(sequence, sequence.group in self._sharing)
+        self._others += 1
+        self._sharing.add(sequence.group)  # its first sample computes the prompt for the others
 
 
 def page_table(sequences: list[Sequence]) -> np.ndarray:

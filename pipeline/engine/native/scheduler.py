@@ -1,4 +1,8 @@
-"""Which sample starts next: preempted ones first, then groups in the order they came, a group's samples together."""
+"""Which sample starts next: preempted ones first, then groups in the order they came, a group's samples together.
+
+Or staggered: one sample of each group first, the others once one of theirs is finished. What it said is then a good
+guess at what they will say, which samples that run side by side cannot tell each other.
+"""
 
 from collections import deque
 from collections.abc import Sequence as Items
@@ -14,6 +18,8 @@ class _Waiting:
     limits: Items[int]
     stop: frozenset[int]
     started: int = 0
+    ahead: bool = False
+    """whether one of its samples is finished"""
 
     @property
     def left(self) -> int:
@@ -23,7 +29,8 @@ class _Waiting:
 class Scheduler:
     """The queue of samples that hold no memory: not started, or preempted. Only `cancel` walks through it."""
 
-    def __init__(self) -> None:
+    def __init__(self, stagger: bool = False) -> None:
+        self._stagger = stagger
         self._groups: deque[_Waiting] = deque()
         self._preempted: deque[Sequence] = deque()
         self._left: dict[int, int] = {}
@@ -48,7 +55,7 @@ class Scheduler:
             return self._preempted[0]
         if not self._groups:
             return None
-        group = self._groups[0]
+        group = self._group()
         return Sequence(self._next_id, group.request, group.started, group.limits[group.started], group.stop)
 
     def start(self) -> None:
@@ -57,13 +64,24 @@ class Scheduler:
         if self._preempted:
             self._preempted.popleft()
             return
-        group = self._groups[0]
+        group = self._group()
         group.started += 1
         self._next_id += 1
         self._left[group.request.id] -= 1
         if not group.left:
-            self._groups.popleft()
+            self._groups.remove(group)
             del self._left[group.request.id]
+
+    def finished(self, group: int) -> None:
+        """A sample of the group is finished: the others need not wait any longer."""
+        if self._stagger and group in self._left:
+            next(w for w in self._groups if w.request.id == group).ahead = True
+
+    def _group(self) -> _Waiting:
+        """The first group, or, staggered, the first that does not wait for one of its samples; no place stays empty."""
+        if self._stagger:
+            return next((w for w in self._groups if w.ahead or not w.started), self._groups[0])
+        return self._groups[0]
 
     def cancel(self, group: int) -> list[Sequence]:
         """Forgets a group; returns its preempted sequences."""

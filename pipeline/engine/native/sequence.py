@@ -44,8 +44,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "accepted", "begun", "cached", "count", "drafted", "entropies", "id", "kept", "kv_kept", "limit", "logprobs",
-        "origins", "pages", "request", "sample", "slot", "stop", "stop_strings", "string_completed", "token_ids",
+        "begun", "cached", "count", "drafts", "entropies", "id", "kept", "kv_kept", "limit", "logprobs", "origins",
+        "pages", "request", "sample", "slot", "sources", "stop", "stop_strings", "string_completed", "token_ids",
         "verifications", "versions",
     )  # fmt: skip
 
@@ -56,7 +56,10 @@ class Sequence:
         self.entropies = np.zeros(limit, np.float32)
         self.versions = np.zeros(limit, np.int64)
         self.origins = np.zeros(limit, np.uint8)
-        self.count = self.verifications = self.drafted = self.accepted = 0
+        self.sources = np.zeros(limit, np.uint8)
+        self.count = self.verifications = 0
+        self.drafts: dict[str, tuple[int, int]] = {}
+        """tokens drafted and accepted, by drafter"""
         self.kv_kept = False
         self.begun = False
         """whether the drafter knows it, and its settings have a slot"""
@@ -125,8 +128,8 @@ class Sequence:
             n = end or n
         return emission if n == len(tokens) else emission.first(n)
 
-    def append(self, emission: Emission, version: int) -> None:
-        """Records an emission that was sampled by publication `version`."""
+    def append(self, emission: Emission, version: int, drafter: str) -> None:
+        """Records an emission that was sampled by publication `version` after a draft of `drafter`."""
         start, end = self.count, self.count + len(emission.token_ids)
         self.token_ids[start:end] = emission.token_ids
         self.logprobs[start:end] = emission.logprobs
@@ -142,8 +145,10 @@ class Sequence:
         self.count = end
         self.cached = self.target  # the pass that sampled the last token computed all before it
         self.verifications += 1
-        self.drafted += emission.drafted
-        self.accepted += emission.accepted
+        if emission.drafted:
+            drafted, accepted = self.drafts.get(drafter, (0, 0))
+            self.drafts[drafter] = drafted + emission.drafted, accepted + emission.accepted
+            self.sources[start : start + emission.accepted] = 1 + list(self.drafts).index(drafter)
 
     @property
     def finish_reason(self) -> str | None:
@@ -152,7 +157,7 @@ class Sequence:
             return "stop"
         return "length" if self.count >= self.limit else None
 
-    def finished(self, drafter: str, with_entropy: bool) -> FinishedSample:
+    def finished(self, with_entropy: bool) -> FinishedSample:
         """The sample of a sequence that has a finish reason."""
         n = self.count
         return FinishedSample(
@@ -165,8 +170,9 @@ class Sequence:
             samplers=np.full(n, Sampler.POLICY, np.uint8),
             finish_reason=self.finish_reason or "length",
             verifications=self.verifications,
-            drafters={drafter: DraftCounts(drafted=self.drafted, accepted=self.accepted)} if self.drafted else {},
+            drafters={name: DraftCounts(drafted=d, accepted=a) for name, (d, a) in self.drafts.items()},
             kv_kept_across_update=self.kv_kept,
             origins=self.origins[:n].copy(),
             kept=KeptIds.joined(self.kept) if self.kept else None,
+            draft_sources=self.sources[:n].copy(),
         )

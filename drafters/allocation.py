@@ -1,0 +1,111 @@
+"""Who drafts for each sequence and how far: the draft tokens that raise expected tokens a second.
+
+A draft token that survives with probability a (all before it and itself accepted) adds a to what the step emits and
+makes the step longer. With the tokens of all drafts sorted by survival, the best n of them maximise
+(B + a_1 + ... + a_n) / (t(B, B + n) + overhead): a draft's tokens survive ever less likely, so that what is chosen of
+each draft is its beginning (after the goodput rule of SmartSpec, arXiv 2406.14066, at the level of single tokens).
+"""
+
+import numpy as np
+from numba import njit
+
+from drafters.acceptance import bucket
+from drafters.cost_model import verification_seconds
+
+DRAFTED, NOTHING_KNOWN, DOES_NOT_PAY, NO_ROOM, SHORTENED = range(5)
+REASONS = ("drafted", "nothing known", "does not pay", "no room", "shortened")
+"""what became of a sequence in a step; `shortened` counts drafted ones again, whose draft was cut"""
+_HYSTERESIS = 1.005
+"""drafting must promise this much more than not drafting: a wrong promise costs, an even one gains nothing"""
+_TRIAL = 0.7
+"""what it must promise in a trial, which is made to learn what it costs"""
+
+
+@njit(cache=True)
+def allocate(
+    chances: np.ndarray,
+    matches: np.ndarray,
+    confidences: np.ndarray,
+    drafts: np.ndarray,
+    budgets: np.ndarray,
+    urgency: np.ndarray,
+    table: np.ndarray,
+    scale: float,
+    overhead: float,
+    price: float,
+    trial: bool,
+    choice: np.ndarray,
+    lengths: np.ndarray,
+    reasons: np.ndarray,
+) -> tuple[float, float, float]:
+    """Chooses among the drafts of D drafters for B rows.
+
+    Args:
+        chances: float64 [D, MATCHES, CONFIDENCES, DEPTHS], of acceptance.
+        matches: int64 [D, B], -1: unknown.
+        confidences: float32 [D, B, K], negative: unknown.
+        drafts: int64 [D, B], tokens proposed.
+        budgets: int64 [B].
+        urgency: float64 [B], what a token of this row is worth, 1 being usual.
+        table, scale: the cost model's.
+        overhead: seconds of a step beside the verification, drafting included.
+        trial: whether to draft even where it seems not to pay, unless it seems hopeless.
+        price: least survival that was worth a token in the last step; chooses between drafters.
+        choice: int64 [B], filled: drafter, -1 for none.
+        lengths: int64 [B], filled.
+        reasons: int64 [REASONS], added to.
+
+    Returns the new price, expected tokens by their worth, and expected seconds.
+    """
+    drafters, rows, width = confidences.shape
+    survivals = np.zeros((rows, width))
+    candidate = np.zeros(width)
+    slots, total = 0, 0.0
+    for b in range(rows):
+        best = 0.0
+        choice[b], lengths[b] = -1, 0
+        total += urgency[b]
+        for drafter in range(drafters):
+            survival, value = 1.0, 0.0
+            for k in range(drafts[drafter, b]):
+                m, c, d = bucket(matches[drafter, b], confidences[drafter, b, k], k)
+                survival *= chances[drafter, m, c, d]
+                candidate[k] = survival
+                # Below the price a token is worth a little still, so that a choice is made where nothing pays.
+                value += max(survival - price, 0.01 * survival)
+            if value > best:
+                best, choice[b] = value, drafter
+                survivals[b, : drafts[drafter, b]] = candidate[: drafts[drafter, b]]
+        if choice[b] >= 0:
+            slots += drafts[choice[b], b]
+    worth, owner = np.empty(slots), np.empty(slots, np.int64)
+    i = 0
+    for b in range(rows):
+        for k in range(drafts[choice[b], b] if choice[b] >= 0 else 0):
+            worth[i], owner[i] = -survivals[b, k] * urgency[b], b
+            i += 1
+    order = np.argsort(worth, kind="mergesort")
+    count, gained, kept = 0, 0.0, 0.0
+    seconds = verification_seconds(table, scale, rows, rows) + overhead
+    best_rate = total / seconds * (_TRIAL if trial else _HYSTERESIS)
+    for n in range(1, slots + 1):
+        gained -= worth[order[n - 1]]
+        longer = verification_seconds(table, scale, rows, rows + n) + overhead
+        if (total + gained) / longer > best_rate:
+            best_rate, count, kept, seconds = (total + gained) / longer, n, gained, longer
+    for n in range(count):
+        lengths[owner[order[n]]] += 1
+    for b in range(rows):
+        if lengths[b] > 0:
+            reasons[DRAFTED] += 1
+            reasons[SHORTENED] += lengths[b] < drafts[choice[b], b]
+        elif budgets[b] == 0:
+            reasons[NO_ROOM] += 1
+        elif choice[b] < 0:
+            reasons[NOTHING_KNOWN] += 1
+        else:
+            reasons[DOES_NOT_PAY] += 1
+    # What the next token would cost, in tokens.
+    longer = verification_seconds(table, scale, rows, rows + count + 1) + overhead
+    price = min(max((longer - seconds) * (total + kept) / seconds, 0.0), 1.0)
+    return price, total + kept, seconds

@@ -1,0 +1,112 @@
+"""Seconds of a verification, by sequences and tokens: measured once, then corrected by every step.
+
+t(B, N) for B sequences with N tokens in all is a table over B and N / B, linear in N between its places and
+logarithmic in B. A step's measured time moves the whole table, quickly, and the places around it, slowly: what a busy
+machine does to all steps alike does not bend the curve, and what one size really costs does.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import njit
+
+ROWS = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256], np.float64)
+PER_ROW = np.array([1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32], np.float64)
+"""places of the table: sequences, and tokens a sequence"""
+_WHOLE_RATE, _PLACE_RATE = 0.1, 0.05
+"""of a step's surprise, how much moves all, and of what is left, how much moves its place, once many steps have been
+seen. The n-th step moves all by 1/n and the n-th at a place this by 1/(n + 1): what steps really take soon outweighs
+what was measured or guessed before, and the machine's speed is known before the curve is bent"""
+_MOST_SURPRISE = 0.7
+"""a step may be taken to be off by this factor's logarithm at most: a pause of the machine is no cost"""
+
+
+class CostModel:
+    """t(B, N); attributes are what the compiled decision reads.
+
+    Attributes:
+        table: float64 [ROWS, PER_ROW], seconds.
+        scale: [1], what all of it is multiplied with.
+    """
+
+    def __init__(self, table: np.ndarray | None = None, learns: bool = True) -> None:
+        """Without a table: a guess, 32 tokens for twice the time of one, which the first steps correct."""
+        guess = 0.01 * (1 + ROWS[:, None] * PER_ROW / 32)
+        self.table = guess if table is None else np.array(table, np.float64)
+        self.scale = np.ones(1)
+        self._met = np.zeros(self.table.shape)
+        """how often a step was at each place, fractions where it was between"""
+        self.learns = learns
+
+    @staticmethod
+    def of(seconds: Callable[[int, float], float], learns: bool = False) -> "CostModel":
+        """From a known function of sequences and tokens, fractions of tokens among them; by default it stays."""
+        table = [[seconds(int(rows), rows * per_row) for per_row in PER_ROW] for rows in ROWS]
+        return CostModel(np.array(table), learns)
+
+    def seconds(self, rows: int, tokens: int) -> float:
+        """Of a verification of `rows` sequences, `tokens` in all."""
+        return float(verification_seconds(self.table, self.scale[0], rows, tokens))
+
+    def observe(self, rows: int, tokens: int, seconds: float) -> None:
+        """A verification took so long."""
+        if self.learns and seconds > 0:
+            _correct(self.table, self._met, self.scale, rows, tokens, seconds)
+
+    def fit(self, measured: dict[tuple[int, int], float]) -> None:
+        """Takes measurements (sequences, tokens) -> seconds over: each is met, the places between them follow.
+
+        Every place is moved by the mean of the measurements' surprises, weighted by closeness in both directions.
+        """
+        if not measured:
+            return
+        before = self.table.copy()
+        points = np.array([[np.log2(rows), np.log2(tokens / rows)] for rows, tokens in measured])
+        surprise = np.array([np.log(s / self.seconds(*size)) for size, s in measured.items()])
+        for i, rows in enumerate(ROWS):
+            for j, per_row in enumerate(PER_ROW):
+                distance = np.abs(points - [np.log2(rows), np.log2(per_row)]) @ [1.0, 1.0]
+                weight = 1.0 / (1e-3 + distance**2)
+                self.table[i, j] = before[i, j] * np.exp((weight * surprise).sum() / weight.sum())
+        # More tokens are never taken to be cheaper: a noisy measurement would send every draft there.
+        self.table = np.maximum.accumulate(self.table, axis=1)
+
+
+@njit(cache=True)
+def _place(places: np.ndarray, value: float, logarithmic: bool) -> tuple[int, float]:
+    """The interval that holds the value, and how far in it lies; beyond the last place it goes on straight."""
+    i = 0
+    while i < len(places) - 2 and value >= places[i + 1]:
+        i += 1
+    low, high = places[i], places[i + 1]
+    if logarithmic:
+        return i, min(max(np.log2(value / low) / np.log2(high / low), 0.0), 1.0)
+    return i, max((value - low) / (high - low), 0.0)
+
+
+@njit(cache=True)
+def verification_seconds(table: np.ndarray, scale: float, rows: int, tokens: int) -> float:
+    """Interpolated; beyond the most sequences of the table in proportion to them."""
+    i, u = _place(ROWS, float(rows), True)
+    j, v = _place(PER_ROW, tokens / rows, False)
+    low = table[i, j] + v * (table[i, j + 1] - table[i, j])
+    high = table[i + 1, j] + v * (table[i + 1, j + 1] - table[i + 1, j])
+    return scale * low ** (1 - u) * high**u * max(1.0, rows / ROWS[-1])
+
+
+@njit(cache=True)
+def _correct(table: np.ndarray, met: np.ndarray, scale: np.ndarray, rows: int, tokens: int, seconds: float) -> None:
+    surprise = np.log(seconds / verification_seconds(table, scale[0], rows, tokens))
+    steps = met.sum()
+    if steps >= 3:
+        surprise = min(max(surprise, -_MOST_SURPRISE), _MOST_SURPRISE)
+    whole = max(_WHOLE_RATE, 1.0 / (steps + 1.0))
+    scale[0] *= np.exp(whole * surprise)
+    i, u = _place(ROWS, float(rows), True)
+    j, v = _place(PER_ROW, tokens / rows, False)
+    v = min(v, 1.0)
+    for a, weight_a in ((i, 1 - u), (i + 1, u)):
+        for b, weight_b in ((j, 1 - v), (j + 1, v)):
+            weight = weight_a * weight_b
+            met[a, b] += weight
+            table[a, b] *= np.exp(max(_PLACE_RATE, 1.0 / (met[a, b] + 1.0)) * weight * (1 - whole) * surprise)

@@ -1,0 +1,205 @@
+"""A drafter behind a guard: whatever it does wrong costs speed, not text, and is said once."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+
+from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+
+T = TypeVar("T")
+
+CALL_SECONDS = 20.0
+"""A call that takes longer costs the drafter its place: no draft is worth this, and something is wrong."""
+
+
+class BadProposal(ValueError):
+    """A drafter proposed something the protocol does not allow; the text says what."""
+
+
+class TooSlow(RuntimeError):
+    """A drafter took longer over a call than it may."""
+
+
+@runtime_checkable
+class Host(Protocol):
+    """A drafter that hands out other drafters' drafts and guards each of them: one failure costs one drafter."""
+
+    failures: int
+    """of its drafters"""
+    at_work: str | None
+    """which of them is called at the moment"""
+
+    def host(self, vocab_size: int, on_event: Callable[[str], None], call_seconds: float) -> None:
+        """What guarding them takes; before anything else."""
+
+
+class Guard:
+    """Calls a drafter; the first exception, bad proposal or overlong call switches it off for good.
+
+    Attributes:
+        name, needs: the drafter's.
+        on_event: told in one sentence when the drafter is switched off.
+        calling: since when the drafter is at work (`time.monotonic`), for a watchdog; None: it is not.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        vocab_size: int,
+        on_event: Callable[[str], None],
+        call_seconds: float = CALL_SECONDS,
+    ) -> None:
+        self.name, self.needs = drafter.name, drafter.needs
+        self.on_event = on_event
+        self.calling: float | None = None
+        self._drafter: Drafter | None = drafter
+        self._vocab_size = vocab_size
+        self._call_seconds = call_seconds
+        self._failed = 0
+        if isinstance(drafter, Host):
+            drafter.host(vocab_size, on_event, call_seconds)
+
+    @property
+    def active(self) -> bool:
+        return self._drafter is not None
+
+    @property
+    def failures(self) -> int:
+        """Drafters switched off: this one, and those it hosted."""
+        return self._failed + (self._drafter.failures if isinstance(self._drafter, Host) else 0)
+
+    @property
+    def at_work(self) -> str:
+        """The name of what is called: of a drafter that hosts others, also which of them."""
+        within = self._drafter.at_work if isinstance(self._drafter, Host) else None
+        return f"{self.name} (in {within})" if within else self.name
+
+    def attach(self, target: object) -> None:
+        """Hands the target over to a drafter that needs it; loading and measuring may take their time."""
+        if Needs.TARGET_LAYERS in self.needs:
+            self._call(lambda d: d.attach(target), None, limited=False)
+
+    def begin(self, sequences: Sequence[SequenceStart]) -> None:
+        if sequences:
+            self._call(lambda d: d.begin(sequences), None)
+
+    def propose(self, request: DraftRequest) -> Proposal:
+        """A checked proposal, no wider than its longest draft; empty where nothing may or can be drafted."""
+        empty = Proposal.empty(len(request.ids))
+        if not self.active or not request.budgets.any():
+            return empty
+        return self._call(lambda d: checked(d.propose(request), request, self._vocab_size), empty)
+
+    def observe(self, verified: Verified) -> None:
+        self._call(lambda d: d.observe(verified), None)
+
+    def preempt(self, ids: Sequence[int]) -> None:
+        if ids:
+            self._call(lambda d: d.preempt(ids), None)
+
+    def restore(self, sequences: Sequence[SequenceStart]) -> None:
+        if sequences:
+            self._call(lambda d: d.restore(sequences), None)
+
+    def weights_changed(self, version: int) -> None:
+        self._call(lambda d: d.weights_changed(version), None)
+
+    def end(self, ids: Sequence[int]) -> None:
+        if ids:
+            self._call(lambda d: d.end(ids), None)
+
+    def counters(self) -> dict[str, float]:
+        """The drafter's own figures, none of one that keeps none."""
+        return self._call(lambda d: d.counters() if hasattr(d, "counters") else {}, {})
+
+    def _call(self, action: Callable[[Drafter], T], otherwise: T, limited: bool = True) -> T:
+        if self._drafter is None:
+            return otherwise
+        self.calling = began = time.monotonic()
+        try:
+            result = action(self._drafter)
+            seconds = time.monotonic() - began
+            if limited and seconds > self._call_seconds:
+                raise TooSlow(f"a call took {seconds:.1f} s, more than {self._call_seconds:g}")
+            return result
+        except Exception as error:  # a stranger's code may raise anything, and generation does not depend on it
+            self._failed += 1 + (self._drafter.failures if isinstance(self._drafter, Host) else 0)
+            self._drafter = None
+            self.on_event(f"drafter {self.name} is switched off after {type(error).__name__}: {error}")
+            return otherwise
+        finally:
+            self.calling = None
+
+
+def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Proposal:
+    """The proposal, trimmed to its longest draft; the arrays are the caller's.
+
+    Raises:
+        BadProposal: shapes, lengths, ids or probabilities the protocol does not allow.
+    """
+    rows, ids, lengths = len(request.ids), proposal.token_ids, proposal.lengths
+    if ids.ndim != 2 or len(ids) != rows or lengths.shape != (rows,):
+        raise BadProposal(f"token_ids {ids.shape} and lengths {lengths.shape} for {rows} rows")
+    if ids.dtype.kind != "i" or lengths.dtype.kind != "i":
+        raise BadProposal(f"token_ids are {ids.dtype} and lengths {lengths.dtype}, not signed integers")
+    if (lengths < 0).any() or (lengths > np.minimum(request.budgets, ids.shape[1])).any():
+        raise BadProposal(f"lengths {lengths.tolist()} where budgets are {request.budgets.tolist()}")
+    if proposal.parents is not None:
+        raise BadProposal("parents are reserved for trees")
+    width = int(lengths.max(initial=0))
+    used = np.arange(width) < lengths[:, None]
+    ids = np.where(used, ids[:, :width], 0).astype(np.int64)
+    if width and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise BadProposal(f"a token id is outside the vocabulary of {vocab_size}")
+    drafted_by, matches, confidences = _checked_notes(proposal, rows, width)
+    q, sampled = proposal.probabilities, None
+    if q is not None and width:
+        sampled = _checked_mask(proposal.sampled, lengths)
+        if sampled.any():
+            q = _checked_probabilities(q, ids, used & sampled[:, None], vocab_size)
+        else:
+            q = sampled = None
+    return Proposal(
+        ids, lengths.astype(np.int64), q if width else None, None, sampled, drafted_by, matches, confidences
+    )
+
+
+def _checked_notes(
+    proposal: Proposal, rows: int, width: int
+) -> tuple[Sequence[str] | None, np.ndarray | None, np.ndarray | None]:
+    """What is said about the drafts beside the drafts."""
+    by, matches, confidences = proposal.drafted_by, proposal.matches, proposal.confidences
+    if by is not None and (len(by) != rows or not all(isinstance(name, str) for name in by)):
+        raise BadProposal(f"drafted_by has {len(by)} entries for {rows} rows, or some that are no names")
+    if matches is not None and matches.shape != (rows,):
+        raise BadProposal(f"matches {matches.shape} for {rows} rows")
+    if confidences is not None:
+        if confidences.ndim != 2 or len(confidences) != rows or confidences.shape[1] < width:
+            raise BadProposal(f"confidences {confidences.shape} for {rows} drafts of up to {width} tokens")
+        confidences = confidences[:, :width]
+    return by, matches, confidences
+
+
+def _checked_mask(sampled: np.ndarray | None, lengths: np.ndarray) -> np.ndarray:
+    """Rows with a draft that was drawn from probabilities."""
+    if sampled is None:
+        return lengths > 0
+    if sampled.shape != lengths.shape or sampled.dtype != np.bool_:
+        raise BadProposal(f"sampled is {sampled.dtype} {sampled.shape} for {len(lengths)} rows, not bool")
+    return sampled & (lengths > 0)
+
+
+def _checked_probabilities(q: torch.Tensor, ids: np.ndarray, inside: np.ndarray, vocab_size: int) -> torch.Tensor:
+    """Verification is exact only for the distribution the token was drawn from, so q must at least be one with it."""
+    rows, width = ids.shape
+    if q.ndim != 3 or q.shape[0] != rows or q.shape[1] < width or q.shape[2] != vocab_size:
+        raise BadProposal(f"probabilities {tuple(q.shape)} for {rows} drafts of up to {width} tokens")
+    q = q[:, :width].float()
+    drawn = q.gather(2, torch.from_numpy(ids).to(q.device).unsqueeze(2)).squeeze(2)
+    good = (q.min(-1).values >= 0) & ((q.sum(-1) - 1).abs() < 1e-3) & (drawn > 0)
+    if not bool(good[torch.from_numpy(inside).to(q.device)].all()):
+        raise BadProposal("probabilities of a draft token are negative, do not sum to 1, or give the token itself none")
+    return q

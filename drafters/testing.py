@@ -1,0 +1,413 @@
+"""What every drafter must keep to, as one call in a test file:
+
+    from drafters.testing import check_drafter
+
+    def test_my_drafter():
+        check_drafter(MyDrafter)
+
+The checks run the drafter on a small random model through everything that happens to it in an engine. None asks whether
+its drafts are any good.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.guard import checked
+from pipeline.models.config import ModelConfig, RopeParameters
+from pipeline.models.decoder import Decoder
+from pipeline.models.kv_cache import PAGE, KVCache
+from pipeline.sampling.target import plain_target
+from pipeline.sampling.verification import TokenUniforms, packed_rows, verify
+
+VOCABULARY = 24
+STOP = 2
+
+
+class NotADrafter(AssertionError):
+    """The drafter breaks the protocol; the text says which check found it, and what."""
+
+
+def check_drafter(make: Callable[[], Drafter], *, samples: int = 2000) -> None:
+    """Runs every check on drafters that `make` builds.
+
+    Args:
+        make: builds a drafter without knowledge; a drafter that draws at random starts from the same seed each time.
+        samples: texts for the check of the distribution; more find smaller errors.
+
+    Raises:
+        NotADrafter: a check failed.
+    """
+    checks: dict[str, Callable[[], None]] = {
+        "protocol": lambda: check_protocol(make),
+        "ragged batches": lambda: check_ragged_batches(make),
+        "deterministic drafts keep the text": lambda: check_deterministic_drafts_keep_the_text(make),
+        "distribution": lambda: check_distribution(make, samples),
+        "ends and preemption": lambda: check_ends_and_preemption(make),
+        "new weights": lambda: check_new_weights(make),
+        "past alone": lambda: check_past_alone(make),
+    }
+    for name, check in checks.items():
+        try:
+            check()
+        except Exception as error:  # whatever a drafter raises is what its author has to see
+            raise NotADrafter(f"{name}: {type(error).__name__}: {error}") from error
+
+
+# ---- a generator in small --------------------------------------------------------------------------------------------
+
+
+def tiny_target(seed: int = 0) -> Decoder:
+    """A random model of 24 tokens whose text repeats itself often enough for drafts to be accepted."""
+    config = ModelConfig(
+        architecture="Qwen3ForCausalLM", vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, layers=2, heads=2,
+        kv_heads=1, head_dim=8, rms_norm_eps=1e-6, rope=RopeParameters(), tied_head=True, qk_norm=True, qkv_bias=False,
+        output_bias=False, max_positions=256, dtype="float32", bos_token_id=1, eos_token_ids=(STOP,),
+    )  # fmt: skip
+    decoder = Decoder(config, torch.float32, torch.device("cpu"))
+    load_random(decoder, seed)
+    return decoder
+
+
+def load_random(decoder: Decoder, seed: int) -> None:
+    """Other weights for the same model."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(name: str) -> torch.Tensor:
+        shape = decoder.shapes[name]
+        if len(shape) == 1:
+            return 1.0 + 0.1 * torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator) * (0.55 if "embed" in name else 0.3)
+
+    decoder.load(weight)
+
+
+@dataclass(slots=True)
+class _Text:
+    start: SequenceStart
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return len(self.tokens) >= self.limit or (bool(self.tokens) and self.tokens[-1] == STOP)
+
+
+@dataclass
+class Rehearsal:
+    """Generates with a drafter as an engine does: one verification a step for all live sequences.
+
+    `proposals` keeps what was proposed, step by step: ids of the rows and a copy of each draft.
+    """
+
+    drafter: Drafter | None
+    target: Decoder
+    budget: int = 4
+    live: list[_Text] = field(default_factory=list)
+    finished: dict[int, list[int]] = field(default_factory=dict)
+    proposals: list[dict[int, list[int]]] = field(default_factory=list)
+    drafted: int = 0
+
+    def __post_init__(self) -> None:
+        if self.drafter is not None and Needs.TARGET_LAYERS in self.drafter.needs:
+            self.drafter.attach(self.target)
+
+    def begin(self, sequences: Sequence[SequenceStart], limit: int) -> None:
+        self.live += [_Text(start, limit) for start in sequences]
+        if self.drafter is not None:
+            self.drafter.begin(sequences)
+
+    def preempt(self, ids: Sequence[int]) -> list[_Text]:
+        """Takes sequences out of the batch."""
+        out = [text for text in self.live if text.start.id in ids]
+        self.live = [text for text in self.live if text.start.id not in ids]
+        if self.drafter is not None:
+            self.drafter.preempt(ids)
+        return out
+
+    def restore(self, texts: Sequence[_Text]) -> None:
+        self.live += texts
+        if self.drafter is not None:
+            self.drafter.restore([_restored(text) for text in texts])
+
+    def cancel(self, ids: Sequence[int]) -> None:
+        self.live = [text for text in self.live if text.start.id not in ids]
+        if self.drafter is not None:
+            self.drafter.end(ids)
+
+    def run(self) -> dict[int, list[int]]:
+        while self.live:
+            self.step()
+        return self.finished
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One verification of every live sequence."""
+        proposal = self._propose()
+        hidden, logits = self._forward(proposal)
+        starts = [text.start for text in self.live]
+        seeds = np.array([start.seed for start in starts], np.int64)
+        positions = np.array([len(text.tokens) for text in self.live], np.int64)
+        temperatures = np.array([start.temperature for start in starts], np.float32)
+        packed, _ = packed_rows(proposal.lengths)
+        verified = verify(
+            plain_target(logits, torch.from_numpy(temperatures[packed])),
+            proposal.token_ids,
+            proposal.lengths,
+            TokenUniforms.draw(seeds, positions, proposal.lengths, proposal.probabilities is not None, logits.device),
+            proposal.probabilities,
+            proposal.sampled,
+        )
+        emitted, accepted = [], np.zeros(len(self.live), np.int64)
+        for row, text in enumerate(self.live):
+            tokens = verified.tokens[row, : int(verified.accepted[row]) + 1].tolist()
+            if STOP in tokens:
+                tokens = tokens[: tokens.index(STOP) + 1]
+            accepted[row] = min(int(verified.accepted[row]), len(tokens))
+            text.tokens += tokens
+            emitted.append(np.array(tokens, np.int64))
+        self._observe(proposal, hidden, logits, emitted, accepted)
+
+    def _propose(self) -> Proposal:
+        ids = [text.start.id for text in self.live]
+        # Ragged on purpose: a budget is anything from nothing to as much as is left.
+        most = [
+            min(text.limit - len(text.tokens) - 1, (text.start.id + self.budget) % (self.budget + 1))
+            for text in self.live
+        ]
+        temperatures = np.array([text.start.temperature for text in self.live], np.float32)
+        request = DraftRequest(ids, np.array(most, np.int64), temperatures)
+        proposal = Proposal.empty(len(ids))
+        if self.drafter is not None and any(most):
+            proposal = checked(self.drafter.propose(request), request, VOCABULARY)
+        drafts = zip(ids, proposal.token_ids, proposal.lengths, strict=True)
+        self.proposals.append({i: tokens[:n].tolist() for i, tokens, n in drafts})
+        self.drafted += int(proposal.lengths.sum())
+        return proposal
+
+    def _forward(self, proposal: Proposal) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and logits [N, ...] after each last token and each draft token; everything computed anew."""
+        texts = [
+            [*text.start.prompt_ids.tolist(), *text.tokens, *proposal.token_ids[row, : proposal.lengths[row]].tolist()]
+            for row, text in enumerate(self.live)
+        ]
+        counts = np.array([len(text) for text in texts], np.int64)
+        pages = -(-int(counts.max()) // PAGE)
+        cache = KVCache(self.target.config, self.target.dtype, self.target.device, len(texts) * pages)
+        tables = np.array(cache.take(len(texts) * pages), np.int64).reshape(len(texts), pages)
+        plan = cache.plan(tables, np.zeros(len(texts), np.int64), counts)
+        hidden = self.target.forward(torch.tensor(np.concatenate(texts)), plan, cache)
+        row, depth = packed_rows(proposal.lengths)
+        hidden = hidden[torch.from_numpy(np.cumsum(counts)[row] - proposal.lengths[row] - 1 + depth)]
+        return hidden, self.target.logits(hidden)
+
+    def _observe(
+        self,
+        proposal: Proposal,
+        hidden: torch.Tensor,
+        logits: torch.Tensor,
+        emitted: list[np.ndarray],
+        accepted: np.ndarray,
+    ) -> None:
+        done = [text for text in self.live if text.done]
+        if self.drafter is not None:
+            needs = self.drafter.needs
+            self.drafter.observe(
+                Verified(
+                    [text.start.id for text in self.live],
+                    emitted,
+                    accepted,
+                    hidden if Needs.HIDDEN_STATES in needs else None,
+                    logits if Needs.LOGITS in needs else None,
+                    np.cumsum(proposal.lengths + 1) - (proposal.lengths + 1),
+                )
+            )
+            if done:
+                self.drafter.end([text.start.id for text in done])
+        self.finished |= {text.start.id: text.tokens for text in done}
+        self.live = [text for text in self.live if not text.done]
+
+
+def _restored(text: _Text) -> SequenceStart:
+    start = text.start
+    return SequenceStart(
+        start.id, start.prompt_ids, start.group, start.temperature, start.seed, np.array(text.tokens, np.int64)
+    )
+
+
+def sequences(
+    count: int, first: int = 0, temperature: float | None = None, group: int | None = None
+) -> list[SequenceStart]:
+    """Mixed temperatures, greedy among them, in groups of three that share a prompt."""
+    prompts = [[1, 5, 9, 5, 9], [1], list(range(3, 20)), [7, 7, 7]]
+    temperatures = [1.0, 0.5, 0.0]
+    return [
+        SequenceStart(
+            i,
+            np.array(prompts[(i // 3 if group is None else group) % len(prompts)], np.int64),
+            i // 3 if group is None else group,
+            temperatures[i % 3] if temperature is None else temperature,
+            1000 + i,
+        )
+        for i in range(first, first + count)
+    ]
+
+
+# ---- the checks ------------------------------------------------------------------------------------------------------
+
+
+def check_protocol(make: Callable[[], Drafter]) -> None:
+    drafter = make()
+    assert isinstance(drafter, Drafter), "it lacks a method or attribute of drafters.base.Drafter"
+    assert isinstance(drafter.name, str) and drafter.name, f"its name is {drafter.name!r}"
+    assert isinstance(drafter.needs, Needs), f"its needs are {drafter.needs!r}, not drafters.base.Needs"
+
+
+def check_ragged_batches(make: Callable[[], Drafter]) -> None:
+    """Budgets from nothing to eight, one sequence and many, rows in changing order, some that are not asked for."""
+    rehearsal = Rehearsal(make(), tiny_target(), budget=8)
+    rehearsal.begin(sequences(1), limit=30)
+    for _ in range(3):
+        rehearsal.step()
+    rehearsal.begin(sequences(9, first=1), limit=30)
+    while rehearsal.live:
+        rehearsal.step()
+        rehearsal.live.reverse()
+    assert len(rehearsal.finished) == 10
+
+
+def check_deterministic_drafts_keep_the_text(make: Callable[[], Drafter]) -> None:
+    """Where no probabilities are given, every text equals the one without drafts."""
+    drafter, plain = make(), Rehearsal(None, tiny_target())
+    rehearsal = _without_probabilities(drafter)
+    for r in (plain, rehearsal):
+        r.begin(sequences(12), limit=24)
+    expected = plain.run()
+    found = rehearsal.run()
+    if rehearsal.deterministic:
+        assert found == expected, f"a text of sequence {_first_difference(found, expected)} differs from the plain one"
+
+
+def check_distribution(make: Callable[[], Drafter], samples: int) -> None:
+    """Pairs of first tokens against their law under the target, by chi-square: p must be over 1e-6.
+
+    A drafter that states probabilities its tokens were not drawn from fails here.
+    """
+    target, prompt, temperature = tiny_target(), [1, 5, 9, 5, 9], 0.9
+    law = _pair_law(target, prompt, temperature)
+    rehearsal = Rehearsal(make(), target, budget=3)
+    for first in range(0, samples, 250):
+        rehearsal.begin(sequences(min(250, samples - first), first=first, temperature=temperature, group=0), limit=4)
+        rehearsal.run()
+    seen = np.zeros_like(law)
+    for tokens in rehearsal.finished.values():
+        seen[tokens[0], tokens[1] if len(tokens) > 1 else 0] += 1
+    expected = law * samples
+    common = expected >= 5
+    observed, wanted = (
+        np.append(seen[common], seen[~common].sum()),
+        np.append(expected[common], expected[~common].sum()),
+    )
+    statistic = float((((observed - wanted) ** 2) / np.maximum(wanted, 1e-9)).sum())
+    degrees = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
+    p_value = float(torch.special.gammaincc(degrees, torch.tensor(statistic / 2, dtype=torch.float64)))
+    assert p_value > 1e-6, (
+        f"with its drafts the first two tokens do not follow the target: chi-square {statistic:.0f} at "
+        f"{len(wanted) - 1} degrees of freedom, p = {p_value:.1e}; are its probabilities those that its tokens were "
+        "drawn from?"
+    )
+
+
+def check_ends_and_preemption(make: Callable[[], Drafter]) -> None:
+    """Sequences are cancelled, preempted for a while and restored, and new ones come, in the middle of others."""
+    plain, rehearsal = Rehearsal(None, tiny_target()), _without_probabilities(make())
+    for r in (plain, rehearsal):
+        r.begin(sequences(9), limit=24)
+        r.step()
+        out = r.preempt([i for i in (1, 4, 5) if any(t.start.id == i for t in r.live)])
+        r.step()
+        r.cancel([i for i in (0, 7) if any(t.start.id == i for t in r.live)])
+        r.begin(sequences(3, first=20), limit=24)
+        r.step()
+        r.restore(out[:2])
+        r.step()
+        r.cancel([text.start.id for text in out[2:]])
+        r.run()
+    if rehearsal.deterministic:
+        both = rehearsal.finished.keys() & plain.finished.keys()
+        assert len(both) >= 8
+        for i in both:
+            assert rehearsal.finished[i] == plain.finished[i], f"the text of sequence {i} differs from the plain one"
+
+
+def check_new_weights(make: Callable[[], Drafter]) -> None:
+    """The target changes twice while sequences are under way."""
+    rehearsal = _without_probabilities(make())
+    rehearsal.begin(sequences(6), limit=24)
+    for version, seed in ((1, 5), (2, 0)):
+        for _ in range(2):
+            if rehearsal.live:
+                rehearsal.step()
+        load_random(rehearsal.target, seed)
+        assert rehearsal.drafter is not None
+        rehearsal.drafter.weights_changed(version)
+        rehearsal.begin(sequences(3, first=10 * version), limit=24)
+    rehearsal.run()
+
+
+def check_past_alone(make: Callable[[], Drafter]) -> None:
+    """Two runs that are the same up to a step have the same drafts up to there, whatever the sequences emit later: a
+    draft rests on the past alone, and arrays handed out are not written to afterwards."""
+    runs = []
+    for seed in (1, 2):
+        rehearsal = Rehearsal(make(), tiny_target())
+        rehearsal.begin(sequences(6, temperature=1.0), limit=30)
+        for _ in range(4):
+            if rehearsal.live:
+                rehearsal.step()
+        load_random(rehearsal.target, seed)  # another future
+        rehearsal.run()
+        runs.append(rehearsal.proposals)
+    for step in range(min(4, *map(len, runs))):
+        assert runs[0][step] == runs[1][step], (
+            f"the drafts of step {step} differ between two runs with the same past: either they depend on what came "
+            "after, or make() does not start from the same seed"
+        )
+
+
+class _Watched(Rehearsal):
+    """Remembers whether the drafter ever gave probabilities."""
+
+    deterministic = True
+
+    def _propose(self) -> Proposal:
+        proposal = super()._propose()
+        self.deterministic = self.deterministic and proposal.probabilities is None
+        return proposal
+
+
+def _without_probabilities(drafter: Drafter) -> _Watched:
+    return _Watched(drafter, tiny_target())
+
+
+def _first_difference(found: dict[int, list[int]], expected: dict[int, list[int]]) -> int:
+    return next(i for i in expected if found.get(i) != expected[i])
+
+
+def _pair_law(target: Decoder, prompt: list[int], temperature: float) -> np.ndarray:
+    """Probabilities float64 [V, V] of the first two tokens; a text that stops at once counts as followed by 0."""
+    probe = Rehearsal(None, target)
+
+    def following(prefixes: list[list[int]]) -> np.ndarray:
+        probe.live = [_Text(SequenceStart(i, np.array(p, np.int64), 0, 1.0, 0), 9) for i, p in enumerate(prefixes)]
+        logits = probe._forward(Proposal.empty(len(prefixes)))[1]
+        return torch.softmax(logits.double() / temperature, -1).numpy()
+
+    with torch.no_grad():
+        first = following([prompt])[0]
+        second = following([[*prompt, token] for token in range(VOCABULARY)])
+    second[STOP] = np.eye(VOCABULARY)[0]
+    return first[:, None] * second

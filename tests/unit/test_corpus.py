@@ -1,0 +1,92 @@
+"""`rollahead corpus build`: from files to an automaton that drafts."""
+
+import json
+
+import numpy as np
+import pytest
+
+from drafters.base import DraftRequest, SequenceStart
+from drafters.registry import build
+from drafters.suffix.corpus import build_corpus, load_corpus
+from pipeline.cli import main
+from tests.unit.test_bad_input import _write_tokenizer
+from tests.unit.tiny_models import VOCABULARY, save_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = save_tiny(tmp_path_factory.mktemp("model"))
+    _write_tokenizer(folder, VOCABULARY)
+    return folder
+
+
+def drafts_after(corpus, prompt, budget=4):
+    drafter = build({"name": "suffix-automaton", "corpora": [str(corpus)], "corpus_bias": 0, "base": 9})
+    drafter.begin([SequenceStart(0, np.array(prompt), 0, 1.0, 0)])
+    proposal = drafter.propose(DraftRequest([0], np.array([budget]), np.ones(1, np.float32)))
+    return proposal.token_ids[0, : proposal.lengths[0]].tolist()
+
+
+def test_token_ids_are_taken_as_they_are(tmp_path, capsys):
+    lines = [{"token_ids": [5, 6, 7, 8]}, {"token_ids": [20, 21, 22]}]
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["corpus", "build", str(tmp_path / "ids.jsonl"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "7 tokens of 2 documents" in said and "corpora" in said
+    assert drafts_after(tmp_path / "out", [1, 5, 6]) == [7, 8]
+    assert drafts_after(tmp_path / "out", [20]) == [21, 22]
+    assert drafts_after(tmp_path / "out", [8]) == []  # the next document is another text
+
+
+def test_text_is_encoded_as_the_model_meets_it(tmp_path, model):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"question": "12", "answer": "34"}) + "\n\n")
+    (tmp_path / "plain.txt").write_text("XYZ")
+    arguments = [
+        "corpus",
+        "build",
+        str(tmp_path / "text.jsonl"),
+        str(tmp_path / "plain.txt"),
+        "--out",
+        str(tmp_path / "c"),
+    ]
+    assert main([*arguments, "--tokenizer", str(model), "--template", "Q{question}A{answer}"]) == 0
+    tokens = [ord(c) - 31 for c in "Q12A34"]
+    assert drafts_after(tmp_path / "c", tokens[:4]) == [*tokens[4:], 2]
+    assert drafts_after(tmp_path / "c", [ord("X") - 31]) == [ord("Y") - 31, ord("Z") - 31, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "said"),
+    [
+        ('{"text": "ab"}\n', [], "f.jsonl:1 is text: give the model's folder with --tokenizer"),
+        ("ab\n", [], "f.jsonl:1 is not a JSON object"),
+        ('{"token_ids": [1, "x"]}\n', [], "f.jsonl:1: token_ids is not a list of token ids"),
+        ('{"token_ids": [1, 99999999999]}\n', [], "f.jsonl:1: token_ids is not a list of token ids"),
+        ("\n", [], "the corpus has no token"),
+        ('{"question": "a"}\n', ["--template", "{answer}"], "f.jsonl:1 has no field 'answer'; it has question"),
+        (None, [], "f.jsonl cannot be read"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(tmp_path, capsys, content, more, said):
+    if content is not None:
+        (tmp_path / "f.jsonl").write_text(content)
+    assert main(["corpus", "build", str(tmp_path / "f.jsonl"), "--out", str(tmp_path / "out"), *more]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_negative_token_is_refused(tmp_path, capsys):
+    (tmp_path / "f.jsonl").write_text('{"token_ids": [1, -4]}\n')
+    assert main(["corpus", "build", str(tmp_path / "f.jsonl"), "--out", str(tmp_path / "out")]) == 2
+    assert "token_ids" in capsys.readouterr().err
+
+
+def test_a_corpus_is_mapped_not_read_and_what_uses_it_does_not_change_it(tmp_path):
+    documents = [np.random.default_rng(i).integers(0, 50, 200) for i in range(50)]
+    size = build_corpus(documents, tmp_path)
+    before = (tmp_path / "states.npy").read_bytes()
+    corpus = load_corpus(tmp_path)
+    assert isinstance(corpus.states.base, np.memmap) or isinstance(corpus.states.base.base, np.memmap)
+    assert size.tokens == 10_000 and size.documents == 50
+    assert drafts_after(tmp_path, documents[7][:20].tolist()) == documents[7][20:24].tolist()
+    assert (tmp_path / "states.npy").read_bytes() == before

@@ -1,0 +1,140 @@
+"""The kit that strangers test their drafters with: ours pass it, and every kind of mistake fails it."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from drafters.base import BaseDrafter, Proposal
+from drafters.none import NoDrafter
+from drafters.prompt_lookup import PromptLookupDrafter
+from drafters.registry import available, build
+from drafters.suffix_automaton import SuffixAutomatonDrafter
+from drafters.testing import VOCABULARY, NotADrafter, check_drafter
+from drafters.token_recycling import TokenRecyclingDrafter
+from tests.unit.generation import Sampled as _Sampled
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "example_drafter"
+
+
+class Sampled(_Sampled):
+    """Draws from a fixed random law of the kit's vocabulary."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed)
+        self.law = torch.softmax(torch.randn(8, VOCABULARY, generator=self.generator), -1)
+
+
+MAKERS = {
+    "none": NoDrafter,
+    "suffix-automaton": SuffixAutomatonDrafter,
+    "suffix-automaton and token-recycling": lambda: build(
+        {"name": "suffix-automaton", "auxiliary": "token-recycling", "auxiliary_below": 3}
+    ),
+    "prompt-lookup": lambda: PromptLookupDrafter(PromptLookupDrafter.Options(min_ngram=1)),
+    "token-recycling": TokenRecyclingDrafter,
+    "sampled": Sampled,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_drafters_keep_to_the_protocol(name):
+    check_drafter(MAKERS[name], samples=1000)
+
+
+class Lying(Sampled):
+    """States a flatter distribution than it draws from."""
+
+    def __init__(self):
+        super().__init__()
+        self.law = torch.softmax(4 * torch.randn(8, VOCABULARY, generator=self.generator), -1)
+
+    def propose(self, request):
+        proposal = super().propose(request)
+        return Proposal(proposal.token_ids, proposal.lengths, torch.softmax(proposal.probabilities.log() / 4, -1))
+
+
+class OverBudget(BaseDrafter):
+    name = "over-budget"
+
+    def propose(self, request):
+        return Proposal(np.zeros((len(request.ids), 99), np.int64), request.budgets + 1)
+
+
+class Forgetful(SuffixAutomatonDrafter):
+    """Drops what is preempted and does not take it up again."""
+
+    def preempt(self, ids):
+        self.end(ids)
+
+    def restore(self, sequences):
+        pass
+
+
+class Aliasing(SuffixAutomatonDrafter):
+    """Hands out one buffer again and again; the kit copies, an engine may not: so the drafts must not change later."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def observe(self, verified):
+        super().observe(verified)
+        self.count += sum(int(e.sum()) for e in verified.emitted)
+
+    def propose(self, request):
+        Aliasing.leak = (getattr(Aliasing, "leak", 0) + self.count) % VOCABULARY
+        return Proposal(np.full((len(request.ids), 1), Aliasing.leak), np.minimum(request.budgets, 1))
+
+
+class Deaf(BaseDrafter):
+    """Does not survive new weights."""
+
+    name = "deaf"
+
+    def weights_changed(self, version):
+        raise RuntimeError("weights are for ever")
+
+
+class Wordless:
+    name = "wordless"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Lying, "distribution: .*do not follow the target"),
+        (OverBudget, "ragged batches: BadProposal: lengths"),
+        (Forgetful, "ends and preemption: KeyError"),
+        (Aliasing, "past alone: .*same past"),
+        (Deaf, "new weights: RuntimeError: weights are for ever"),
+        (Wordless, "protocol: AssertionError: it lacks a method"),
+    ],
+)
+def test_mistakes_are_found_and_named(make, message):
+    with pytest.raises(NotADrafter, match=message):
+        check_drafter(make, samples=1000)
+
+
+def test_a_strangers_package_is_installed_found_and_passes(tmp_path, monkeypatch):
+    lines = sum(len(path.read_text().splitlines()) for path in EXAMPLE.iterdir() if path.is_file())
+    assert lines < 60
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in EXAMPLE.iterdir():
+        if path.is_file():
+            (source / path.name).write_text(path.read_text())
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
+         "--target", str(tmp_path / "site"), str(source)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    importlib.invalidate_caches()
+    info = next(i for i in available() if i.name == "repeat-last")
+    assert info.source == "example-drafter 0.3" and info.options == ("times",)
+    check_drafter(lambda: build({"name": "repeat-last", "times": 3}), samples=500)
