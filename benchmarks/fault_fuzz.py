@@ -163,20 +163,21 @@ def fuzz_handlers(folder: Path, count: int, seed: int) -> dict[str, int]:
     generator = random.Random(seed)
     engines, learner = valid_from_engines(), valid_from_learner()
     hub = make_hub(folder / "journal", on_event=lambda line: None)
-    hub._socket = hub._reception._socket = _SilentSocket()  # type: ignore[assignment]
+    hub._socket = hub._reception._socket = hub._reception._grants._socket = _SilentSocket()  # type: ignore[assignment]
     hub.restore(None)
     hub.publish(0)
     link = make_link("tcp://127.0.0.1:1", folder / "spool", on_event=lambda line: None)
     link._socket.stop(0.0)
-    link._socket = link._outbox._socket = _SilentSocket()
+    session = link._session
+    link._socket = session._socket = link._outbox._socket = _SilentSocket()
     for number in range(count):
         if number % 8 == 0:
             hub._reception.on_message(b"peer", engines[0])
-            link._failed, link._welcomed = False, True
+            session._failed, session.welcomed = False, True
         if number % 4:
             hub._reception.on_message(b"peer", mutate(generator, generator.choice(engines)))
         else:
-            link.on_message(mutate(generator, generator.choice(learner)))
+            session.on_message(mutate(generator, generator.choice(learner)))
             link.poll(0)
             link.update((), GROUP, 0, 0, 0.0)
         if number % 1000 == 0:

@@ -154,14 +154,17 @@ class Journal:
                 done = self._closing and not batch
             try:
                 self._patiently(drop_before, batch)
+                for _, on_durable in batch:
+                    if on_durable is not None:
+                        on_durable()
+                if batch:
+                    self.after_sync()
             except OSError as error:
                 self._fail(error)
                 return
-            for _, on_durable in batch:
-                if on_durable is not None:
-                    on_durable()
-            if batch:
-                self.after_sync()
+            except Exception as error:  # a defect: nobody must wait for a thread that has ended
+                self._fail(OSError(f"{type(error).__name__}: {error}"))
+                raise
             if done:
                 return
 

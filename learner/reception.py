@@ -6,10 +6,11 @@ not wanted.
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from learner.acknowledgements import Acknowledgements
-from learner.journal import Arrived, Failed, Granted, Journal
+from learner.grants import Grants
+from learner.journal import Arrived, Failed, Journal
 from learner.leases import Ledger, Outcome, Source
 from learner.roster import Engine, Roster, short_name
 from learner.sequences import Sequences
@@ -17,7 +18,8 @@ from learner.validation import Limits, check_sample, check_trajectory, drop_reas
 from pipeline import messages
 from pipeline.errors import RunFailed
 from pipeline.failpoints import failpoint
-from pipeline.messages import IDS_A_MESSAGE, BadMessage, Capabilities, Trajectory
+from pipeline.messages import BadMessage, Capabilities, Trajectory
+from pipeline.telemetry.log import LineLimit
 from pipeline.transport.base import LearnerSocket
 
 _TAKEN_OVER = "another engine process works as producer {} (incarnation {}); give each engine a spool of its own"
@@ -63,8 +65,9 @@ class Reception:
         """when the last sample arrived that was wanted"""
         self.sequences = Sequences()
         self._on_weights_request = on_weights_request
-        self._lines = _LineLimit(_LINES_A_MINUTE)
+        self._lines = LineLimit(_LINES_A_MINUTE)
         self._error: RunFailed | None = None
+        self._grants = Grants(socket, journal, ledger, source, self.roster)
         self._acknowledgements = Acknowledgements(self.changed, self.roster, journal, self._send)
         journal.on_error = self._journal_failed
         journal.on_stall = self._journal_stalled
@@ -72,23 +75,14 @@ class Reception:
     # ---- for the hub, which holds `changed` ----------------------------------------------------------------------
 
     def grant(self) -> None:
-        """Grant all that admission and credit allow, in one message an engine, so that they can start together."""
+        """Grant all that admission and credit allow."""
         if self.draining or self._error is not None:
             return
-        grants: dict[bytes, list[messages.Lease]] = {}
-        now = time.monotonic()
-        while (engine := self.roster.freest(self._ledger.group_size)) is not None:
-            lease = self._ledger.grant(engine.producer, self._source, now, self._journal.position)
-            if lease is None:
-                break
-            failpoint("lease.granted")
-            self._journal.append(Granted(lease.id, lease.epoch, lease.version, engine.producer))
-            failpoint("lease.recorded")
-            engine.unseen[lease.id] = lease.group_size
-            grants.setdefault(engine.peer, []).append(lease)
-        for peer, leases in grants.items():
-            self._send_grant(peer, leases)
-            failpoint("lease.sent")
+        try:
+            self._grants.grant()
+        except RunFailed as error:
+            self._error = error
+            self.changed.notify_all()
 
     def broadcast(self, message: messages.LearnerMessage) -> None:
         """Send a message to every engine."""
@@ -319,21 +313,6 @@ class Reception:
         if engine.unjournaled_bytes > allowed:
             raise BadMessage(f"{engine.unjournaled_bytes} bytes sent that are not committed, {allowed} are allowed")
 
-    def _send_grant(self, peer: bytes, leases: Sequence[messages.Lease]) -> None:
-        """In one message where it fits, so that the leases start together."""
-        frames = messages.encode(messages.Grant(leases=tuple(leases)))
-        if len(frames[0]) <= self._socket.max_message_bytes and len(leases) <= IDS_A_MESSAGE:
-            self._socket.send(peer, frames)
-        elif len(leases) > 1:
-            self._send_grant(peer, leases[: len(leases) // 2])
-            self._send_grant(peer, leases[len(leases) // 2 :])
-        elif self._error is None:
-            self._error = RunFailed(
-                f"lease {leases[0].id} takes {len(frames[0])} bytes, more than transport.max_message_bytes = "
-                f"{self._socket.max_message_bytes}; raise it, or shorten the prompt and its columns"
-            )
-            self.changed.notify_all()
-
     def _say(self, line: str) -> None:
         """A line that a stranger could cause at will."""
         if self._lines.allow(time.monotonic()):
@@ -341,17 +320,3 @@ class Reception:
 
     def _send(self, peer: bytes, message: messages.LearnerMessage) -> None:
         self._socket.send(peer, messages.encode(message))
-
-
-class _LineLimit:
-    """At most so many lines a minute."""
-
-    def __init__(self, a_minute: int) -> None:
-        self._a_minute = a_minute
-        self._minute, self._count = -1, 0
-
-    def allow(self, now: float) -> bool:
-        if int(now / 60) != self._minute:
-            self._minute, self._count = int(now / 60), 0
-        self._count += 1
-        return self._count <= self._a_minute

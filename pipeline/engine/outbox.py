@@ -211,6 +211,10 @@ class Outbox:
             reason = f"the spool {self._spool.folder} cannot be written ({getattr(error, 'strerror', '') or error})"
             self.fail()
             self._on_error(reason)
+        except Exception as error:  # a defect: nobody must wait for a thread that has ended
+            self.fail()
+            self._on_error(f"the engine's spool thread failed: {type(error).__name__}: {error}")
+            raise
 
     def _has_work(self) -> bool:
         waiting = bool(self._queue or self._writing) and not self._disk_full

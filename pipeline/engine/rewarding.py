@@ -107,8 +107,16 @@ class RewardWorker:
 
     def _work(self, scorer: Scorer) -> None:
         while (group := self._waiting.get()) is not None:
-            completions = [self._decode(sample.token_ids.tolist()) for sample in group.samples]
-            prompts = [group.lease.prompt] * len(completions)
-            columns = {key: [value] * len(completions) for key, value in group.lease.columns.items()}
-            self._done.put(ScoredGroup(group, scorer.score(prompts, completions, columns)))
+            try:
+                scores = self._score(scorer, group)
+            except Exception as error:  # a defect of ours: the group is dropped with its reason, the engine goes on
+                text = f"scoring failed: {type(error).__name__}: {error}"
+                scores = [Scored(None, f"sample {index}: {text}") for index in range(len(group.samples))]
+            self._done.put(ScoredGroup(group, scores))
         scorer.close()
+
+    def _score(self, scorer: Scorer, group: FinishedGroup) -> list[Scored]:
+        completions = [self._decode(sample.token_ids.tolist()) for sample in group.samples]
+        prompts = [group.lease.prompt] * len(completions)
+        columns = {key: [value] * len(completions) for key, value in group.lease.columns.items()}
+        return scorer.score(prompts, completions, columns)

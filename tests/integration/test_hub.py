@@ -224,7 +224,7 @@ def test_full_spool_stops_admission_and_nobody_waits(tmp_path):
     link.update((), 2 * BATCH, 0, 0, 0.0)
     time.sleep(0.3)
     link.update((), 2 * BATCH, 0, 0, 0.0)
-    assert link._standing.credit == 0, "nothing is asked for while there is no room"
+    assert link._session._standing.credit == 0, "nothing is asked for while there is no room"
     assert link.stats().spooled_bytes < 23_000 and link.stats().queued > 500
     again = make_hub(tmp_path / "journal", address)
     again.restore(None)
@@ -236,7 +236,7 @@ def test_full_spool_stops_admission_and_nobody_waits(tmp_path):
     assert len(again.ready()) == len(leases)
     assert again.stats().dropped == {"unknown_lease": 600 - GROUP * len(leases)}
     link.update((), 2 * BATCH, 0, 0, 0.0)
-    assert link._standing.credit == 2 * BATCH, "room again, work again"
+    assert link._session._standing.credit == 2 * BATCH, "room again, work again"
     eventually(lambda: again.stats().blocked_seconds > 0.2)
     link.stop()
     again.stop()
