@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from learner.acknowledgements import Acknowledgements
+from learner.evaluation import EVAL_LEASES, Evaluation
 from learner.journal import Arrived, Failed, Granted, Journal
 from learner.leases import Ledger, Outcome, Source
 from learner.roster import Engine, Roster, short_name
@@ -17,7 +18,7 @@ from learner.validation import Limits, check_sample, check_trajectory, drop_reas
 from pipeline import messages
 from pipeline.errors import RunFailed
 from pipeline.failpoints import failpoint
-from pipeline.messages import IDS_A_MESSAGE, BadMessage, Capabilities, Trajectory
+from pipeline.messages import IDS_A_MESSAGE, BadMessage, Capabilities, SampleId, Trajectory
 from pipeline.transport.base import LearnerSocket
 
 _TAKEN_OVER = "another engine process works as producer {} (incarnation {}); give each engine a spool of its own"
@@ -54,6 +55,10 @@ class Reception:
         """newest publication"""
         self.draining = False
         """nothing more is granted"""
+        self.evaluation: Evaluation | None = None
+        """under way; its leases are granted before others"""
+        self.training = True
+        """leases for training are granted"""
         self.bad_messages = 0
         self.strangers = 0
         """messages of peers that had not said HELLO"""
@@ -77,7 +82,9 @@ class Reception:
             return
         grants: dict[bytes, list[messages.Lease]] = {}
         now = time.monotonic()
-        while (engine := self.roster.freest(self._ledger.group_size)) is not None:
+        if self.evaluation is not None:
+            self._grant_evaluation(self.evaluation, grants, now + self._lease_seconds)
+        while self.training and (engine := self.roster.freest(self._ledger.group_size)) is not None:
             lease = self._ledger.grant(engine.producer, self._source, now, self._journal.position)
             if lease is None:
                 break
@@ -89,6 +96,15 @@ class Reception:
         for peer, leases in grants.items():
             self._send_grant(peer, leases)
             failpoint("lease.sent")
+
+    def _grant_evaluation(
+        self, evaluation: Evaluation, grants: dict[bytes, list[messages.Lease]], deadline: float
+    ) -> None:
+        while (engine := self.roster.freest(evaluation.group_size)) is not None:
+            if (lease := evaluation.grant(engine.producer, deadline)) is None:
+                break
+            engine.unseen[lease.id] = lease.group_size
+            grants.setdefault(engine.peer, []).append(lease)
 
     def broadcast(self, message: messages.LearnerMessage) -> None:
         """Send a message to every engine."""
@@ -139,6 +155,8 @@ class Reception:
         with self.changed:
             self.roster.forget_unseen(self._ledger.expire(time.monotonic()))
             self.remove_silent(self._lease_seconds)
+            if self.evaluation is not None:
+                self.evaluation.expire(time.monotonic())
             self.grant()
 
     def on_refused(self, reason: str) -> None:
@@ -208,6 +226,10 @@ class Reception:
 
     def _trajectory(self, engine: Engine, trajectory: Trajectory, frames: list[bytes]) -> None:
         header = trajectory.header
+        if header.lease >= EVAL_LEASES:
+            self.sequences.seen(header.producer, header.incarnation, header.sequence)
+            self._evaluated(engine, trajectory.id, trajectory)
+            return
         check_sample(header.lease, header.sample, self._ledger.group_size)
         lease = self._ledger.lease(header.lease)
         check_trajectory(trajectory, engine.producer, lease, self._limits, self._needs, self.version)
@@ -222,11 +244,29 @@ class Reception:
 
     def _sample_failed(self, engine: Engine, message: messages.SampleFailed) -> None:
         sample = message.lease, message.sample
+        if message.lease >= EVAL_LEASES:
+            self._evaluated(engine, sample, None)
+            return
         check_sample(*sample, self._ledger.group_size)
         reason = drop_reason(message.reason)
         outcome = self._ledger.fail(*sample, reason)
         self._acknowledgements.give(engine, sample, outcome, Failed(*sample, reason, message.detail))
         self._sample_settled(engine, message.lease, outcome)
+
+    def _evaluated(self, engine: Engine, sample: SampleId, trajectory: Trajectory | None) -> None:
+        """A sample of an evaluation; it is not journaled, and one of an evaluation that is over is not wanted."""
+        evaluation = self.evaluation
+        lease = evaluation.lease(sample[0]) if evaluation is not None else None
+        if trajectory is not None:
+            check_trajectory(trajectory, engine.producer, lease, self._limits, Capabilities(), self.version)
+        if evaluation is not None and lease is not None:
+            check_sample(*sample, lease.group_size)
+            evaluation.arrive(sample, trajectory)
+        engine.unseen.pop(sample[0], None)
+        self.accepted_at = time.monotonic()
+        self._acknowledgements.repeat(engine, [sample])
+        self.grant()
+        self.changed.notify_all()
 
     def _sample_settled(self, engine: Engine, lease: int, outcome: Outcome) -> None:
         engine.unseen.pop(lease, None)
@@ -243,6 +283,9 @@ class Reception:
         stalled = engine.heard - engine.advanced > self._limits.stall_seconds
         running = () if stalled else message.running
         unwanted = self._ledger.progress(engine.producer, running, message.version, engine.heard)
+        if self.evaluation is not None:
+            self.evaluation.renew(engine.producer, running, engine.heard + self._lease_seconds)
+            unwanted = [lease for lease in unwanted if self.evaluation.lease(lease) is None]
         if unwanted:
             self._send(engine.peer, messages.Revoke(leases=tuple(unwanted)))
         if stalled and not engine.stalled:
@@ -288,6 +331,8 @@ class Reception:
 
     def _gone(self, engine: Engine, how: str) -> None:
         self._ledger.gone(engine.producer)
+        if self.evaluation is not None:
+            self.evaluation.lost(engine.producer)
         self._share_window()
         self._on_event(f"engine {short_name(engine.producer)} {how}, {len(self.roster)} connected")
         self.grant()
