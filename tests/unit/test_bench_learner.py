@@ -31,7 +31,7 @@ def test_a_run_is_summed_up_at_both_ends():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_can_be(name):
-    build_objective(load_config(None, SETTINGS[name]))
+    assert build_objective(load_config(None, SETTINGS[name])).surrogate.name
 
 
 def test_an_unknown_setting_is_refused(tmp_path):

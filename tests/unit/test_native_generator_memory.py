@@ -134,6 +134,47 @@ def test_new_weights_compute_keys_and_values_anew_where_asked_to(make, folder, t
     assert max(differs[3:]) < 1e-4
 
 
+class Remembering(SuffixAutomatonDrafter):
+    """Holds a drafter's callers to the protocol: one restore for each preemption, of what it has been told of."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.away, self.restored = set(), set(), 0
+
+    def begin(self, sequences):
+        self.live |= {s.id for s in sequences}
+        super().begin(sequences)
+
+    def preempt(self, ids):
+        assert set(ids) <= self.live
+        self.live -= set(ids)
+        self.away |= set(ids)
+        super().preempt(ids)
+
+    def restore(self, sequences):
+        ids = {s.id for s in sequences}
+        assert ids <= self.away
+        self.live |= ids
+        self.away -= ids
+        self.restored += len(ids)
+        super().restore(sequences)
+
+
+@pytest.mark.parametrize("cause", ["weights", "memory"])
+def test_a_drafter_is_told_of_preemption_before_it_is_told_of_restoring(make, folder, cause):
+    drafter = Remembering()
+    options = {"kv_bytes": pages(folder, 6)} if cause == "memory" else {"recompute_on_update": True}
+    generator = make(drafter, max_length=160, **options)
+    for request in LONG:
+        generator.add(request)
+    for _ in range(5):
+        generator.step()
+    if cause == "weights":
+        generator.load_weights(folder, 1)
+    finish(generator)
+    assert generator.stats().drafter_failures == 0 and drafter.restored > 0
+
+
 def test_ten_thousand_waiting_groups_cost_next_to_nothing(make):
     def seconds(waiting):
         generator = make(max_sequences=4)

@@ -149,8 +149,10 @@ class NativeGenerator:
         load_weights_into(self.decoder, folder)
         self.version = version
         self._memory.forget_prompts()
-        again = self._starting + (self._live if self._recompute else [])
-        self._starting, self._live = [], [] if self._recompute else self._live
+        again, self._starting = self._starting, []
+        if self._recompute:
+            self._drafting.preempt([s.id for s in self._live])
+            again, self._live = again + self._live, []
         for sequence in sorted(again, key=lambda s: s.id, reverse=True):
             self._memory.free(sequence)
             self._scheduler.put_back(sequence)
