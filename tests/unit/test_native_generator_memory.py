@@ -175,9 +175,10 @@ def test_a_drafter_is_told_of_preemption_before_it_is_told_of_restoring(make, fo
     assert generator.stats().drafter_failures == 0 and drafter.restored > 0
 
 
-def test_ten_thousand_waiting_groups_cost_next_to_nothing(make):
+@pytest.mark.parametrize("stagger", [False, True])
+def test_ten_thousand_waiting_groups_cost_next_to_nothing(make, stagger):
     def seconds(waiting):
-        generator = make(max_sequences=4)
+        generator = make(max_sequences=4, stagger=stagger)
         for i in range(4):
             generator.add(group(i, prompt=[3], samples=1, max_new_tokens=150))
         for i in range(4, 4 + waiting):

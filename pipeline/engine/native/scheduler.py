@@ -27,7 +27,10 @@ class _Waiting:
 
 
 class Scheduler:
-    """The queue of samples that hold no memory: not started, or preempted. Only `cancel` walks through it."""
+    """The queue of samples that hold no memory: not started, or preempted.
+
+    Groups start in their order, so what staggering searches is at the front: only `cancel` walks past them.
+    """
 
     def __init__(self, stagger: bool = False) -> None:
         self._stagger = stagger
