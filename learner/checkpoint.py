@@ -115,8 +115,12 @@ def restore(
     optimizer: torch.optim.Optimizer,
     state_type: Any = Any,
     warn: Callable[[str], None] = _log.warning,
+    before: int | None = None,
 ) -> Restored | None:
     """Put back the newest intact checkpoint: weights, optimiser state, torch's random generators.
+
+    Args:
+        before: only checkpoints of an earlier step than this count.
 
     A damaged checkpoint is renamed to `step-N.corrupt`, reported through `warn`, and the one before it is tried.
 
@@ -128,6 +132,8 @@ def restore(
     """
     damaged = None
     for step, folder in _newest_first(root):
+        if before is not None and step >= before:
+            continue
         try:
             _verify(folder)
             state = msgspec.json.decode((folder / "state.json").read_bytes(), type=state_type)
