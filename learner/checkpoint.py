@@ -135,7 +135,7 @@ def restore(
         if before is not None and step >= before:
             continue
         try:
-            _verify(folder)
+            verify(folder)
             state = msgspec.json.decode((folder / "state.json").read_bytes(), type=state_type)
             weights, moments, generators = (
                 load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "rng")
@@ -240,7 +240,8 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _verify(folder: Path) -> None:
+def verify(folder: Path) -> None:
+    """Raises CorruptCheckpoint: a file is missing, or is not what the manifest says."""
     for name, record in _manifest(folder).items():
         path = folder / name
         if not path.is_file():
