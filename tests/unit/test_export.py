@@ -21,7 +21,9 @@ def saved(tmp_path):
 def test_an_exported_checkpoint_is_a_plain_model_folder(saved, tmp_path):
     run, model = saved
     assert export(run, None, tmp_path / "out").name == "step-3"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors"
+    }  # fmt: skip
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     for name, value in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), value), name
