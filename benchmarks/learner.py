@@ -1,7 +1,8 @@
-"""What off-policy corrections and entropy control do to training on stale rollouts.
+"""What corrections and entropy control do to training on stale rollouts; a step's speed and memory against TRL.
 
     rollahead bench learner --what stability --out DIR            seven settings at staleness 0, 2, 4 and 8
     rollahead bench learner --what stability --short --out DIR    a few steps of two of them, to see that it runs
+    rollahead bench learner --what speed --out DIR                a step's tokens/s and memory (learner_speed.py)
 
 The same prompts, seeds and initial weights, rollouts of an exact age. The learning rate and
 the optimiser steps a batch are high on purpose: what drifts, drifts soon.
@@ -42,6 +43,10 @@ KEPT = ("reward_mean", "entropy", "grad_norm", "clip_fraction", "importance_weig
 
 def main(arguments: list[str]) -> int:
     """Measures, prints a table, writes `results.json` and a plot; the exit code."""
+    if _asked_for(arguments) == "speed":
+        from benchmarks.learner_speed import measure
+
+        return measure(arguments)
     options = _options(arguments)
     unknown = sorted(set(options.settings) - SETTINGS.keys())
     if unknown:
@@ -66,9 +71,15 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _asked_for(arguments: Sequence[str]) -> str:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--what", default="stability")
+    return str(parser.parse_known_args(list(arguments))[0].what)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rollahead bench learner", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--what", choices=["stability"], default="stability", help="what is measured")
+    parser.add_argument("--what", choices=["stability", "speed"], default="stability", help="what is measured")
     parser.add_argument("--out", type=Path, default=Path("bench/learner"), help="folder of results.json and the plot")
     parser.add_argument("--model", type=Path, help="checkpoint to start from; default: the embedded model")
     parser.add_argument("--settings", type=_names, default=list(SETTINGS), help=f"of {','.join(SETTINGS)}")

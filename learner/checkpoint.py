@@ -115,8 +115,12 @@ def restore(
     optimizer: torch.optim.Optimizer,
     state_type: Any = Any,
     warn: Callable[[str], None] = _log.warning,
+    before: int | None = None,
 ) -> Restored | None:
     """Put back the newest intact checkpoint: weights, optimiser state, torch's random generators.
+
+    Args:
+        before: only checkpoints of an earlier step than this count.
 
     A damaged checkpoint is renamed to `step-N.corrupt`, reported through `warn`, and the one before it is tried.
 
@@ -128,8 +132,10 @@ def restore(
     """
     damaged = None
     for step, folder in _newest_first(root):
+        if before is not None and step >= before:
+            continue
         try:
-            _verify(folder)
+            verify(folder)
             state = msgspec.json.decode((folder / "state.json").read_bytes(), type=state_type)
             weights, moments, generators = (
                 load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "rng")
@@ -234,7 +240,8 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _verify(folder: Path) -> None:
+def verify(folder: Path) -> None:
+    """Raises CorruptCheckpoint: a file is missing, or is not what the manifest says."""
     for name, record in _manifest(folder).items():
         path = folder / name
         if not path.is_file():

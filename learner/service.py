@@ -19,8 +19,9 @@ import torch
 from msgspec import Struct, structs
 from transformers import PreTrainedModel
 
-from learner import checkpoint
+from learner import checkpoint, replay
 from learner.audit import TrainedSamples
+from learner.collapse import CollapseWatch
 from learner.composition import build_objective
 from learner.evaluation import evaluation_source
 from learner.hub import Hub, Limits
@@ -146,6 +147,7 @@ class Learner:
         self.publish_dtype = _publish_dtype(config, model_config)
         self.metrics = MetricsWriter(run.metrics, self.step)
         self.audit = TrainedSamples(run.trained, self.step)
+        self.collapse = CollapseWatch()
         self.view = StepView(config.run.steps, self.step)
         transport = config.transport
         segment_bytes = max(1, min(16 << 20, transport.journal_bytes // JOURNAL_SEGMENTS))
@@ -182,8 +184,13 @@ class Learner:
             if batch is None:
                 break
             began = time.perf_counter()
-            measured = self.trainer.train([group.trajectories for group in batch.groups], self.publisher.version)
+            groups = [group.trajectories for group in batch.groups]
+            if keep := self.config.learner.dump_batches:
+                replay.dump(self.run.batches, self.step + 1, self.publisher.version, groups, keep)
+            measured = self.trainer.train(groups, self.publisher.version)
             self.step += 1
+            for warning in self.collapse.look(measured):
+                self.log(f"warning: {warning}")
             failpoint("step.trained")
             self._publish()
             failpoint("publish.announced")

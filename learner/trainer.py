@@ -20,7 +20,7 @@ from learner.policy import checkpoint_activations
 from learner.step_metrics import Metrics, age_metrics, mean, mismatch, off_policy_metrics, reward_metrics
 from learner.tokens import BatchTokens, GroupRewards, MicroBatchTokens, Needs, concatenated
 from pipeline.config.types import LearnerSection
-from pipeline.errors import UsageError
+from pipeline.errors import RunFailed, UsageError
 from pipeline.messages import Trajectory
 
 
@@ -96,6 +96,7 @@ class Trainer:
         self.max_response_tokens = max_response_tokens
         self.compute = torch.bfloat16 if learner.dtype == "bfloat16" else torch.float32
         self.step = 0
+        self.skipped_in_a_row = 0
         if learner.gradient_checkpointing:
             checkpoint_activations(model)
         self.optimizer = adamw(model, learner)
@@ -208,7 +209,7 @@ class Trainer:
                 kept = prepared.kv_kept[micro.fixed.sequence]
                 sums.mismatches.append(mismatch(logp, micro.fixed, kept).cpu())
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.learner.max_grad_norm))
-        if math.isfinite(norm):
+        if self._usable(norm):
             self.optimizer.step()
             sums.grad_norms.append(norm)
         else:
@@ -216,6 +217,25 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums.loss += loss * count
         sums.tokens += count
+
+    def _usable(self, norm: float) -> bool:
+        """Whether a gradient of this norm is taken.
+
+        Raises:
+            RunFailed: too many in a row are not.
+        """
+        limit = self.learner.max_update_norm
+        if math.isfinite(norm) and (not limit or norm <= limit):
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.learner.max_skipped_steps:
+            raise RunFailed(
+                f"{self.skipped_in_a_row} optimiser steps in a row were skipped (learner.max_skipped_steps), the last "
+                f"at step {self.step + 1} with gradient norm {norm}; lower learner.learning_rate and go on from a "
+                "checkpoint before it went wrong"
+            )
+        return False
 
     def _plans(self, minibatch: Sequence[MicroBatch], first: bool) -> list[Plans]:
         """What pieces plan from the whole mini-batch, cut to its micro-batches."""

@@ -76,6 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--samples", type=int, default=1, metavar="N", help="responses, with seeds from --seed on")
     _sampling_options(generate)
 
+    export = _command(commands, "export", "a checkpoint of a run as a plain Hugging Face folder", _export)
+    export.add_argument("run", type=Path, help="run directory")
+    export.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
+    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+
     corpus = _command(commands, "corpus", "build a memory of texts for the suffix automaton", _corpus)
     corpus.add_argument("action", choices=["build"])
     corpus.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".jsonl, a document a line, or a text")
@@ -200,6 +206,13 @@ def _generate(options: argparse.Namespace) -> int:
         seed=options.seed,
         samples=options.samples,
     )
+
+
+def _export(options: argparse.Namespace) -> int:
+    from learner.export import export
+
+    print(f"{options.out} is written from {export(options.run, options.step, options.out, options.dtype)}")
+    return 0
 
 
 def _drafters(options: argparse.Namespace) -> int:

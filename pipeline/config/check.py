@@ -119,6 +119,7 @@ _FREE_TO_CHANGE = {
         "device",
         "checkpoint_every",
         "keep_checkpoints",
+        "dump_batches",
         "eval_every",
         "eval_prompts",
         "eval_samples",

@@ -166,6 +166,11 @@ class LearnerSection(Section):
     beta1: Annotated[Annotated[float, Meta(ge=0, lt=1)], option("AdamW first-moment decay")] = 0.9
     beta2: Annotated[Annotated[float, Meta(ge=0, lt=1)], option("AdamW second-moment decay")] = 0.99
     max_grad_norm: Annotated[PositiveFloat, option("gradient norm is clipped to this")] = 1.0
+    max_update_norm: Annotated[
+        NonNegativeFloat, option("an optimiser step whose gradient norm is above this is skipped; 0: any is taken")
+    ] = 0.0
+    max_skipped_steps: Annotated[PositiveInt, option("optimiser steps skipped in a row before giving up")] = 10
+    dump_batches: Annotated[Count, option("newest batches kept in batches/, for python -m learner.replay")] = 0
     max_staleness: Annotated[Count, option("batches that rollouts may run ahead; 0: synchronous")] = 1
     max_age: Annotated[Count, option("drop samples whose oldest token is older, in publications; 0: never")] = 0
     reference_path: Annotated[

@@ -53,6 +53,19 @@ def test_bandwidth_share_runs_without_a_gpu(tmp_path):
     assert [row["batch"] for row in results(tmp_path)["rows"]] == [1, 2]
 
 
+def test_a_training_step_is_measured_against_trl_on_the_same_loss(tmp_path):
+    pytest.importorskip("trl")
+    bench("learner", "--what", "speed", "--short", "--out", str(tmp_path))
+    found = results(tmp_path)
+    assert [(r["system"], r["checkpointing"]) for r in found["rows"]] == [
+        ("rollahead", False), ("rollahead", True), ("trl", False), ("trl", True),
+    ]  # fmt: skip
+    losses = [row["first_loss"] for row in found["rows"]]
+    assert max(losses) - min(losses) < 1e-5 and abs(losses[0]) > 1e-3
+    assert all(row["memory_bytes"] > 0 and row["tokens_per_second"]["min"] > 0 for row in found["rows"])
+    assert len(found["verdicts"]) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

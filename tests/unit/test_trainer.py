@@ -9,7 +9,7 @@ import torch
 from learner.objective import Objective
 from learner.trainer import Trainer
 from pipeline.config.types import LearnerSection, ObjectiveSection
-from pipeline.errors import UsageError
+from pipeline.errors import RunFailed, UsageError
 from tests.unit.learner_samples import batch, tiny_folder, tiny_policy, trajectory, transformers_class
 
 
@@ -245,6 +245,17 @@ def test_a_gradient_that_is_not_finite_skips_the_optimiser_step_and_is_counted(t
     assert metrics["grad_norm"] is None
     assert all(torch.equal(before[name], value) for name, value in parameters_of(model).items())
     handle.remove()
+    assert trainer.train(batch(), publication=0)["skipped_steps"] == 0
+
+
+def test_gradients_above_the_limit_are_skipped_and_too_many_end_the_run(tmp_path):
+    model = tiny_policy(tmp_path / "model")
+    before, trainer = parameters_of(model), trainer_of(model, max_update_norm=1e-9, max_skipped_steps=3)
+    assert trainer.train(batch(), publication=0)["skipped_steps"] == 2
+    assert all(torch.equal(before[name], value) for name, value in parameters_of(model).items())
+    with pytest.raises(RunFailed, match="3 optimiser steps in a row were skipped"):
+        trainer.train(batch(), publication=0)
+    trainer = trainer_of(model, max_update_norm=1e9, max_skipped_steps=1)
     assert trainer.train(batch(), publication=0)["skipped_steps"] == 0
 
 

@@ -1,0 +1,59 @@
+"""A checkpoint of a run as a plain Hugging Face folder, without what only training needs."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from learner.checkpoint import CorruptCheckpoint, verify
+from pipeline.errors import RunFailed, UsageError
+from pipeline.run_directory import RunDirectory
+
+_TRAINING_ONLY = {"optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"}
+
+
+def export(folder: Path, step: int | None, out: Path, dtype: str = "float32") -> Path:
+    """Write `out` and return the checkpoint it is made from.
+
+    Args:
+        folder: run directory.
+        step: of the checkpoint; None: the newest.
+        out: must not exist.
+        dtype: of the weights, a torch type's name.
+
+    Raises:
+        UsageError: no such checkpoint, or `out` exists.
+        RunFailed: the checkpoint is damaged.
+    """
+    root = RunDirectory(folder).checkpoints
+    steps = sorted(int(path.name.removeprefix("step-")) for path in root.glob("step-*") if path.name[5:].isdigit())
+    if not steps:
+        raise UsageError(f"{folder} has no checkpoint; give a run directory")
+    chosen = steps[-1] if step is None else step
+    if chosen not in steps:
+        raise UsageError(f"{folder} has no checkpoint of step {chosen}; there are {', '.join(map(str, steps))}")
+    if out.exists():
+        raise UsageError(f"--out {out} exists already; choose a new folder")
+    source = root / f"step-{chosen}"
+    try:
+        verify(source)
+    except CorruptCheckpoint as error:
+        raise RunFailed(f"the checkpoint {source} is damaged ({error}); export another step") from error
+    temporary = out.with_name(f".{out.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(source, temporary, getattr(torch, dtype))
+        temporary.rename(out)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error}") from error
+    return source
+
+
+def _write(source: Path, target: Path, dtype: torch.dtype) -> None:
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.name not in _TRAINING_ONLY and path.name != "model.safetensors":
+            shutil.copyfile(path, target / path.name)
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
