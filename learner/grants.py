@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from learner.evaluation import Evaluation
 from learner.journal import Granted, Journal
 from learner.leases import Ledger, Source
 from learner.roster import Roster
@@ -20,15 +21,22 @@ class Grants:
         self._socket, self._journal, self._ledger, self._source = socket, journal, ledger, source
         self._roster = roster
 
-    def grant(self) -> None:
+    def grant(self, evaluation: Evaluation | None, training: bool, lease_seconds: float) -> None:
         """Grant all that admission and credit allow, in one message an engine, so that they can start together.
+
+        Args:
+            evaluation: under way; its leases go first.
+            training: whether leases for training are granted.
+            lease_seconds: until a lease of the evaluation expires.
 
         Raises:
             RunFailed: a lease fits into no message.
         """
         grants: dict[bytes, list[messages.Lease]] = {}
         now = time.monotonic()
-        while (engine := self._roster.freest(self._ledger.group_size)) is not None:
+        if evaluation is not None:
+            self._grant_evaluation(evaluation, grants, now + lease_seconds)
+        while training and (engine := self._roster.freest(self._ledger.group_size)) is not None:
             lease = self._ledger.grant(engine.producer, self._source, now, self._journal.position)
             if lease is None:
                 break
@@ -40,6 +48,15 @@ class Grants:
         for peer, leases in grants.items():
             self._send(peer, leases)
             failpoint("lease.sent")
+
+    def _grant_evaluation(
+        self, evaluation: Evaluation, grants: dict[bytes, list[messages.Lease]], deadline: float
+    ) -> None:
+        while (engine := self._roster.freest(evaluation.group_size)) is not None:
+            if (lease := evaluation.grant(engine.producer, deadline)) is None:
+                break
+            engine.unseen[lease.id] = lease.group_size
+            grants.setdefault(engine.peer, []).append(lease)
 
     def _send(self, peer: bytes, leases: Sequence[messages.Lease]) -> None:
         """In one message where it fits, else in halves."""

@@ -6,6 +6,7 @@ The training loop calls the hub; what engines send is handled by `learner.recept
 import time
 from collections.abc import Callable, Sequence
 
+from learner.evaluation import Evaluation
 from learner.hub_stats import HubStats
 from learner.journal import Dropped, Journal
 from learner.leases import Batch, Group, Ledger, LedgerState, Source
@@ -13,7 +14,7 @@ from learner.reception import Reception
 from learner.validation import Limits
 from pipeline import messages
 from pipeline.errors import RunFailed
-from pipeline.messages import BadMessage, Capabilities
+from pipeline.messages import BadMessage, Capabilities, Lease
 from pipeline.transport.base import LearnerSocket
 from pipeline.weights.stream import WeightsServer
 
@@ -126,6 +127,35 @@ class Hub:
                     return None
                 self._changed.wait(remaining)
 
+    def begin_evaluation(self, leases: Sequence[Lease]) -> None:
+        """Have these sampled before anything else."""
+        with self._changed:
+            self._reception.evaluation = Evaluation(leases)
+            self._reception.grant()
+
+    def evaluated(self, timeout: float) -> Evaluation | None:
+        """Wait for the evaluation to be complete; None after `timeout` seconds.
+
+        Raises:
+            RunFailed: as of `take`.
+        """
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                self._reception.raise_failure()
+                evaluation = self._reception.evaluation
+                if evaluation is not None and not evaluation.missing:
+                    self._reception.evaluation = None
+                    return evaluation
+                if (remaining := deadline - time.monotonic()) <= 0:
+                    return None
+                self._changed.wait(remaining)
+
+    def grant_no_training(self) -> None:
+        """From now on only evaluations are sampled."""
+        with self._changed:
+            self._reception.training = False
+
     def ready(self) -> list[Group]:
         """Complete groups that no batch has taken."""
         return self._ledger.ready()
@@ -181,7 +211,9 @@ class Hub:
     def stalled_seconds(self) -> float:
         """Since the last wanted sample, or 0 while there is nothing that engines could be asked for."""
         with self._changed:
-            waiting = len(self._reception.roster) and self._ledger.in_flight()
+            evaluation = self._reception.evaluation
+            asked = self._ledger.in_flight() + (evaluation.missing if evaluation is not None else 0)
+            waiting = len(self._reception.roster) and asked
             return time.monotonic() - self._reception.accepted_at if waiting else 0.0
 
     def _weights_requested(self, peer: bytes, request: messages.WeightsRequest) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from learner.acknowledgements import Acknowledgements
+from learner.evaluation import EVAL_LEASES, Evaluation
 from learner.grants import Grants
 from learner.journal import Arrived, Failed, Journal
 from learner.leases import Ledger, Outcome, Source
@@ -18,7 +19,7 @@ from learner.validation import Limits, check_sample, check_trajectory, drop_reas
 from pipeline import messages
 from pipeline.errors import RunFailed
 from pipeline.failpoints import failpoint
-from pipeline.messages import BadMessage, Capabilities, Trajectory
+from pipeline.messages import BadMessage, Capabilities, SampleId, Trajectory
 from pipeline.telemetry.log import LineLimit
 from pipeline.transport.base import LearnerSocket
 
@@ -56,6 +57,10 @@ class Reception:
         """newest publication"""
         self.draining = False
         """nothing more is granted"""
+        self.evaluation: Evaluation | None = None
+        """under way; its leases are granted before others"""
+        self.training = True
+        """leases for training are granted"""
         self.bad_messages = 0
         self.strangers = 0
         """messages of peers that had not said HELLO"""
@@ -79,7 +84,7 @@ class Reception:
         if self.draining or self._error is not None:
             return
         try:
-            self._grants.grant()
+            self._grants.grant(self.evaluation, self.training, self._lease_seconds)
         except RunFailed as error:
             self._error = error
             self.changed.notify_all()
@@ -133,6 +138,8 @@ class Reception:
         with self.changed:
             self.roster.forget_unseen(self._ledger.expire(time.monotonic()))
             self.remove_silent(self._lease_seconds)
+            if self.evaluation is not None:
+                self.evaluation.expire(time.monotonic())
             self.grant()
 
     def on_refused(self, reason: str) -> None:
@@ -202,6 +209,10 @@ class Reception:
 
     def _trajectory(self, engine: Engine, trajectory: Trajectory, frames: list[bytes]) -> None:
         header = trajectory.header
+        if header.lease >= EVAL_LEASES:
+            self.sequences.seen(header.producer, header.incarnation, header.sequence)
+            self._evaluated(engine, trajectory.id, trajectory)
+            return
         check_sample(header.lease, header.sample, self._ledger.group_size)
         lease = self._ledger.lease(header.lease)
         check_trajectory(trajectory, engine.producer, lease, self._limits, self._needs, self.version)
@@ -216,11 +227,29 @@ class Reception:
 
     def _sample_failed(self, engine: Engine, message: messages.SampleFailed) -> None:
         sample = message.lease, message.sample
+        if message.lease >= EVAL_LEASES:
+            self._evaluated(engine, sample, None)
+            return
         check_sample(*sample, self._ledger.group_size)
         reason = drop_reason(message.reason)
         outcome = self._ledger.fail(*sample, reason)
         self._acknowledgements.give(engine, sample, outcome, Failed(*sample, reason, message.detail))
         self._sample_settled(engine, message.lease, outcome)
+
+    def _evaluated(self, engine: Engine, sample: SampleId, trajectory: Trajectory | None) -> None:
+        """A sample of an evaluation; it is not journaled, and one of an evaluation that is over is not wanted."""
+        evaluation = self.evaluation
+        lease = evaluation.lease(sample[0]) if evaluation is not None else None
+        if trajectory is not None:
+            check_trajectory(trajectory, engine.producer, lease, self._limits, Capabilities(), self.version)
+        if evaluation is not None and lease is not None:
+            check_sample(*sample, lease.group_size)
+            evaluation.arrive(sample, trajectory)
+        engine.unseen.pop(sample[0], None)
+        self.accepted_at = time.monotonic()
+        self._acknowledgements.repeat(engine, [sample])
+        self.grant()
+        self.changed.notify_all()
 
     def _sample_settled(self, engine: Engine, lease: int, outcome: Outcome) -> None:
         engine.unseen.pop(lease, None)
@@ -237,6 +266,9 @@ class Reception:
         stalled = engine.heard - engine.advanced > self._limits.stall_seconds
         running = () if stalled else message.running
         unwanted = self._ledger.progress(engine.producer, running, message.version, engine.heard)
+        if self.evaluation is not None:
+            self.evaluation.renew(engine.producer, running, engine.heard + self._lease_seconds)
+            unwanted = [lease for lease in unwanted if self.evaluation.lease(lease) is None]
         if unwanted:
             self._send(engine.peer, messages.Revoke(leases=tuple(unwanted)))
         if stalled and not engine.stalled:
@@ -282,6 +314,8 @@ class Reception:
 
     def _gone(self, engine: Engine, how: str) -> None:
         self._ledger.gone(engine.producer)
+        if self.evaluation is not None:
+            self.evaluation.lost(engine.producer)
         self._share_window()
         self._on_event(f"engine {short_name(engine.producer)} {how}, {len(self.roster)} connected")
         self.grant()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import torch
 from msgspec import Struct, structs
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from learner import checkpoint
 from learner.audit import TrainedSamples
 from learner.composition import build_objective
+from learner.evaluation import evaluation_source
 from learner.hub import Hub, Limits
 from learner.journal import Journal
 from learner.leases import Batch, Group, Ledger, LedgerState
@@ -36,12 +38,13 @@ from pipeline.config import Config, check_against_model, check_config, resolve_t
 from pipeline.digest import run_digest
 from pipeline.errors import RunFailed
 from pipeline.failpoints import failpoint
-from pipeline.messages import Capabilities
+from pipeline.messages import Capabilities, Lease
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.tasks import load_task
+from pipeline.tasks.base import Task
 from pipeline.tasks.prompts import check_prompts, rollout_sampling
 from pipeline.telemetry import Log, MetricsWriter
 from pipeline.telemetry.progress import StepView, WarmStartView
@@ -64,8 +67,8 @@ REMEDIES = {
 }
 
 
-def run_learner(config: Config) -> int:
-    """Train until `run.steps` batches are done or a stop is asked for; returns the exit code."""
+def run_learner(config: Config, *, evaluate_only: bool = False) -> int:
+    """Train until `run.steps` batches are done, or evaluate once; returns the exit code."""
     check_config(config)
     objective = build_objective(config)
     stop, log = StopSignal(), Log("learner")
@@ -73,8 +76,10 @@ def run_learner(config: Config) -> int:
     run.lock()
     run.prepare(config)
     torch.set_num_threads(resolve_threads(config.learner.threads, config))
-    learner = Learner(config, run, objective, stop, log)
+    learner = Learner(config, run, objective, stop, log, evaluate_only=evaluate_only)
     try:
+        if evaluate_only:
+            return 0 if learner.evaluate_only() else INTERRUPTED
         learner.start()
         learner.train()
         return 0 if learner.done else INTERRUPTED
@@ -100,13 +105,25 @@ class LearnerState(Struct, kw_only=True):
 class Learner:
     """State of the learner's main loop."""
 
-    def __init__(self, config: Config, run: RunDirectory, objective: Objective, stop: StopSignal, log: Log) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        objective: Objective,
+        stop: StopSignal,
+        log: Log,
+        *,
+        evaluate_only: bool = False,
+    ) -> None:
         self.config, self.run, self.stop, self.log = config, run, stop, log
         self.model_folder = _model_folder(config, stop)
         tokenizer = Tokenizer(self.model_folder)
         model_config = ModelConfig.from_folder(self.model_folder)
         check_against_model(config, model_config.max_positions)
-        source = _lease_source(config, tokenizer, objective)
+        task = load_task(config.task, config.run.seed)
+        source = _lease_source(config, task, tokenizer, objective)
+        evaluates = evaluate_only or config.learner.eval_every > 0
+        self.eval_leases = _evaluation_source(config, task, tokenizer) if evaluates else None
 
         model = load_policy(self.model_folder, config.learner.device)
         self.trainer = Trainer(
@@ -170,10 +187,11 @@ class Learner:
             failpoint("step.trained")
             self._publish()
             failpoint("publish.announced")
+            evaluated = self._evaluate() if self._evaluation_due() else {}
             self.hub.trained(batch)
             failpoint("step.counted")
             self.hub.check()
-            self._write_records(measured, batch, began - waiting, began)
+            self._write_records(measured, batch, began - waiting, began, evaluated)
             failpoint("step.recorded")
             if self._checkpoint_due():
                 self._checkpoint()
@@ -181,6 +199,21 @@ class Learner:
             self._checkpoint()
         if self.done:
             self.hub.drain(DRAIN_SECONDS)
+
+    def evaluate_only(self) -> dict[str, float]:
+        """Evaluate the policy as it is, instead of training; written to evaluation.json. Nothing of the run changes.
+
+        Returns:
+            The metrics; empty when a stop was asked for.
+        """
+        self.hub.grant_no_training()
+        self.start()
+        found = self._evaluate()
+        if found:
+            content = {"step": self.step, "policy_version": self.publisher.version, **found}
+            self.run.evaluation.write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
+            self.hub.drain(DRAIN_SECONDS)
+        return found
 
     def close(self) -> None:
         """Let go of sockets and files; what is on disk is complete."""
@@ -190,6 +223,26 @@ class Learner:
         self.journal.close()
         self.metrics.close()
         self.audit.close()
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.learner.eval_every
+        return every > 0 and self.step % every == 0
+
+    def _evaluate(self) -> dict[str, float]:
+        """Metrics of the newest publication on held-out prompts; nothing when asked to stop."""
+        assert self.eval_leases is not None
+        self.hub.begin_evaluation(self.eval_leases(self.publisher.version))
+        while not self.stop.requested:
+            self.watchdog.beat()
+            if (evaluation := self.hub.evaluated(POLL_SECONDS)) is not None:
+                found = evaluation.metrics(self.config.learner.eval_success)
+                self.log(
+                    f"evaluation at step {self.step}: reward {found['eval_reward_mean']:.3f}, "
+                    f"pass@1 {found['eval_pass_at_1']:.3f}"
+                )
+                return found
+            self._check_that_engines_advance()
+        return {}
 
     def _next_batch(self) -> Batch | None:
         """Wait for a whole batch of fresh groups; None when asked to stop.
@@ -296,7 +349,9 @@ class Learner:
                 self.watchdog.beat()
             waited += DISK_RETRY_SECONDS
 
-    def _write_records(self, measured: Metrics, batch: Batch, waited: float, began: float) -> None:
+    def _write_records(
+        self, measured: Metrics, batch: Batch, waited: float, began: float, evaluated: dict[str, float]
+    ) -> None:
         """trained.jsonl and metrics.jsonl.
 
         Raises:
@@ -305,11 +360,13 @@ class Learner:
         try:
             failpoint("records.write")
             self.audit.write(self.step, batch)
-            self._record(measured, batch, waited, began)
+            self._record(measured, batch, waited, began, evaluated)
         except OSError as error:
             raise _unwritable(self.run.root, error) from error
 
-    def _record(self, measured: Metrics, batch: Batch, waited: float, began: float) -> None:
+    def _record(
+        self, measured: Metrics, batch: Batch, waited: float, began: float, evaluated: dict[str, float]
+    ) -> None:
         """One line of metrics.jsonl, and one of progress."""
         wall = time.perf_counter() - self.step_ended
         self.step_ended = time.perf_counter()
@@ -324,6 +381,7 @@ class Learner:
             learner_seconds=time.perf_counter() - began,
             wall_seconds=wall,
         )
+        row.evaluation = evaluated
         self.stats_before = self.hub.stats()
         self.metrics.write(row)
         self.view.show(structs.asdict(row))
@@ -351,8 +409,12 @@ def _reference(config: Config, objective: Objective, initial: Path) -> PreTraine
     return load_policy(folder, config.learner.device).requires_grad_(False)
 
 
-def _lease_source(config: Config, tokenizer: Tokenizer, objective: Objective) -> LeaseSource:
-    task = load_task(config.task, config.run.seed)
+def _evaluation_source(config: Config, task: Task, tokenizer: Tokenizer) -> Callable[[int], list[Lease]]:
+    sampling = rollout_sampling(config.sampling, tokenizer.eos_token_ids)
+    return evaluation_source(task, tokenizer.encode, sampling, config)
+
+
+def _lease_source(config: Config, task: Task, tokenizer: Tokenizer, objective: Objective) -> LeaseSource:
     usable = check_prompts(task, tokenizer.encode, config.sampling.max_prompt_tokens, config.task.long_prompts)
     return LeaseSource(
         task, usable, tokenizer.encode, tuple(tokenizer.eos_token_ids), config, objective.lease_temperature

@@ -50,11 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
     _configuration_options(run)
     _insecure_option(run)
     run.add_argument("--out", help="run directory (run.out); an existing run in it is resumed")
+    _evaluation_option(run)
 
     learner = _command(commands, "learner", "the learner alone", _learner)
     learner.add_argument("config", type=Path, help="TOML file")
     _configuration_options(learner)
     _insecure_option(learner)
+    _evaluation_option(learner)
 
     engine = _command(commands, "engine", "an engine alone; start as many as you like, whenever you like", _engine)
     engine.add_argument("config", type=Path, help="TOML file, the same as the learner's")
@@ -128,6 +130,12 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--min-new-tokens", type=int, metavar="N", help="do not stop before N tokens")
 
 
+def _evaluation_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--eval-only", action="store_true", help="evaluate the newest checkpoint on held-out prompts, train nothing"
+    )
+
+
 def _configuration_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", help="override one option; may be repeated"
@@ -155,7 +163,7 @@ def _run(options: argparse.Namespace) -> int:
         return _dry_run(config, ("learner", "engine"))
     from pipeline.launcher import run
 
-    return run(config, demo=demo)
+    return run(config, demo=demo, evaluate_only=options.eval_only)
 
 
 def _learner(options: argparse.Namespace) -> int:
@@ -167,7 +175,7 @@ def _learner(options: argparse.Namespace) -> int:
         return _dry_run(config, ("learner",))
     from learner.service import run_learner
 
-    return run_learner(config)
+    return run_learner(config, evaluate_only=options.eval_only)
 
 
 def _engine(options: argparse.Namespace) -> int:

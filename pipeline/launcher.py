@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import Config, check_config
@@ -25,7 +26,7 @@ POLL_SECONDS = 0.25
 STOP_SECONDS = 60.0
 
 
-def run(config: Config, demo: bool) -> int:
+def run(config: Config, demo: bool, *, evaluate_only: bool = False) -> int:
     """Run to the end; returns the exit code."""
     check_config(config)
     _check_objective(config)
@@ -37,14 +38,16 @@ def run(config: Config, demo: bool) -> int:
     stop = StopSignal()
     if not config.model.path:
         _warm_start(config, stop)
-    group = ProcessGroup(config, directory, stop)
+    group = ProcessGroup(config, directory, stop, ["--eval-only"] if evaluate_only else [])
     stop.before_exit = group.kill
     began = time.monotonic()
     try:
         code = group.watch()
     finally:
         group.close()
-    if code == 0 and not stop.requested:
+    if code == 0 and evaluate_only:
+        print(directory.evaluation.read_text(), end="")
+    elif code == 0 and not stop.requested:
         from pipeline.summary import print_summary
 
         print_summary(config, directory, time.monotonic() - began, demo=demo)
@@ -109,13 +112,15 @@ class Child:
 class ProcessGroup:
     """Starts the children, shows progress, ends with the learner."""
 
-    def __init__(self, config: Config, directory: RunDirectory, stop: StopSignal) -> None:
+    def __init__(
+        self, config: Config, directory: RunDirectory, stop: StopSignal, learner_options: Sequence[str] = ()
+    ) -> None:
         self.config, self.directory, self.stop = config, directory, stop
         self.log = Log("run")
         self.rows_shown = len(read_metrics(directory.metrics))
         self.view = StepView(config.run.steps, self.rows_shown)
         self.alone_since = time.monotonic()
-        self.learner = Child("learner", self._command("learner"), directory.logs / "learner.log")
+        self.learner = Child("learner", self._command("learner", *learner_options), directory.logs / "learner.log")
         engine = self._command("engine", "--connect-timeout", "0")  # the launcher watches the learner itself
         self.engines = [
             Child(f"engine-{index}", engine, directory.logs / f"engine-{index}.log")

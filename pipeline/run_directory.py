@@ -33,6 +33,7 @@ class RunDirectory:
         self.received = root / "received-weights"
         self.journal = root / "journal"
         self.logs = root / "logs"
+        self.evaluation = root / "evaluation.json"
         self.trained = root / "trained.jsonl"
         self._lock: TextIO | None = None
 

@@ -45,6 +45,16 @@ def check_config(config: Config) -> None:
             f"learner.max_age = {learner.max_age} drops what learner.max_staleness = {learner.max_staleness} lets run "
             "ahead; raise learner.max_age above it, or set it to 0"
         )
+    if learner.eval_temperature == 0 and learner.eval_samples > 1:
+        raise UsageError(
+            f"learner.eval_temperature = 0 gives the same response learner.eval_samples = {learner.eval_samples} "
+            "times; set learner.eval_samples = 1, or a temperature"
+        )
+    if learner.eval_samples > config.engine.max_sequences:
+        raise UsageError(
+            f"learner.eval_samples = {learner.eval_samples} is more than engine.max_sequences = "
+            f"{config.engine.max_sequences}; an engine leases whole groups, so raise engine.max_sequences"
+        )
     transport = config.transport
     if transport.lease_seconds < 3 * transport.heartbeat_seconds:
         raise UsageError(
@@ -104,7 +114,17 @@ _FREE_TO_CHANGE = {
     "transport": None,
     "weights": {"keep", "transport"},
     "objective": {"recipe", "reconstructed"},
-    "learner": {"threads", "device", "checkpoint_every", "keep_checkpoints"},
+    "learner": {
+        "threads",
+        "device",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "eval_every",
+        "eval_prompts",
+        "eval_samples",
+        "eval_temperature",
+        "eval_success",
+    },
 }
 
 

@@ -175,6 +175,11 @@ class LearnerSection(Section):
     max_filtered_batches: Annotated[
         PositiveInt, option("batches' worth of groups left out in a row before giving up")
     ] = 10
+    eval_every: Annotated[Count, option("batches between evaluations on held-out prompts; 0: none")] = 0
+    eval_prompts: Annotated[PositiveInt, option("held-out prompts an evaluation")] = 64
+    eval_samples: Annotated[PositiveInt, option("samples a prompt in an evaluation, for pass@k")] = 4
+    eval_temperature: Annotated[NonNegativeFloat, option("softmax temperature of evaluations; 0 is greedy")] = 1.0
+    eval_success: Annotated[float, option("evaluation: reward from which a sample counts as solved")] = 1.0
     checkpoint_every: Annotated[PositiveInt, option("batches between checkpoints")] = 20
     keep_checkpoints: Annotated[PositiveInt, option("checkpoints kept on disk")] = 2
 

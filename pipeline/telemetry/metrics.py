@@ -59,6 +59,8 @@ class StepMetrics(Struct, kw_only=True):
     """leased, and where they are: trained, dropped, buffered, in_flight; cumulative, the first is the others' sum"""
     transport: dict[str, float] = field(default_factory=dict)
     """counters and sizes of streaming, cumulative (docs/reliability.md)"""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """`eval_*` of an evaluation step, written as keys of the line itself"""
     extra: dict[str, float] = field(default_factory=dict)
     """metrics of the objective's pieces, under their names"""
 
@@ -74,6 +76,7 @@ class MetricsWriter:
 
     def write(self, metrics: StepMetrics) -> None:
         line = {key: _plain(value) for key, value in structs.asdict(metrics).items()}
+        line |= line.pop("evaluation")
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 

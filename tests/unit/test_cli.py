@@ -11,8 +11,8 @@ import pytest
 from pipeline.cli import build_parser, main
 
 COMMAND_LINE = {
-    "run": ["[config]", "--set", "--dry-run", "--out", "--insecure"],
-    "learner": ["config", "--set", "--dry-run", "--insecure"],
+    "run": ["[config]", "--set", "--dry-run", "--out", "--insecure", "--eval-only"],
+    "learner": ["config", "--set", "--dry-run", "--insecure", "--eval-only"],
     "keygen": ["folder", "--engine"],
     "engine": ["config", "--connect", "--connect-timeout", "--set", "--dry-run"],
     "generate": [
