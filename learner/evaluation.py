@@ -64,8 +64,11 @@ class Evaluation:
         """A producer is gone: others get its leases."""
         self._free_again([lease for lease, (holder, _) in self._held.items() if holder == producer])
 
-    def expire(self, now: float) -> None:
-        self._free_again([lease for lease, (_, deadline) in self._held.items() if deadline < now])
+    def expire(self, now: float) -> list[int]:
+        """Free the leases whose deadline is past; returns them."""
+        past = [lease for lease, (_, deadline) in self._held.items() if deadline < now]
+        self._free_again(past)
+        return past
 
     def arrive(self, sample: SampleId, trajectory: Trajectory | None) -> None:
         """A sample of one of the leases, or None where it failed; the first counts."""

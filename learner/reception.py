@@ -139,7 +139,7 @@ class Reception:
             self.roster.forget_unseen(self._ledger.expire(time.monotonic()))
             self.remove_silent(self._lease_seconds)
             if self.evaluation is not None:
-                self.evaluation.expire(time.monotonic())
+                self.roster.forget_unseen(self.evaluation.expire(time.monotonic()))
             self.grant()
 
     def on_refused(self, reason: str) -> None:
