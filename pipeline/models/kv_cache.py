@@ -99,6 +99,7 @@ class KVCache:
             pages: most there can be. On a CPU memory is taken as they are first written to.
         """
         shape = (config.layers, 2, pages, config.kv_heads, PAGE, config.head_dim)
+        self._key_shape = (pages, config.kv_heads, config.head_dim, PAGE)
         # Zeros, not garbage: a masked key still meets its value as 0 * value, and 0 * NaN is NaN.
         if device.type == "cpu":
             # numpy asks the system for zeros, which are no memory until written to; torch would write them itself
@@ -151,10 +152,19 @@ class KVCache:
     def write(self, layer: int, plan: AttentionPlan, keys: Tensor, values: Tensor) -> None:
         """New keys and values [N, kv_heads, head_dim] of a layer."""
         page, place = plan.places
-        for which, new in enumerate((keys, values)):
-            self.store[layer, which].transpose(1, 2)[page, place] = new
+        self.keys(layer).permute(0, 3, 1, 2)[page, place] = keys
+        self.values(layer).transpose(1, 2)[page, place] = values
 
     def read(self, layer: int, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """Copies [B, kv_heads, pages * PAGE, head_dim] of a layer's keys and values."""
-        window = self.store[layer][:, plan.pages].transpose(2, 3).flatten(3, 4)
-        return window[0], window[1]
+        keys = self.keys(layer)[plan.pages].permute(0, 2, 1, 4, 3).flatten(2, 3)
+        return keys, self.values(layer)[plan.pages].transpose(1, 2).flatten(2, 3)
+
+    def keys(self, layer: int) -> Tensor:
+        """[pages, kv_heads, head_dim, PAGE] of a layer: a dimension of a page's keys lies together, so that a query
+        meets all of them at once."""
+        return self.store[layer, 0].view(self._key_shape)
+
+    def values(self, layer: int) -> Tensor:
+        """[pages, kv_heads, PAGE, head_dim] of a layer."""
+        return self.store[layer, 1]
