@@ -1,11 +1,13 @@
 """What the learner shows of itself beside metrics.jsonl: sinks, samples, trace, its lines or live view."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 from learner.leases import Batch
 from pipeline.config import Config
 from pipeline.run_directory import RunDirectory
+from pipeline.telemetry.environment import environment
 from pipeline.telemetry.live import RunView
 from pipeline.telemetry.log import Log
 from pipeline.telemetry.samples import SampleLog, describe_batch
@@ -30,6 +32,7 @@ class LearnerObserver:
         """
         telemetry = config.telemetry
         Log.about = {"run": run.run_id(), "step": resume_step}
+        run.environment.write_text(json.dumps(environment(), indent=1) + "\n")
         self._trace = Trace(run.trace, "learner") if telemetry.trace else None
         self._clock = StateClock("starting", self._trace)
         self._seconds_before: dict[str, float] = {}

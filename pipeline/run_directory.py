@@ -39,6 +39,8 @@ class RunDirectory:
         self.samples = root / "samples.jsonl"
         self.tensorboard = root / "tensorboard"
         self.trace = root / "trace"
+        self.environment = root / "environment.json"
+        self.report = root / "report.html"
         self._lock: TextIO | None = None
 
     def holds_a_run(self) -> bool:
