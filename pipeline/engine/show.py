@@ -69,9 +69,9 @@ def generate(
     for sample in sorted(finished, key=lambda sample: sample.sample):
         _print(sample, tokenizer)
     if kv_compression[0]:
-        tokens = [int((s.samplers == Sampler.COMPRESSED_KV).sum()) for s in finished]
+        tokens = sum(int((s.samplers == Sampler.COMPRESSED_KV).sum()) for s in finished)
         print(
-            f"{generator.stats().compressions} compressions by {kv_compression[0]}; {sum(tokens)} tokens sampled from a "
+            f"{generator.stats().compressions} compressions by {kv_compression[0]}; {tokens} tokens sampled from a "
             f"compressed cache; {generator.kv_bytes:,} bytes of keys and values at the most"
         )
     if counters := generator.drafter_counters():

@@ -80,7 +80,7 @@ def test_r_kv_weighs_importance_against_redundancy(scene):
 
 
 def test_of_tokens_that_say_the_same_r_kv_drops_the_older_ones(scene):
-    keys, queries = scene
+    keys, _ = scene
     policy = build({"name": "r-kv", "window": WINDOW, "importance": 0.0, "threshold": 0.9})
     redundancy = policy.redundancy(keys)
     assert (redundancy[:, 0, 4] > redundancy[:, 0, 9]).all() and (redundancy[:, 0, 9] > redundancy[:, 0, 15]).all()

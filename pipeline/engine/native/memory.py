@@ -4,7 +4,6 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipeline.engine.native.compression import Compressor, KVCompression

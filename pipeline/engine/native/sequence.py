@@ -45,9 +45,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "begun", "cached", "count", "drafts", "entropies", "evicted", "id", "kept", "kv_kept", "limit", "logprobs", "origins",
-        "pages", "request", "sample", "samplers", "slot", "sources", "stop", "stop_strings", "string_completed",
-        "token_ids", "verifications", "versions",
+        "begun", "cached", "count", "drafts", "entropies", "evicted", "id", "kept", "kv_kept", "limit", "logprobs",
+        "origins", "pages", "request", "sample", "samplers", "slot", "sources", "stop", "stop_strings",
+        "string_completed", "token_ids", "verifications", "versions",
     )  # fmt: skip
 
     def __init__(self, id: int, request: GroupRequest, sample: int, limit: int, stop: frozenset[int]) -> None:
