@@ -103,6 +103,7 @@ def prepare_attention(
     cos: np.ndarray,
     sin: np.ndarray,
     positions: np.ndarray,
+    places: np.ndarray,
     pages: np.ndarray,
     queries: np.ndarray,
     keys: np.ndarray,
@@ -115,7 +116,8 @@ def prepare_attention(
         norm: float32 [2, D] weights for queries and keys; [0, D] where the model has none.
         epsilon: of that norm.
         cos, sin: float32 [positions, D / 2].
-        positions, pages: int64 [N], of each token.
+        positions: int64 [N], of each token in its text.
+        places, pages: int64 [N], of each token in the cache: the place counts from its sequence's first page.
         queries: [N, heads, D], written.
         keys: [pages, kv_heads, D, page], written at the tokens' places.
         values: [pages, kv_heads, page, D], the same.
@@ -125,7 +127,7 @@ def prepare_attention(
     row = np.empty(dimension, np.float32)
     for n in range(tokens):
         position, page = positions[n], pages[n]
-        place = position % keys.shape[3]
+        place = places[n] % keys.shape[3]
         for head in range(heads + kv_heads):
             squares = np.float32(0)
             for d in range(dimension):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.models.attention import attention_for
+from pipeline.models.attention import Attention, attention_for
 from pipeline.models.config import ModelConfig
 from pipeline.models.kv_cache import AttentionPlan, KVCache
 from pipeline.models.linear import Linear
@@ -106,9 +106,12 @@ class Decoder:
         return plain + sum(linear.bytes for linear in self._linears)
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
-        """Hidden states [N, H] after the final norm of packed tokens int64 [N]; their keys and values are cached."""
-        attention, x = self.attention, self.embedding[token_ids]
+    def forward(
+        self, token_ids: Tensor, plan: AttentionPlan, cache: KVCache, attention: Attention | None = None
+    ) -> Tensor:
+        """Hidden states [N, H] after the final norm of packed tokens int64 [N]; their keys and values are cached,
+        unless `attention` stands in for the decoder's own and does not cache them."""
+        attention, x = attention or self.attention, self.embedding[token_ids]
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(attention.norm(x, layer.input_norm))
             x = layer.output.plus(attention(index, qkv, layer.qk_norm, plan, cache), x)
