@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.engine.native.sequence import Sequence
 from pipeline.errors import UsageError
@@ -19,6 +20,8 @@ class _Prompt:
 
     pages: list[int]
     tokens: int
+    hidden: Tensor | None
+    """[tokens, H], where the drafter asks for them"""
 
 
 class Memory:
@@ -51,7 +54,7 @@ class Memory:
 
     def free(self, sequence: Sequence) -> None:
         self.cache.release(sequence.pages)
-        sequence.pages, sequence.cached = [], 0
+        sequence.pages, sequence.cached, sequence.hidden = [], 0, []
 
     def shared_groups(self) -> set[int]:
         """Groups whose prompt is kept."""
@@ -64,7 +67,12 @@ class Memory:
             return
         pages = sequence.pages[: _pages(tokens)]
         self.cache.share(pages)
-        self._prompts[sequence.group] = _Prompt(pages, tokens)
+        hidden = None
+        if sequence.hidden:
+            whole = torch.cat(sequence.hidden)
+            hidden, rest = whole[:tokens], whole[tokens:]
+            sequence.hidden = [hidden, rest] if len(rest) else [hidden]
+        self._prompts[sequence.group] = _Prompt(pages, tokens, hidden)
 
     def adopt_prompt(self, sequence: Sequence) -> None:
         """A sequence that has nothing takes its group's prompt, if that is there: whole pages are shared; the last,
@@ -81,6 +89,7 @@ class Memory:
             sequence.pages += self.cache.take(1)
             self.cache.copy(prompt.pages[whole], sequence.pages[whole])
         sequence.cached = prompt.tokens
+        sequence.hidden = [] if prompt.hidden is None else [prompt.hidden]
 
     def forget_prompt(self, group: int) -> None:
         prompt = self._prompts.pop(group, None)
