@@ -111,16 +111,9 @@ class KVCache:
             device: where they are.
             pages: most there can be. On a CPU memory is taken as they are first written to.
         """
-        shape = (config.layers, 2, pages, config.kv_heads, PAGE, config.head_dim)
-        self._key_shape = (pages, config.kv_heads, config.head_dim, PAGE)
-        # Zeros, not garbage: a masked key still meets its value as 0 * value, and 0 * NaN is NaN.
-        if device.type == "cpu":
-            # numpy asks the system for zeros, which are no memory until written to; torch would write them itself
-            kind = np.int16 if dtype == torch.bfloat16 else np.float32
-            self.store = torch.from_numpy(np.zeros(shape, kind)).view(dtype)
-        else:
-            self.store = torch.zeros(shape, dtype=dtype, device=device)
-        self._device = device
+        self._shape = (config.layers, 2, config.kv_heads, PAGE, config.head_dim)
+        self._dtype, self._device = dtype, device
+        self.store = self._zeros(pages)
         self._holders = np.zeros(pages, np.int64)
         self._free = list(range(pages - 1, -1, -1))
         self._touched = 0
@@ -129,6 +122,15 @@ class KVCache:
     def holders(self, pages: Sequence[int]) -> np.ndarray:
         """int64, of each page."""
         return self._holders[list(pages)]
+
+    def _zeros(self, pages: int) -> Tensor:
+        """Zeros, not garbage: a masked key still meets its value as 0 * value, and 0 * NaN is NaN."""
+        shape = (*self._shape[:2], pages, *self._shape[2:])
+        if self._device.type == "cpu":
+            # numpy asks the system for zeros, which are no memory until written to; torch would write them itself
+            kind = np.int16 if self._dtype == torch.bfloat16 else np.float32
+            return torch.from_numpy(np.zeros(shape, kind)).view(self._dtype)
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     @property
     def free(self) -> int:
@@ -139,6 +141,14 @@ class KVCache:
     def bytes(self) -> int:
         """Of all pages that were ever used."""
         return self._touched * self._page_bytes
+
+    def extend(self, pages: int) -> None:
+        """Room for `pages` more; what is there stays where it is."""
+        had = len(self._holders)
+        more = self._zeros(pages)
+        self.store = torch.cat([self.store, more], 2)
+        self._holders = np.concatenate([self._holders, np.zeros(pages, np.int64)])
+        self._free = list(range(had + pages - 1, had - 1, -1)) + self._free
 
     def take(self, count: int) -> list[int]:
         """`count` free pages; there must be as many."""
@@ -194,7 +204,7 @@ class KVCache:
     def keys(self, layer: int) -> Tensor:
         """[pages, kv_heads, head_dim, PAGE] of a layer: a dimension of a page's keys lies together, so that a query
         meets all of them at once."""
-        return self.store[layer, 0].view(self._key_shape)
+        return self.store[layer, 0].view(-1, self._shape[2], self._shape[4], PAGE)
 
     def values(self, layer: int) -> Tensor:
         """[pages, kv_heads, PAGE, head_dim] of a layer."""

@@ -296,7 +296,8 @@ class NativeGenerator:
         """Computes prompts, and makes those live whose is complete."""
         if not self._starting:
             return
-        computed = prefill(self.decoder, self._memory, self._starting, self._prefill_tokens)
+        hidden = Needs.HIDDEN_STATES in self._drafting.needs
+        computed = prefill(self.decoder, self._memory, self._starting, self._prefill_tokens, hidden)
         self._lap("forward_seconds")
         ready = [s for s in self._starting if s.ready]
         if not (computed or ready or self._live):
@@ -312,9 +313,19 @@ class NativeGenerator:
             restored = [s for s in ready if s.begun]
             for sequence in new:
                 self._begin(sequence)
-            self._drafting.begin([_start_of(s) for s in new])
-            self._drafting.restore([_start_of(s) for s in restored])
+            self._drafting.begin([self._start_of(s) for s in new])
+            self._drafting.restore([self._start_of(s) for s in restored])
+            for sequence in ready:
+                sequence.hidden = []
             self._lap("drafter_seconds")
+
+    def _start_of(self, s: Sequence) -> SequenceStart:
+        hidden = None
+        if Needs.HIDDEN_STATES in self._drafting.needs:
+            none = self.decoder.embedding.new_zeros(0, self.decoder.config.hidden_size)
+            hidden = s.hidden[0] if len(s.hidden) == 1 else torch.cat([none, *s.hidden])
+        response = s.token_ids[: s.count].copy()
+        return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response, hidden)
 
     def _begin(self, sequence: Sequence) -> None:
         """Its settings take effect; they stay over preemption until `_end`."""
@@ -493,11 +504,6 @@ class NativeGenerator:
         now = time.perf_counter()
         setattr(self._stats, part, getattr(self._stats, part) + now - self._mark)
         self._mark = now
-
-
-def _start_of(s: Sequence) -> SequenceStart:
-    response = s.token_ids[: s.count].copy()
-    return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response)
 
 
 def _kept_by_row(verified: VerifiedTokens) -> list[KeptIds]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+from torch import Tensor
 
 from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds, TokenOrigin
 from pipeline.engine.native.stop_strings import StopStrings
@@ -45,9 +46,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "begun", "cached", "count", "depths", "drafts", "entropies", "evicted", "id", "kept", "kv_kept", "limit",
-        "logprobs", "origins", "pages", "request", "sample", "samplers", "slot", "sources", "stop", "stop_strings",
-        "string_completed", "token_ids", "verifications", "versions",
+        "begun", "cached", "count", "depths", "drafts", "entropies", "evicted", "hidden", "id", "kept", "kv_kept",
+        "limit", "logprobs", "origins", "pages", "request", "sample", "samplers", "slot", "sources", "stop",
+        "stop_strings", "string_completed", "token_ids", "verifications", "versions",
     )  # fmt: skip
 
     def __init__(self, id: int, request: GroupRequest, sample: int, limit: int, stop: frozenset[int]) -> None:
@@ -73,6 +74,8 @@ class Sequence:
         """as many of these are not in the cache any more, in no layer and head"""
         self.pages: list[int] = []
         """of the cache, in order"""
+        self.hidden: list[Tensor] = []
+        """hidden states of the cached tokens, until the drafter has them; empty where it asks for none"""
         self.slot = -1
         """of its settings in the generator's `Processors`; -1 before it begins"""
         self.stop_strings: StopStrings | None = None
