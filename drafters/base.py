@@ -20,7 +20,8 @@ class Needs(Flag):
 
     NOTHING = 0
     HIDDEN_STATES = auto()
-    """final-norm hidden states of verified positions, in `Verified.hidden`"""
+    """final-norm hidden states: of a sequence's first tokens in `SequenceStart.hidden`, then of verified positions in
+    `Verified.hidden`"""
     LOGITS = auto()
     """the target's logits of verified positions, in `Verified.logits`"""
     TARGET_LAYERS = auto()
@@ -40,6 +41,9 @@ class SequenceStart:
     seed: int
     response_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [T], tokens it has already; empty but in `restore`"""
+    hidden: torch.Tensor | None = None
+    """[P + T - 1, H], final-norm hidden states after each token but the last, on the target's device, for drafters that
+    ask for HIDDEN_STATES; sequences of a group share the prompt's memory"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ its drafts are any good.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -116,9 +116,10 @@ class Rehearsal:
             self.drafter.attach(self.target)
 
     def begin(self, sequences: Sequence[SequenceStart], limit: int) -> None:
-        self.live += [_Text(start, limit) for start in sequences]
+        texts = [_Text(start, limit) for start in sequences]
+        self.live += texts
         if self.drafter is not None:
-            self.drafter.begin(sequences)
+            self.drafter.begin(self._starts(texts))
 
     def preempt(self, ids: Sequence[int]) -> list[_Text]:
         """Takes sequences out of the batch."""
@@ -131,7 +132,7 @@ class Rehearsal:
     def restore(self, texts: Sequence[_Text]) -> None:
         self.live += texts
         if self.drafter is not None:
-            self.drafter.restore([_restored(text) for text in texts])
+            self.drafter.restore(self._starts(texts))
 
     def cancel(self, ids: Sequence[int]) -> None:
         self.live = [text for text in self.live if text.start.id not in ids]
@@ -171,6 +172,16 @@ class Rehearsal:
             emitted.append(np.array(tokens, np.int64))
         self._observe(proposal, hidden, logits, emitted, accepted)
 
+    def _starts(self, texts: Sequence[_Text]) -> list[SequenceStart]:
+        """As an engine tells them: with the response so far, and hidden states where they are asked for."""
+        assert self.drafter is not None
+        starts = [replace(text.start, response_ids=np.array(text.tokens, np.int64)) for text in texts]
+        if Needs.HIDDEN_STATES not in self.drafter.needs or not starts:
+            return starts
+        tokens = [[*text.start.prompt_ids.tolist(), *text.tokens] for text in texts]
+        hidden = self._hidden(tokens).split([len(t) for t in tokens])
+        return [replace(start, hidden=h[:-1]) for start, h in zip(starts, hidden, strict=True)]
+
     def _propose(self) -> Proposal:
         ids = [text.start.id for text in self.live]
         # Ragged on purpose: a budget is anything from nothing to as much as is left.
@@ -195,14 +206,20 @@ class Rehearsal:
             for row, text in enumerate(self.live)
         ]
         counts = np.array([len(text) for text in texts], np.int64)
+        hidden = self._hidden(texts)
+        row, depth = packed_rows(proposal.lengths)
+        hidden = hidden[torch.from_numpy(np.cumsum(counts)[row] - proposal.lengths[row] - 1 + depth)]
+        return hidden, self.target.logits(hidden)
+
+    @torch.no_grad()
+    def _hidden(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Final-norm hidden states [N, H] of all tokens of the texts, computed anew."""
+        counts = np.array([len(text) for text in texts], np.int64)
         pages = -(-int(counts.max()) // PAGE)
         cache = KVCache(self.target.config, self.target.dtype, self.target.device, len(texts) * pages)
         tables = np.array(cache.take(len(texts) * pages), np.int64).reshape(len(texts), pages)
         plan = cache.plan(tables, np.zeros(len(texts), np.int64), counts)
-        hidden = self.target.forward(torch.tensor(np.concatenate(texts)), plan, cache)
-        row, depth = packed_rows(proposal.lengths)
-        hidden = hidden[torch.from_numpy(np.cumsum(counts)[row] - proposal.lengths[row] - 1 + depth)]
-        return hidden, self.target.logits(hidden)
+        return self.target.forward(torch.tensor(np.concatenate(texts)), plan, cache)
 
     def _observe(
         self,
@@ -229,13 +246,6 @@ class Rehearsal:
                 self.drafter.end([text.start.id for text in done])
         self.finished |= {text.start.id: text.tokens for text in done}
         self.live = [text for text in self.live if not text.done]
-
-
-def _restored(text: _Text) -> SequenceStart:
-    start = text.start
-    return SequenceStart(
-        start.id, start.prompt_ids, start.group, start.temperature, start.seed, np.array(text.tokens, np.int64)
-    )
 
 
 def sequences(
