@@ -9,9 +9,11 @@ from typing import Any
 
 from drafters.registry import build
 from pipeline.config.check_vllm import drafts
-from pipeline.engine.vllm import proposer, worker
+from pipeline.engine.vllm import proposer
 from pipeline.errors import UsageError
 
+WORKER = "pipeline.engine.vllm.worker.RollaheadWorker"
+"""by name: importing it is for vLLM's workers"""
 MIN_BLOCK = 128
 """tokens of a block of vLLM's cache on a CPU"""
 
@@ -64,7 +66,7 @@ def engine_arguments(
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,
         "generation_config": "vllm",
-        "worker_extension_cls": worker.CLASS,
+        "worker_extension_cls": WORKER,
         "disable_log_stats": True,
         **options,
     }

@@ -12,10 +12,6 @@ from pipeline.engine.vllm import rejection
 from pipeline.engine.vllm.install import installed_version
 from pipeline.engine.vllm.proposer import DrafterProposer
 
-CLASS = f"{__name__}.RollaheadWorker"
-STOCK = "ROLLAHEAD_VLLM_STOCK_SAMPLER"
-"""environment variable that leaves the sampler as it is, to show what a guard is for"""
-
 
 def _correct() -> None:
     from vllm.platforms import current_platform
@@ -25,7 +21,7 @@ def _correct() -> None:
         rejection.correct(rejection_sampler)
 
 
-if not os.environ.get(STOCK):
+if not os.environ.get(rejection.STOCK):
     _correct()
 
 
