@@ -106,15 +106,34 @@ class Decoder:
         return plain + sum(linear.bytes for linear in self._linears)
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
-        """Hidden states [N, H] after the final norm of packed tokens int64 [N]; their keys and values are cached."""
-        attention, x = self.attention, self.embedding[token_ids]
-        for index, layer in enumerate(self.layers):
-            qkv = layer.qkv(attention.norm(x, layer.input_norm))
-            x = layer.output.plus(attention(index, qkv, layer.qk_norm, plan, cache), x)
-            normed = attention.norm(x, layer.post_norm)
-            x = layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), x)
-        return attention.norm(x, self.final_norm)
+    def forward(
+        self, token_ids: Tensor, plan: AttentionPlan, cache: KVCache, states: list[Tensor] | None = None
+    ) -> Tensor:
+        """Hidden states [N, H] after the final norm of packed tokens int64 [N]; their keys and values are cached.
+
+        Args:
+            token_ids: N packed tokens.
+            plan: of this forward pass.
+            cache: read and written.
+            states: filled with [N, H] tensors, the embedding and what each layer gave, where it is a list.
+        """
+        x = self.embedding[token_ids]
+        if states is not None:
+            states.append(x)
+        for index in range(len(self.layers)):
+            x = self.block(index, x, plan, cache)
+            if states is not None:
+                states.append(x)
+        return self.attention.norm(x, self.final_norm)
+
+    @torch.no_grad()
+    def block(self, index: int, x: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
+        """[N, H] of [N, H]: one layer; its keys and values are cached."""
+        attention, layer = self.attention, self.layers[index]
+        qkv = layer.qkv(attention.norm(x, layer.input_norm))
+        x = layer.output.plus(attention(index, qkv, layer.qk_norm, plan, cache), x)
+        normed = attention.norm(x, layer.post_norm)
+        return layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), x)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

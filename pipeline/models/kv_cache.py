@@ -113,6 +113,11 @@ class KVCache:
         self._page_bytes = page_bytes(config, dtype)
 
     @property
+    def pages(self) -> int:
+        """Pages there are."""
+        return len(self._holders)
+
+    @property
     def free(self) -> int:
         """Pages that nobody holds."""
         return len(self._free)
