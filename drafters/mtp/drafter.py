@@ -8,11 +8,10 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
 from drafters.mtp.head import MTPHead, head_files, load_head
 from drafters.mtp.texts import Text, Texts
 from pipeline.errors import UsageError
-from pipeline.models.decoder import Decoder
 from pipeline.sampling.distribution import inverse_cdf
 
 
@@ -52,17 +51,17 @@ class MTPDrafter(BaseDrafter):
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
-    def attach(self, target: object) -> None:
+    def attach(self, target: Target) -> None:
         """
         Raises:
             UsageError: there is no head, or it does not fit the target.
         """
-        assert isinstance(target, Decoder)
-        self._target, self._head = target, MTPHead(target)
+        decoder = target.decoder
+        self._target, self._head = decoder, MTPHead(decoder)
         if self._weights is not None:
             self._head.load(self._weights.__getitem__)
-        elif self.options.path or target.source:
-            load_head(self._head, self.options.path or str(target.source))
+        elif self.options.path or decoder.source:
+            load_head(self._head, self.options.path or str(decoder.source))
         else:
             raise UsageError("drafter mtp needs a head: give its folder as option path, or a model that holds one")
         self._texts = Texts(self._head)

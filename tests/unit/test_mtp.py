@@ -1,5 +1,7 @@
 """The multi-token-prediction head and the drafter that runs it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,7 @@ def module_logits(target, module, tokens, depths):
 
 def drafter_for(weights, target, **options):
     drafter = MTPDrafter(MTPDrafter.Options(**options), weights)
-    drafter.attach(target)
+    drafter.attach(SimpleNamespace(decoder=target))
     return drafter
 
 
