@@ -120,19 +120,18 @@ class Decoder:
         x = self.embedding[token_ids]
         if states is not None:
             states.append(x)
-        for index in range(len(self.layers)):
-            x = self.block(index, x, plan, cache)
+        for index, layer in enumerate(self.layers):
+            x = self.block(index, layer, x, plan, cache)
             if states is not None:
                 states.append(x)
         return self.attention.norm(x, self.final_norm)
 
     @torch.no_grad()
-    def block(self, index: int, x: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
-        """[N, H] of [N, H]: one layer; its keys and values are cached."""
-        attention, layer = self.attention, self.layers[index]
-        qkv = layer.qkv(attention.norm(x, layer.input_norm))
-        x = layer.output.plus(attention(index, qkv, layer.qk_norm, plan, cache), x)
-        normed = attention.norm(x, layer.post_norm)
+    def block(self, index: int, layer: Layer, x: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
+        """[N, H] after a layer; its new keys and values are cached as layer `index`'s."""
+        qkv = layer.qkv(self.attention.norm(x, layer.input_norm))
+        x = layer.output.plus(self.attention(index, qkv, layer.qk_norm, plan, cache), x)
+        normed = self.attention.norm(x, layer.post_norm)
         return layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), x)
 
     @torch.no_grad()
