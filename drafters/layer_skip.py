@@ -120,8 +120,9 @@ class LayerSkipDrafter(BaseDrafter):
         target = self._target
         if target is None or verified.layers is None or verified.starts is None:
             return
-        if target.cache.free < len(rows) * self._count:
-            return  # memory is short; the old set still drafts
+        rows = rows[: target.cache.free]
+        if not rows:
+            return  # no memory to try sets in; the old one still drafts
         began = time.perf_counter()
         # the place of the last token that is cached: the one before the last emitted one
         places = [int(verified.starts[row]) + len(verified.emitted[row]) - 1 for row in rows]

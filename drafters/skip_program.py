@@ -85,11 +85,12 @@ class Probe:
     def __init__(self, target: Target, ids: Sequence[int], most: int) -> None:
         """
         Args:
-            target: whose cache has `S * most` free pages.
+            target: whose cache has at least S free pages.
             ids: of S live sequences.
-            most: states of a token that run together.
+            most: states of a token that run together, if there are as many free pages; else fewer do.
         """
-        self._target, self._count = target, len(ids)
+        self._target = target
+        self._most = most = min(most, target.cache.free // len(ids))
         tables, cached = target.places(ids)
         self._before = np.tile(cached - 1, most)
         last = (cached - 1) // PAGE
@@ -111,6 +112,9 @@ class Probe:
         self._target.cache.release(self._pages)
 
     def _run(self, layer: int, states: Tensor) -> Tensor:
+        return torch.cat([self._pass(layer, part) for part in states.split(self._most)])
+
+    def _pass(self, layer: int, states: Tensor) -> Tensor:
         rows, decoder, cache = states.shape[0] * states.shape[1], self._target.decoder, self._target.cache
         if rows not in self._plans:
             self._plans[rows] = cache.plan(self._tables[:rows], self._before[:rows], np.ones(rows, np.int64))

@@ -51,7 +51,8 @@ MAKERS = {
     "layer-skip": lambda: build({"name": "layer-skip", "stop_below": 0.3, "refresh_every": 5}),
     "arbiter of models": lambda: build(
         {
-            "name": "arbiter", "measure": False,
+            "name": "arbiter",
+            "measure": False,
             "drafters": ["suffix-automaton", "layer-skip", {"name": "draft-model", "path": draft_checkpoint()}],
         }
     ),
