@@ -223,8 +223,8 @@ class ArbiterDrafter(CompositeDrafter):
         np.cumsum([len(tokens) for tokens in verified.emitted], out=borders[1:])
         lengths = step.lengths
         for index, proposal in enumerate(step.proposals):
-            # What was drawn but not verified teaches nothing. A draft that ended before what was granted teaches that it
-            # does: its missing tokens count as rejected.
+            # What was drawn but not verified teaches nothing. A draft that ended before what was granted teaches that
+            # it does: its missing tokens count as rejected.
             drawn = _drawn(proposal)
             lengths[index, drawn] = np.where(step.choice == index, step.granted, 0)[drawn]
         learn(

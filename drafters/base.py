@@ -9,7 +9,7 @@ a batch they sit in. Life of a sequence: `begin`, then `propose` and `observe` b
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ class Needs(Flag):
 
     NOTHING = 0
     HIDDEN_STATES = auto()
-    """final-norm hidden states of verified positions, in `Verified.hidden`"""
+    """final-norm hidden states: of a sequence's first tokens in `SequenceStart.hidden`, then of verified positions in
+    `Verified.hidden`"""
     LOGITS = auto()
     """the target's logits of verified positions, in `Verified.logits`"""
     TARGET_LAYERS = auto()
@@ -49,9 +50,19 @@ class Target(Protocol):
     def tokenizer(self) -> Tokenizer | None:
         """None where the target is no checkpoint directory."""
 
-    def places(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Pages int64 [B, most of a live sequence] of live sequences, and how many tokens int64 [B] of each are cached:
-        all but the last one."""
+    def places(self, ids: Sequence[int]) -> "Places":
+        """Of live sequences; a draft begins behind them."""
+
+
+class Places(NamedTuple):
+    """Where the keys and values of B sequences are, of all tokens but the last one."""
+
+    tables: np.ndarray
+    """int64 [B, most], pages of each"""
+    held: np.ndarray
+    """int64 [B], tokens in them"""
+    evicted: np.ndarray | None = None
+    """int64 [B], tokens that were in them before their keys and values were dropped; None: no sequence has any"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +78,9 @@ class SequenceStart:
     seed: int
     response_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [T], tokens it has already; empty but in `restore`"""
+    hidden: torch.Tensor | None = None
+    """[P + T - 1, H], final-norm hidden states after each token but the last, on the target's device, for drafters that
+    ask for HIDDEN_STATES; sequences of a group share the prompt's memory"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,11 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
+from drafters.base import BaseDrafter, DraftRequest, Needs, Places, Proposal, SequenceStart, Target, Verified
 from drafters.drawing import Drawing
 from drafters.skip_program import Probe, solve
 from pipeline.errors import UsageError
+from pipeline.models.kv_cache import AttentionPlan, KVCache
 
 Set = tuple[int, ...]
 
@@ -150,37 +151,34 @@ class LayerSkipDrafter(BaseDrafter):
             np.array([text.tokens for text in texts], np.int64), vocab_size=target.decoder.config.vocab_size,
             greedy=options.greedy, stop_below=options.stop_below,
         )  # fmt: skip
-        tables, cached = target.places(ids)
+        places = target.places(ids)
         tokens = np.array([text.last for text in texts], np.int64)
         while len(rows := drawing.rows):
             chosen = [sets[row] or () for row in rows.tolist()]
-            hidden = self._forward(target, tokens[rows], tables[rows], cached[rows] + drawing.depth, chosen)
+            hidden = self._forward(target, tokens[rows], _ahead(places, rows, drawing.depth), chosen)
             tokens[rows] = drawing.draw(target.decoder.logits(hidden))
             self._drafted += len(rows)
         return drawing.proposal()
 
-    def _forward(
-        self, target: Target, tokens: np.ndarray, tables: np.ndarray, cached: np.ndarray, sets: Sequence[Set]
-    ) -> Tensor:
+    def _forward(self, target: Target, tokens: np.ndarray, places: Places, sets: Sequence[Set]) -> Tensor:
         """Hidden states [A, H] after the final norm, of a token for each of A rows, without the layers of its set."""
         decoder, cache = target.decoder, target.cache
         x = decoder.embedding[torch.from_numpy(tokens).to(decoder.device)]
-        ones = np.ones(len(tokens), np.int64)
-        plan = cache.plan(tables, cached, ones)
+        plan = _one_more(cache, places)
         same = all(chosen == sets[0] for chosen in sets)
         plans = {}
-        for index, layer in enumerate(decoder.layers):
+        for index in range(len(decoder.layers)):
             if same:
                 if index not in sets[0]:
-                    x = decoder.block(index, layer, x, plan, cache)
+                    x = decoder.block(index, x, plan, cache)
                 continue
             rows = tuple(row for row, chosen in enumerate(sets) if index not in chosen)
             if rows:
                 if rows not in plans:
-                    at = list(rows)
-                    plans[rows] = cache.plan(tables[at], cached[at], ones[at]), torch.tensor(at, device=x.device)
+                    some = _one_more(cache, _ahead(places, np.array(rows), 0))
+                    plans[rows] = some, torch.tensor(rows, device=x.device)
                 part, where = plans[rows]
-                x[where] = decoder.block(index, layer, x[where], part, cache)
+                x[where] = decoder.block(index, x[where], part, cache)
         return decoder.attention.norm(x, decoder.final_norm)
 
     def counters(self) -> dict[str, float]:
@@ -189,3 +187,13 @@ class LayerSkipDrafter(BaseDrafter):
             "sets_chosen": self._refreshes,
             "seconds_choosing": self._program_seconds,
         }
+
+
+def _ahead(places: Places, rows: np.ndarray, depth: int) -> Places:
+    """Of some rows, `depth` draft tokens further on."""
+    evicted = None if places.evicted is None else places.evicted[rows]
+    return Places(places.tables[rows], places.held[rows] + depth, evicted)
+
+
+def _one_more(cache: KVCache, places: Places) -> AttentionPlan:
+    return cache.plan(places.tables, places.held, np.ones(len(places.held), np.int64), places.evicted)

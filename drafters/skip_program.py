@@ -91,18 +91,19 @@ class Probe:
         """
         self._target = target
         self._most = most = min(most, target.cache.free // len(ids))
-        tables, cached = target.places(ids)
-        self._before = np.tile(cached - 1, most)
-        last = (cached - 1) // PAGE
+        tables, held, evicted = target.places(ids)
+        self._before = np.tile(held - 1, most)
+        self._evicted = None if evicted is None else np.tile(evicted, most)
+        last = (held - 1) // PAGE
         self._tables = np.tile(tables, (most, 1))
         self._pages = target.cache.take(most * len(ids))
         rows = np.arange(len(self._tables))
         sources = self._tables[rows, np.tile(last, most)]
         self._tables[rows, np.tile(last, most)] = self._pages
-        held = np.flatnonzero(self._before % PAGE)
-        if len(held):
+        begun = np.flatnonzero(self._before % PAGE)
+        if len(begun):
             store = target.cache.store
-            store[:, :, np.array(self._pages)[held]] = store[:, :, sources[held]]
+            store[:, :, np.array(self._pages)[begun]] = store[:, :, sources[begun]]
         self._plans: dict[int, AttentionPlan] = {}
 
     def __enter__(self) -> Run:
@@ -117,6 +118,7 @@ class Probe:
     def _pass(self, layer: int, states: Tensor) -> Tensor:
         rows, decoder, cache = states.shape[0] * states.shape[1], self._target.decoder, self._target.cache
         if rows not in self._plans:
-            self._plans[rows] = cache.plan(self._tables[:rows], self._before[:rows], np.ones(rows, np.int64))
+            evicted = None if self._evicted is None else self._evicted[:rows]
+            self._plans[rows] = cache.plan(self._tables[:rows], self._before[:rows], np.ones(rows, np.int64), evicted)
         flat = states.reshape(rows, -1)
-        return decoder.block(layer, decoder.layers[layer], flat, self._plans[rows], cache).view(states.shape)
+        return decoder.block(layer, flat, self._plans[rows], cache).view(states.shape)

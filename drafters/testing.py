@@ -10,12 +10,12 @@ its drafts are any good.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.base import Drafter, DraftRequest, Needs, Places, Proposal, SequenceStart, Verified
 from drafters.guard import CALL_SECONDS, Host, checked
 from pipeline.models.config import ModelConfig, RopeParameters
 from pipeline.models.decoder import Decoder
@@ -137,17 +137,17 @@ class Rehearsal:
     def tokenizer(self) -> Tokenizer | None:
         return None
 
-    def places(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def places(self, ids: Sequence[int]) -> Places:
         """As `drafters.base.Target` says."""
         texts = {text.start.id: text for text in self.live}
-        return _tables([texts[i] for i in ids]), np.array([texts[i].cached for i in ids], np.int64)
+        return Places(_tables([texts[i] for i in ids]), np.array([texts[i].cached for i in ids], np.int64))
 
     def begin(self, sequences: Sequence[SequenceStart], limit: int) -> None:
         texts = [_Text(start, limit) for start in sequences]
         self._take_places(texts)
         self.live += texts
         if self.drafter is not None:
-            self.drafter.begin(sequences)
+            self.drafter.begin(self._starts(texts))
 
     def preempt(self, ids: Sequence[int]) -> list[_Text]:
         """Takes sequences out of the batch."""
@@ -162,7 +162,7 @@ class Rehearsal:
         self._take_places(texts)
         self.live += texts
         if self.drafter is not None:
-            self.drafter.restore([_restored(text) for text in texts])
+            self.drafter.restore(self._starts(texts))
 
     def cancel(self, ids: Sequence[int]) -> None:
         self._give_places_back([text for text in self.live if text.start.id in ids])
@@ -223,6 +223,16 @@ class Rehearsal:
             emitted.append(np.array(tokens, np.int64))
         self._observe(proposal, hidden, logits, states, emitted, accepted)
 
+    def _starts(self, texts: Sequence[_Text]) -> list[SequenceStart]:
+        """As an engine tells them: with the response so far, and hidden states where they are asked for."""
+        assert self.drafter is not None
+        starts = [replace(text.start, response_ids=np.array(text.tokens, np.int64)) for text in texts]
+        if Needs.HIDDEN_STATES not in self.drafter.needs or not starts:
+            return starts
+        tokens = [[*text.start.prompt_ids.tolist(), *text.tokens] for text in texts]
+        hidden = self._hidden(tokens).split([len(t) for t in tokens])
+        return [replace(start, hidden=h[:-1]) for start, h in zip(starts, hidden, strict=True)]
+
     def _propose(self) -> Proposal:
         ids = [text.start.id for text in self.live]
         # Ragged on purpose: a budget is anything from nothing to as much as is left.
@@ -250,6 +260,16 @@ class Rehearsal:
         plan = self.cache.plan(_tables(self.live), cached, proposal.lengths + 1)
         hidden = self.target.forward(torch.from_numpy(packed.astype(np.int64)), plan, self.cache, states)
         return hidden, self.target.logits(hidden)
+
+    @torch.no_grad()
+    def _hidden(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Final-norm hidden states [N, H] of all tokens of the texts, computed anew."""
+        counts = np.array([len(text) for text in texts], np.int64)
+        pages = -(-int(counts.max()) // PAGE)
+        cache = KVCache(self.target.config, self.target.dtype, self.target.device, len(texts) * pages)
+        tables = np.array(cache.take(len(texts) * pages), np.int64).reshape(len(texts), pages)
+        plan = cache.plan(tables, np.zeros(len(texts), np.int64), counts)
+        return self.target.forward(torch.tensor(np.concatenate(texts)), plan, cache)
 
     def _observe(
         self,
@@ -293,13 +313,6 @@ def _tables(texts: Sequence[_Text]) -> np.ndarray:
     for row, text in enumerate(texts):
         table[row, : len(text.pages)] = text.pages
     return table
-
-
-def _restored(text: _Text) -> SequenceStart:
-    start = text.start
-    return SequenceStart(
-        start.id, start.prompt_ids, start.group, start.temperature, start.seed, np.array(text.tokens, np.int64)
-    )
 
 
 def sequences(
