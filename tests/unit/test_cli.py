@@ -22,6 +22,7 @@ COMMAND_LINE = {
     ],
     "corpus": ["action", "files", "--out", "--tokenizer", "--template"],
     "drafters": [],
+    "train-drafter": ["[config]", "--set", "--dry-run", "--out"],
     "export": ["run", "--step", "--out", "--dtype"],
     "bench": ["what", "arguments"],
 }  # fmt: skip
