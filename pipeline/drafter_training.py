@@ -147,7 +147,7 @@ def _training(config: Config, decoder: Decoder) -> HeadTraining:
         load_head(MTPHead(decoder), folder)  # refuses one that does not fit
     compute = _compute_dtype(section.dtype)
     tensors = {name: tensor.float() for name, tensor in decoder.tensors().items()}
-    module = new_module(decoder, tensors, files, config.run.seed).to(decoder.device)
+    module = new_module(decoder.config, tensors, files, config.run.seed).to(decoder.device)
     return HeadTraining(module, FrozenHead.of(decoder, tensors, compute), section, config.run.seed, compute)
 
 

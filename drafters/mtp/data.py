@@ -126,20 +126,34 @@ class TrainingTexts:
 
     def batch(self, chosen: Sequence[int], depths: int) -> Batch:
         """Texts `chosen`, to be trained to `depths`."""
-        length = int(self.lengths[chosen].max())
-        tokens = torch.zeros(len(chosen), length, dtype=torch.int64)
-        hidden = self._hidden.new_zeros(len(chosen), length, self._hidden.shape[1])
-        rows: list[np.ndarray] = []
-        left: list[np.ndarray] = []
-        for b, i in enumerate(chosen):
-            ids, first = self._pieces[i]
-            tokens[b, : len(ids)] = torch.from_numpy(ids)
-            hidden[b, : len(ids)] = self._hidden[self._starts[i] : self._starts[i + 1]]
-            t = np.arange(max(0, first - 2), len(ids) - 2)
-            rows.append(b * length + t)
-            left.append(len(ids) - 2 - t)
-        valid = np.concatenate(left)[:, None] > np.arange(depths)
-        return Batch(tokens, hidden, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(valid))
+        hidden = [self._hidden[self._starts[i] : self._starts[i + 1]] for i in chosen]
+        return padded_batch([self._pieces[i] for i in chosen], hidden, depths)
+
+
+def padded_batch(texts: Sequence[tuple[np.ndarray, int]], hidden: Sequence[Tensor], depths: int) -> Batch:
+    """A batch of B texts.
+
+    Args:
+        texts: int64 tokens of each, at least three, and the first of them that is trained on.
+        hidden: [its tokens, H] of each, on the device that the batch is for.
+        depths: to be trained to.
+    """
+    length = max(len(ids) for ids, _ in texts)
+    tokens = torch.zeros(len(texts), length, dtype=torch.int64)
+    padded = hidden[0].new_zeros(len(texts), length, hidden[0].shape[1])
+    rows: list[np.ndarray] = []
+    left: list[np.ndarray] = []
+    for b, (ids, first) in enumerate(texts):
+        tokens[b, : len(ids)] = torch.from_numpy(ids)
+        padded[b, : len(ids)] = hidden[b]
+        t = np.arange(max(0, first - 2), len(ids) - 2)
+        rows.append(b * length + t)
+        left.append(len(ids) - 2 - t)
+    valid = np.concatenate(left)[:, None] > np.arange(depths)
+    device = padded.device
+    return Batch(
+        tokens.to(device), padded, torch.from_numpy(np.concatenate(rows)).to(device), torch.from_numpy(valid).to(device)
+    )
 
 
 def _pieces(rollout: Rollout) -> Iterator[tuple[np.ndarray, int]]:

@@ -19,6 +19,7 @@ from drafters.mtp.losses import NEEDS_WARM_UP, Objective, expected_accepted
 from drafters.mtp.module import MTPModule
 from pipeline.config.types import DrafterSection
 from pipeline.errors import RunFailed
+from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Decoder
 from pipeline.weights.filesystem import save_tensors
 
@@ -159,7 +160,9 @@ class HeadTraining:
         section = self.section
         for batch in self._batches(texts):
             began = time.perf_counter()
-            loss, alphas, name = self._train(batch)
+            self.step += 1
+            name = self._objective()
+            loss, alphas = self.fit(batch, name, self._rate())
             self.seconds += time.perf_counter() - began
             last = self.step >= section.steps or 0 < section.seconds <= self.seconds
             evaluate = last or self.step % section.eval_every == 0
@@ -181,22 +184,24 @@ class HeadTraining:
                 done += 1
             epoch += 1
 
-    def _train(self, batch: Batch) -> tuple[float, list[float], str]:
-        self.step += 1
-        name = self._objective()
+    def fit(self, batch: Batch, name: str, rate: float) -> tuple[float, list[float]]:
+        """One optimiser step; the loss, and mean chances of acceptance by depth.
+
+        Raises:
+            RunFailed: the loss is no number.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
+            group["lr"] = rate
         self.optimizer.zero_grad()
         with self._autocast():
             loss, alphas, _ = batch_backward(
                 self.module, self.frozen, batch, Objective(name, self.section.depth_decay), self.section.depths
             )
         if not math.isfinite(loss):
-            raise RunFailed(f"the loss is {loss} at step {self.step}; lower drafter.learning_rate")
+            raise RunFailed(f"the draft head's loss is {loss} at step {self.step}; lower its learning rate")
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.section.max_grad_norm)
         self.optimizer.step()
-        means = alphas.sum(0) / batch.valid.sum(0).clamp_min(1)
-        return loss, means.tolist(), name
+        return loss, (alphas.sum(0) / batch.valid.sum(0).clamp_min(1)).tolist()
 
     def _objective(self) -> str:
         section = self.section
@@ -257,9 +262,9 @@ class HeadTraining:
         return True
 
 
-def new_module(target: Decoder, tensors: dict[str, Tensor], start: Sequence[Path], seed: int) -> MTPModule:
-    """The head to begin with: of the files `start`, or one made of the target's last layer."""
-    module = MTPModule(target.config)
+def new_module(config: ModelConfig, tensors: dict[str, Tensor], start: Sequence[Path], seed: int) -> MTPModule:
+    """The head to begin with: of the files `start`, or one made of the last layer among the target's `tensors`."""
+    module = MTPModule(config)
     if start:
         found: dict[str, Tensor] = {}
         for path in start:

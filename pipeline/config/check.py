@@ -113,6 +113,7 @@ _FREE_TO_CHANGE = {
     "engine": None,
     "drafter": None,
     "transport": None,
+    "telemetry": None,
     "weights": {"keep", "transport"},
     "objective": {"recipe", "reconstructed"},
     "learner": {

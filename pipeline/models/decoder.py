@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.models.attention import attention_for
+from pipeline.models.attention import Attention, attention_for
 from pipeline.models.config import ModelConfig
 from pipeline.models.kv_cache import AttentionPlan, KVCache
 from pipeline.models.linear import Linear
@@ -99,11 +99,13 @@ class LayerWeights:
         plain = sum(weight.numel() * weight.element_size() for weight in self._plain.values())
         return plain + sum(linear.bytes for linear in self._linears)
 
-    def block(self, index: int, layer: Layer, x: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
-        """[N, H] after a layer; its new keys and values are cached as layer `index`'s."""
-        qkv = layer.qkv(self.attention.norm(x, layer.input_norm))
-        x = layer.output.plus(self.attention(index, qkv, layer.qk_norm, plan, cache), x)
-        normed = self.attention.norm(x, layer.post_norm)
+    def through(
+        self, index: int, layer: Layer, x: Tensor, plan: AttentionPlan, cache: KVCache, attention: Attention
+    ) -> Tensor:
+        """[N, H] after a layer; its new keys and values are cached as layer `index`'s, if `attention` does that."""
+        qkv = layer.qkv(attention.norm(x, layer.input_norm))
+        x = layer.output.plus(attention(index, qkv, layer.qk_norm, plan, cache), x)
+        normed = attention.norm(x, layer.post_norm)
         return layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), x)
 
 
@@ -123,12 +125,36 @@ class Decoder(LayerWeights):
         self.head = self._linear({name: config.vocab_size}, config.hidden_size)
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
-        """Hidden states [N, H] after the final norm of packed tokens int64 [N]; their keys and values are cached."""
-        x = self.embedding[token_ids]
+    def forward(
+        self,
+        token_ids: Tensor,
+        plan: AttentionPlan,
+        cache: KVCache,
+        states: list[Tensor] | None = None,
+        attention: Attention | None = None,
+    ) -> Tensor:
+        """Hidden states [N, H] after the final norm of packed tokens int64 [N].
+
+        Args:
+            token_ids: N packed tokens.
+            plan: of this forward pass.
+            cache: read and written.
+            states: filled with [N, H] tensors, the embedding and what each layer gave, where it is a list.
+            attention: stands in for the decoder's own, and need not cache keys and values.
+        """
+        attention, x = attention or self.attention, self.embedding[token_ids]
+        if states is not None:
+            states.append(x)
         for index, layer in enumerate(self.layers):
-            x = self.block(index, layer, x, plan, cache)
-        return self.attention.norm(x, self.final_norm)
+            x = self.through(index, layer, x, plan, cache, attention)
+            if states is not None:
+                states.append(x)
+        return attention.norm(x, self.final_norm)
+
+    @torch.no_grad()
+    def block(self, index: int, x: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
+        """[N, H] of [N, H]: one layer; its keys and values are cached."""
+        return self.through(index, self.layers[index], x, plan, cache, self.attention)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
