@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,8 +129,9 @@ class HeadCoTraining:
         device = self._model.device
         tokens = torch.from_numpy(np.concatenate([ids for ids, _ in texts])).to(device)
         positions = torch.from_numpy(np.concatenate([np.arange(len(ids)) for ids, _ in texts])).to(device)
+        base: Any = self._model.base_model
         with torch.autocast(device.type, self._compute, enabled=self._compute != torch.float32):
-            hidden = self._model.base_model(
+            hidden = base(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False,
                 **segment_arguments(torch.tensor(starts, dtype=torch.int32)),
             ).last_hidden_state[0].float()  # fmt: skip

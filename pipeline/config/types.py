@@ -274,7 +274,8 @@ class DrafterSection(Section):
     ] = "auto"
     eval_every: Annotated[PositiveInt, option("steps between measurements of acceptance on held-out texts")] = 100
     co_train: Annotated[
-        bool, option("the learner trains the head on fresh rollouts, apart from the policy, and publishes both together")
+        bool,
+        option("the learner trains the head on fresh rollouts, apart from the policy, and publishes both together"),
     ] = False
     co_learning_rate: Annotated[PositiveFloat, option("AdamW learning rate of that; the loss is drafter.loss")] = 3.5e-5
     checkpoint_every: Annotated[PositiveInt, option("steps between checkpoints")] = 100
