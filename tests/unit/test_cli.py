@@ -24,6 +24,8 @@ COMMAND_LINE = {
     "drafters": [],
     "export": ["run", "--step", "--out", "--dtype"],
     "report": ["folder", "--out"],
+    "doctor": [],
+    "completion": ["shell"],
     "bench": ["what", "arguments"],
 }  # fmt: skip
 
