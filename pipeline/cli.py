@@ -73,6 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--kv-compression", metavar="POLICY", help="keep part of the cache: sinks-window, snapkv, r-kv"
+    )
+    generate.add_argument("--kv-budget", type=int, default=512, metavar="N", help="cached tokens that are kept")
+    generate.add_argument("--kv-every", type=int, default=128, metavar="N", help="tokens between two compressions")
     generate.add_argument("--samples", type=int, default=1, metavar="N", help="responses, with seeds from --seed on")
     _sampling_options(generate)
 
@@ -215,6 +220,7 @@ def _generate(options: argparse.Namespace) -> int:
         sampling=vars(options),
         seed=options.seed,
         samples=options.samples,
+        kv_compression=(options.kv_compression, options.kv_budget, options.kv_every),
     )
 
 
@@ -298,9 +304,11 @@ def _dry_run(config: object, parts: tuple[str, ...]) -> int:
         build_objective(config)
     if "engine" in parts:
         from drafters.registry import build
+        from pipeline.engine.native.compression import KVCompression
         from pipeline.tasks.rewards import load_reward
 
         build(config.engine.drafter)
+        KVCompression.from_config(config.engine.kv_compression)
         load_reward(config.task.reward)
     sys.stdout.write(render(config))
     return 0

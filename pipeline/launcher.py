@@ -61,8 +61,10 @@ def run(config: Config, demo: bool, *, evaluate_only: bool = False) -> int:
 def _check_objective(config: Config) -> None:
     """Before minutes of warm start, not after."""
     from learner.composition import build_objective
+    from pipeline.engine.native.compression import KVCompression
 
     build_objective(config)
+    KVCompression.from_config(config.engine.kv_compression)
 
 
 def _choose_address(config: Config) -> None:

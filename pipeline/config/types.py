@@ -88,6 +88,15 @@ class SamplingSection(Section):
     max_new_tokens: Annotated[PositiveInt, option("longest response, in tokens")] = 512
 
 
+class KVCompressionSection(Section):
+    policy: Annotated[Piece, option("what stays: none (all), sinks-window, snapkv, r-kv or module:Class")] = field(
+        default_factory=lambda: {"name": "none"}
+    )
+    budget: Annotated[PositiveInt, option("tokens of a sequence whose keys and values a compression leaves")] = 512
+    every: Annotated[PositiveInt, option("tokens from one compression to the next")] = 128
+    evaluation: Annotated[bool, option("compress in evaluations, too")] = False
+
+
 class EngineSection(Section):
     generator: Annotated[Literal["native"], option("what generates")] = "native"
     threads: Annotated[Count, option("torch threads of an engine; 0: chosen from the machine's cores")] = 0
@@ -100,6 +109,7 @@ class EngineSection(Section):
     kv_bytes: Annotated[
         Count, option("memory for keys and values, in bytes; 0: for max_sequences, at most half of what is free")
     ] = 0
+    kv_compression: KVCompressionSection = field(default_factory=KVCompressionSection)
     prefill_tokens: Annotated[PositiveInt, option("prompt tokens computed between two generation steps")] = 2048
     update_kv: Annotated[
         Literal["keep", "recompute"], option("keys and values of sequences under way when new weights arrive")

@@ -44,7 +44,7 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
     stop, log = StopSignal(), Log("engine")
     Log.structured = config.telemetry.log_format == "json"
     scorers = build_scorers(config.task)
-    _build_drafter(config)  # refuse a wrong drafter before anything waits
+    _build_pieces(config)  # refuse wrong ones before anything waits
     link, follower = _connect(config, connect, connect_timeout, log)
     watchdog = Watchdog(config.transport.stall_seconds, lambda why, where: _stalled(link, why, where))
     observer = EngineObserver(config, log)
@@ -237,7 +237,10 @@ class Engine:
             if not work.started and lease.version <= self.generator.version:
                 work.started = True
                 prompt_ids = np.asarray(lease.prompt_ids, np.int64)
-                self.generator.add(GroupRequest(lease.id, prompt_ids, lease.sampling, lease.seeds, lease.temperatures))
+                full = lease.kind == "eval" and not self.config.engine.kv_compression.evaluation
+                self.generator.add(
+                    GroupRequest(lease.id, prompt_ids, lease.sampling, lease.seeds, lease.temperatures, full)
+                )
 
     def _generate(self) -> None:
         if self.generator is None or not self.generator.has_work():
@@ -324,10 +327,12 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
     )
 
 
-def _build_drafter(config: Config) -> object:
+def _build_pieces(config: Config) -> None:
     from drafters.registry import build
+    from pipeline.engine.native.compression import KVCompression
 
-    return build(config.engine.drafter)
+    build(config.engine.drafter)
+    KVCompression.from_config(config.engine.kv_compression)
 
 
 def build_generator(config: Config, folder: Path, log: Log) -> Generator:
@@ -335,6 +340,7 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
     import torch
 
     from drafters.registry import build
+    from pipeline.engine.native.compression import KVCompression
     from pipeline.engine.native.generator import NativeGenerator
 
     torch.set_num_threads(resolve_threads(config.engine.threads, config))
@@ -349,6 +355,7 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         device=config.engine.device,
         verification=config.engine.verification,
         kv_bytes=config.engine.kv_bytes,
+        kv_compression=KVCompression.from_config(config.engine.kv_compression),
         prefill_tokens=config.engine.prefill_tokens,
         recompute_on_update=config.engine.update_kv == "recompute",
         on_event=log,
