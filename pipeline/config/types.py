@@ -42,14 +42,20 @@ class ModelSection(Section):
 
 
 class TaskSection(Section):
-    kind: Annotated[Literal["arithmetic", "jsonl"], option("where prompts come from")] = "arithmetic"
+    kind: Annotated[
+        Annotated[str, Meta(pattern=r"^(arithmetic|jsonl|datasets|[\w.]+:\w+)$")],
+        option("where prompts come from: arithmetic, jsonl, datasets, or module:Class of your own"),
+    ] = "arithmetic"
     digits: Annotated[Annotated[int, Meta(ge=1, le=12)], option("arithmetic: digits of the largest operand")] = 2
     operands: Annotated[Annotated[int, Meta(ge=2, le=8)], option("arithmetic: numbers to add")] = 3
-    path: Annotated[str, option("jsonl: file of training samples, one object a line")] = ""
+    path: Annotated[str, option("jsonl: file of training samples, one object a line; datasets: name or folder")] = ""
     held_out_path: Annotated[str, option("jsonl: file of held-out samples")] = ""
-    question_field: Annotated[str, option("jsonl: field that holds the question")] = "question"
-    answer_field: Annotated[str, option("jsonl: field that holds the reference answer")] = "answer"
-    prompt_template: Annotated[str, option("jsonl: prompt text; {question} is replaced")] = (
+    subset: Annotated[str, option("datasets: configuration of the dataset, where it has several")] = ""
+    split: Annotated[str, option("datasets: split of training samples")] = "train"
+    held_out_split: Annotated[str, option("datasets: split of held-out samples; empty: none")] = ""
+    question_field: Annotated[str, option("jsonl, datasets: field that holds the question")] = "question"
+    answer_field: Annotated[str, option("jsonl, datasets: field of the reference answer; empty: none")] = "answer"
+    prompt_template: Annotated[str, option("jsonl, datasets: prompt text; {question} is replaced")] = (
         "Question: {question}\nAnswer:"
     )
     reward: Annotated[str, option("numeric-answer, or module:function with TRL's signature")] = "numeric-answer"
