@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
+from learner import ranks
 from learner.attention import PACKED_ATTENTION
 from learner.lean import keep_less
 from learner.linear import use_fast_products
@@ -64,9 +65,10 @@ def load_policy(folder: Path | str, device: str = "auto") -> PreTrainedModel:
     missing = sorted(info["missing_keys"])
     if missing:
         raise UsageError(f"the checkpoint {folder} lacks {len(missing)} weights, {missing[0]} first; is it complete?")
-    policy: PreTrainedModel = model.to(resolve_device(device)).eval()
-    use_fast_products(policy)
+    policy: PreTrainedModel = model.eval()
     keep_less(policy)
+    policy = ranks.shard(policy, resolve_device(device))
+    use_fast_products(policy)
     return policy
 
 
@@ -88,6 +90,17 @@ def policy_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The model's weights under the names of a Hugging Face checkpoint, tied weights once; detached, not copied."""
     tied: dict[str, str] = model.all_tied_weights_keys
     return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def gathered_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """`policy_state` on the CPU in that type, whole on rank 0 and nothing on the others, which never hold more than one
+    whole tensor. All ranks call it."""
+    found = {}
+    for name, tensor in policy_state(model).items():
+        whole = ranks.full(tensor.to(dtype))
+        if ranks.rank() == 0:
+            found[name] = whole.cpu().contiguous()
+    return found
 
 
 def copy_companion_files(source: Path | str, target: Path) -> None:

@@ -17,10 +17,8 @@ import torch
 
 from learner import checkpoint
 from learner.composition import build_objective
-from learner.policy import load_policy
 from learner.step_metrics import Metrics
-from learner.tokens import Needs
-from learner.trainer import Trainer
+from learner.trainer import build_trainer
 from pipeline.config import Config, load_config, resolve_threads
 from pipeline.durable import write_durably
 from pipeline.errors import RollaheadError, RunFailed, UsageError
@@ -84,7 +82,7 @@ def replay(folder: Path, step: int) -> tuple[Metrics, dict[str, object]]:
         raise UsageError(f"{folder} is no run directory: it has no config.toml")
     config = load_config(run.config, [])
     torch.set_num_threads(resolve_threads(config.learner.threads, config))
-    trainer = _trainer(config)
+    trainer = build_trainer(config, build_objective(config), _initial_model(config))
     root = run.checkpoints
     restored = checkpoint.restore(root, trainer.model, trainer.optimizer, before=step)
     trainer.step = restored.step if restored else 0
@@ -115,18 +113,6 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{key:<16} {again[key]!r:<24} in the run {before.get(key)!r}")
     print("the same to the last bit" if same else "not the same")
     return 0 if same else 1
-
-
-def _trainer(config: Config) -> Trainer:
-    folder = _initial_model(config)
-    objective = build_objective(config)
-    reference = None
-    if Needs.REFERENCE in objective.needs:
-        reference = load_policy(config.learner.reference_path or folder, config.learner.device).requires_grad_(False)
-    return Trainer(
-        load_policy(folder, config.learner.device), objective, config.learner, config.sampling.temperature,
-        seed=config.run.seed, reference=reference, max_response_tokens=config.sampling.max_new_tokens,
-    )  # fmt: skip
 
 
 def _initial_model(config: Config) -> Path:
