@@ -21,17 +21,19 @@ _UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logits_sca
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that `learner.device` names; "auto" is CUDA where there is one.
+    """The device that `learner.device` names; "auto" is CUDA where there is one, of several GPUs this rank's.
 
     Raises:
         UsageError: no such device here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"learner.device {device!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda" and resolved.index is None:
+        resolved = torch.device("cuda", ranks.local_rank())
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"learner.device {device!r}: this machine shows {torch.cuda.device_count()} CUDA devices")
     return resolved

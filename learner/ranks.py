@@ -8,6 +8,7 @@ pieces of an objective therefore see a batch as one rank would, and know nothing
 Weights, gradients and optimiser state are sharded by FSDP2 (`torch.distributed.fsdp.fully_shard`), layer by layer.
 """
 
+import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -75,7 +76,8 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def ranks_of_this_machine() -> int:
+def on_this_machine() -> int:
+    """Ranks that share this machine's cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -133,6 +135,23 @@ def messages(own: bytes) -> list[bytes]:
     parts = [torch.empty_like(padded) for _ in lengths]
     distributed.all_gather(parts, padded, group=_side_channel)
     return [part[: int(length)].numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
+
+
+def together(action: Callable[[], T]) -> T:
+    """Do something on every rank. All wait for one another, and a failure of any of them to write is one of all.
+
+    Raises:
+        OSError: this rank's, or one of the same number.
+    """
+    number, result, failure = 0, None, None
+    try:
+        result = action()
+    except OSError as error:
+        number, failure = error.errno or errno.EIO, error
+    failed = max(int(said) for said in messages(str(number).encode()))
+    if failed:
+        raise failure or OSError(failed, os.strerror(failed))
+    return result  # type: ignore[return-value]
 
 
 # ---- what is divided, and what is put together -----------------------------------------------------------------------
