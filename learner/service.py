@@ -89,7 +89,7 @@ def run_learner(config: Config, *, evaluate_only: bool = False) -> int:
         return 0 if learner.done else INTERRUPTED
     except Exception as error:
         if ranks.is_loss_of_a_rank(error):
-            learner.hub.fail(str(ranks.lost()), traceback.format_exc())
+            # engines wait for the learner to come back, as after the loss of this process
             raise ranks.lost() from error
         learner.hub.fail(str(error), traceback.format_exc())
         raise
