@@ -73,6 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--kv-compression", metavar="POLICY", help="keep part of the cache: sinks-window, snapkv, r-kv"
+    )
+    generate.add_argument("--kv-budget", type=int, default=512, metavar="N", help="cached tokens that are kept")
+    generate.add_argument("--kv-every", type=int, default=128, metavar="N", help="tokens between two compressions")
     generate.add_argument("--samples", type=int, default=1, metavar="N", help="responses, with seeds from --seed on")
     _sampling_options(generate)
 
@@ -101,6 +106,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="an engine to make a key for; may be repeated (default: engine)",
     )
+
+    report = _command(commands, "report", "one HTML file of a run or a benchmark, for a browser, no network", _report)
+    report.add_argument("folder", type=Path, help="run directory, or --out of a benchmark")
+    report.add_argument("--out", type=Path, metavar="FILE", help="file to write; default: report.html in it")
 
     bench = _command(commands, "bench", "measure or prove something; `rollahead bench WHAT --help` tells more", _bench)
     bench.add_argument("what", help="name of the benchmark; `rollahead bench list` shows them")
@@ -205,6 +214,7 @@ def _generate(options: argparse.Namespace) -> int:
         sampling=vars(options),
         seed=options.seed,
         samples=options.samples,
+        kv_compression=(options.kv_compression, options.kv_budget, options.kv_every),
     )
 
 
@@ -248,6 +258,13 @@ def _keygen(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from pipeline.telemetry.report import write_report
+
+    print(f"written {write_report(options.folder, options.out)}")
+    return 0
+
+
 def _bench(options: argparse.Namespace) -> int:
     from pipeline.bench import bench, overview
 
@@ -268,9 +285,11 @@ def _dry_run(config: object, parts: tuple[str, ...]) -> int:
         build_objective(config)
     if "engine" in parts:
         from drafters.registry import build
+        from pipeline.engine.native.compression import KVCompression
         from pipeline.tasks.rewards import load_reward
 
         build(config.engine.drafter)
+        KVCompression.from_config(config.engine.kv_compression)
         load_reward(config.task.reward)
     sys.stdout.write(render(config))
     return 0

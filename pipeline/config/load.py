@@ -9,7 +9,7 @@ import msgspec
 import tomli_w
 
 from pipeline.config.recipes import LISTS, SINGLE, apply_recipe, nearest
-from pipeline.config.types import Config
+from pipeline.config.types import Config, Section
 from pipeline.errors import UsageError
 
 EMBEDDED = Path(__file__).with_name("embedded.toml")
@@ -85,10 +85,18 @@ def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
             raise UsageError(f"unknown table [{name}] in the configuration{nearest(name, list(sections))}")
         if not isinstance(table, dict):
             raise UsageError(f"{name} = {table!r} must be a table of options, written [{name}]")
-        keys = [field.encode_name for field in msgspec.structs.fields(sections[name])]
-        for key in table:
-            if key not in keys:
-                raise UsageError(f"unknown key {name}.{key} = {table[key]!r}{nearest(key, keys)}")
+        _refuse_unknown(name, table, sections[name])
+
+
+def _refuse_unknown(name: str, table: dict[str, Any], section: type[msgspec.Struct]) -> None:
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(section)}
+    for key, value in table.items():
+        if key not in fields:
+            raise UsageError(f"unknown key {name}.{key} = {value!r}{nearest(key, list(fields))}")
+        if isinstance(fields[key], type) and issubclass(fields[key], Section):
+            if not isinstance(value, dict):
+                raise UsageError(f"{name}.{key} = {value!r} must be a table of options, written [{name}.{key}]")
+            _refuse_unknown(f"{name}.{key}", value, fields[key])
 
 
 def _expand_piece_names(tree: dict[str, Any]) -> None:
@@ -99,6 +107,9 @@ def _expand_piece_names(tree: dict[str, Any]) -> None:
         tree["engine"]["drafter"] = _piece(drafter)
         if isinstance(drafter, dict):
             tree["engine"]["drafter"] = {**Config().engine.drafter, **drafter} if "name" not in drafter else drafter
+    compression = tree.get("engine", {}).get("kv_compression", {})
+    if "policy" in compression:
+        compression["policy"] = _piece(compression["policy"])
     objective = tree.get("objective", {})
     for key in SINGLE:
         if key in objective:
@@ -121,14 +132,23 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
     if found is None:
         return f"the configuration is not valid: {message}"
     key, what = found["key"], found["what"].replace("`", "")
-    section, _, name = key.partition(".")
-    value = tree.get(section, {}).get(name.partition("[")[0])
+    section, _, name = key.rpartition(".")
+    table = tree
+    for part in section.split("."):
+        table = table.get(part, {})
+    value = table.get(name.partition("[")[0])
     what = what[0].lower() + what[1:]
     return f"{key} = {value!r} is not valid: {what} ({help_of(section, name)})"
 
 
 def help_of(section: str, name: str) -> str:
     """The one line of help of an option."""
-    hint = get_type_hints(_sections()[section], include_extras=True).get(name.partition("[")[0])
+    table, *nested = section.split(".")
+    kind: Any = _sections()[table]
+    for part in nested:
+        kind = get_type_hints(kind).get(part)
+    if not isinstance(kind, type) or not issubclass(kind, Section):
+        return "see the configuration reference"
+    hint = get_type_hints(kind, include_extras=True).get(name.partition("[")[0])
     texts = [meta.description for meta in get_args(hint)[1:] if isinstance(meta, msgspec.Meta) and meta.description]
     return texts[-1] if texts else "see the configuration reference"

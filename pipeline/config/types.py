@@ -88,6 +88,15 @@ class SamplingSection(Section):
     max_new_tokens: Annotated[PositiveInt, option("longest response, in tokens")] = 512
 
 
+class KVCompressionSection(Section):
+    policy: Annotated[Piece, option("what stays: none (all), sinks-window, snapkv, r-kv or module:Class")] = field(
+        default_factory=lambda: {"name": "none"}
+    )
+    budget: Annotated[PositiveInt, option("tokens of a sequence whose keys and values a compression leaves")] = 512
+    every: Annotated[PositiveInt, option("tokens from one compression to the next")] = 128
+    evaluation: Annotated[bool, option("compress in evaluations, too")] = False
+
+
 class EngineSection(Section):
     generator: Annotated[Literal["native"], option("what generates")] = "native"
     threads: Annotated[Count, option("torch threads of an engine; 0: chosen from the machine's cores")] = 0
@@ -100,6 +109,7 @@ class EngineSection(Section):
     kv_bytes: Annotated[
         Count, option("memory for keys and values, in bytes; 0: for max_sequences, at most half of what is free")
     ] = 0
+    kv_compression: KVCompressionSection = field(default_factory=KVCompressionSection)
     prefill_tokens: Annotated[PositiveInt, option("prompt tokens computed between two generation steps")] = 2048
     update_kv: Annotated[
         Literal["keep", "recompute"], option("keys and values of sequences under way when new weights arrive")
@@ -195,6 +205,19 @@ class LearnerSection(Section):
     keep_checkpoints: Annotated[PositiveInt, option("checkpoints kept on disk")] = 2
 
 
+class TelemetrySection(Section):
+    tensorboard: Annotated[bool, option("write TensorBoard event files into tensorboard/ of the run")] = True
+    samples: Annotated[Count, option("samples of each batch written as text, with who drafted what; 0: none")] = 2
+    trace: Annotated[bool, option("write what each process did when into trace/, for Perfetto and Chrome")] = True
+    prometheus_port: Annotated[
+        Annotated[int, Meta(ge=0, le=65535)],
+        option("port of the learner's /metrics and /health; engines take the next free ones; 0: none"),
+    ] = 0
+    prometheus_host: Annotated[str, option("address these are served on")] = "127.0.0.1"
+    wandb: Annotated[str, option("Weights & Biases project; empty: none (needs the extra wandb)")] = ""
+    log_format: Annotated[Literal["text", "json"], option("of what processes write on stderr")] = "text"
+
+
 def _piece(name: str, **options: Any) -> Any:
     return field(default_factory=lambda: {"name": name, **options})
 
@@ -234,3 +257,4 @@ class Config(Section):
     weights: WeightsSection = field(default_factory=WeightsSection)
     learner: LearnerSection = field(default_factory=LearnerSection)
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    telemetry: TelemetrySection = field(default_factory=TelemetrySection)

@@ -35,6 +35,8 @@ class GroupRequest:
     """one a sample; a sample's text depends on its seed, the prompt and the weights, not on its neighbours"""
     temperatures: tuple[float, ...] = ()
     """one a sample, in place of the sampling parameters'; empty: theirs for all"""
+    full_cache: bool = False
+    """sample with all keys and values, also where the generator compresses"""
 
 
 @dataclass(frozen=True, slots=True)
