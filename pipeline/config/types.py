@@ -104,7 +104,10 @@ class KVCompressionSection(Section):
 
 
 class EngineSection(Section):
-    generator: Annotated[Literal["native"], option("what generates")] = "native"
+    generator: Annotated[Literal["native", "vllm"], option("what generates")] = "native"
+    vllm: Annotated[dict[str, Any], option("generator vllm: arguments of its engine, passed through")] = field(
+        default_factory=dict
+    )
     threads: Annotated[Count, option("torch threads of an engine; 0: chosen from the machine's cores")] = 0
     max_sequences: Annotated[PositiveInt, option("sequences generated at once by one engine")] = 64
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("compute type; auto: the checkpoint's")] = "auto"
