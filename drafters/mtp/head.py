@@ -59,7 +59,7 @@ class MTPHead(LayerWeights):
         if not plan.cached.all():
             embedded[plan.positions == 0] = 0
         joined = torch.cat([norm(embedded, self.norm_embedding), norm(hidden, self.norm_hidden)], 1)
-        return norm(self.block(0, self.layer, self.fc(joined), plan, cache, self.attention), self.final_norm)
+        return norm(self.through(0, self.layer, self.fc(joined), plan, cache, self.attention), self.final_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [N, V] of h' [N, H]."""

@@ -99,7 +99,7 @@ class LayerWeights:
         plain = sum(weight.numel() * weight.element_size() for weight in self._plain.values())
         return plain + sum(linear.bytes for linear in self._linears)
 
-    def block(
+    def through(
         self, index: int, layer: Layer, x: Tensor, plan: AttentionPlan, cache: KVCache, attention: Attention
     ) -> Tensor:
         """[N, H] after a layer; its new keys and values are cached as layer `index`'s, if `attention` does that."""
@@ -126,14 +126,35 @@ class Decoder(LayerWeights):
 
     @torch.no_grad()
     def forward(
-        self, token_ids: Tensor, plan: AttentionPlan, cache: KVCache, attention: Attention | None = None
+        self,
+        token_ids: Tensor,
+        plan: AttentionPlan,
+        cache: KVCache,
+        states: list[Tensor] | None = None,
+        attention: Attention | None = None,
     ) -> Tensor:
-        """Hidden states [N, H] after the final norm of packed tokens int64 [N]; their keys and values are cached,
-        unless `attention` stands in for the decoder's own and does not cache them."""
+        """Hidden states [N, H] after the final norm of packed tokens int64 [N].
+
+        Args:
+            token_ids: N packed tokens.
+            plan: of this forward pass.
+            cache: read and written.
+            states: filled with [N, H] tensors, the embedding and what each layer gave, where it is a list.
+            attention: stands in for the decoder's own, and need not cache keys and values.
+        """
         attention, x = attention or self.attention, self.embedding[token_ids]
+        if states is not None:
+            states.append(x)
         for index, layer in enumerate(self.layers):
-            x = self.block(index, layer, x, plan, cache, attention)
+            x = self.through(index, layer, x, plan, cache, attention)
+            if states is not None:
+                states.append(x)
         return attention.norm(x, self.final_norm)
+
+    @torch.no_grad()
+    def block(self, index: int, x: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
+        """[N, H] of [N, H]: one layer; its keys and values are cached."""
+        return self.through(index, self.layers[index], x, plan, cache, self.attention)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -133,6 +133,11 @@ class KVCache:
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     @property
+    def pages(self) -> int:
+        """Pages there are."""
+        return len(self._holders)
+
+    @property
     def free(self) -> int:
         """Pages that nobody holds."""
         return len(self._free)

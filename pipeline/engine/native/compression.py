@@ -3,8 +3,8 @@
 A sequence is compressed at fixed lengths, whatever was drafted and whoever runs beside it: first when it holds `budget`
 and `every` tokens (or its prompt is computed, where that is longer), then `every` tokens later, and so on. So the
 compressed sampler is a distribution of its own, a function of prompt, text and weights: drafting and preemption leave
-it as it is, and its log-probs are the behaviour policy's. Keys are rotated to their tokens' positions, so what stays can
-move to the front of the pages. Compressed sampling for RL: Sparse-RL, arXiv 2601.10079.
+it as it is, and its log-probs are the behaviour policy's. Keys are rotated to their tokens' positions, so what stays
+can move to the front of the pages. Compressed sampling for RL: Sparse-RL, arXiv 2601.10079.
 """
 
 from collections.abc import Sequence as Items
@@ -160,7 +160,7 @@ class Compressor:
         evicted = np.array([s.evicted for s in sequences], np.int64)
         tokens = np.concatenate([s.text(s.cached - count, s.cached) for s in sequences])
         plan = cache.plan(tables, held - count, np.full(len(sequences), count, np.int64), evicted)
-        self._decoder.forward(torch.from_numpy(tokens).to(self._decoder.device), plan, cache, self._probe)
+        self._decoder.forward(torch.from_numpy(tokens).to(self._decoder.device), plan, cache, attention=self._probe)
         found = [q.view(len(sequences), count, config.heads, -1).transpose(1, 2) for q in self._probe.queries]
         self._probe.queries.clear()
         return found

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.base import Drafter, DraftRequest, Needs, Places, Proposal, SequenceStart, Verified
 from drafters.none import NoDrafter
 from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds
 from pipeline.engine.native.compression import Compressor, KVCompression
@@ -143,7 +143,7 @@ class NativeGenerator:
         self._tokenizer, self._folder = tokenizer, None if isinstance(model, Decoder) else Path(model)
         self._salt = False
         """whether numbers depend on the sequence beside the seed: from the first drafts with probabilities on"""
-        self._drafting = Drafting(drafter or NoDrafter(), self.decoder, on_event)
+        self._drafting = Drafting(drafter or NoDrafter(), self, on_event)
         self._stats = GeneratorStats()
         self._mark = 0.0
 
@@ -237,6 +237,26 @@ class NativeGenerator:
         compressions = self._compressor.count if self._compressor else 0
         return replace(self._stats, drafter_failures=self._drafting.failures, compressions=compressions)
 
+    # ---- as its drafter's target -----------------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> KVCache:
+        return self._memory.cache
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        if self._tokenizer is None and (self._folder is None or not (self._folder / "tokenizer.json").exists()):
+            return None
+        return self._load_tokenizer()
+
+    def places(self, ids: Items[int]) -> Places:
+        """As `drafters.base.Target` says."""
+        row_of = {s.id: row for row, s in enumerate(self._live)}
+        rows = [row_of[i] for i in ids]
+        held = np.array([self._live[row].held for row in rows], np.int64)
+        evicted = np.array([self._live[row].evicted for row in rows], np.int64) if self._compressor else None
+        return Places(self._tables[rows], held, evicted)
+
     def _new_memory(self) -> Memory:
         cache = KVCache(self.decoder.config, self.decoder.dtype, self.decoder.device, self._pages)
         return Memory(cache, self._compressor)
@@ -263,7 +283,8 @@ class NativeGenerator:
         temperatures = np.array([s.temperature for s in self._live], np.float32)
         proposal = self._propose(budgets, temperatures)
         began = self._mark
-        hidden = self._forward(proposal)
+        states: list[Tensor] | None = [] if Needs.LAYER_STATES in self._drafting.needs else None
+        hidden = self._forward(proposal, states)
         logits = self.decoder.logits(hidden)
         self._lap("forward_seconds")
         verified = self._verify(logits, proposal)
@@ -277,7 +298,7 @@ class NativeGenerator:
         self._processors.observe(slots, [e.token_ids for e in emissions])
         self._count(emissions)
         self._lap("other_seconds")
-        self._observe(emissions, hidden, logits, proposal, seconds)
+        self._observe(emissions, hidden, logits, states, proposal, seconds)
         self._lap("drafter_seconds")
         return self._finish()
 
@@ -397,8 +418,9 @@ class NativeGenerator:
         self._lap("drafter_seconds")
         return proposal
 
-    def _forward(self, proposal: Proposal) -> Tensor:
-        """Hidden states [N, H] after each sequence's last token and after each of its draft tokens."""
+    def _forward(self, proposal: Proposal, states: list[Tensor] | None) -> Tensor:
+        """Hidden states [N, H] after each sequence's last token and after each of its draft tokens; `states` as for
+        `Decoder.forward`."""
         counts = proposal.lengths + 1
         held = np.array([s.held for s in self._live], np.int64)
         evicted = np.array([s.evicted for s in self._live], np.int64) if self._compressor else None
@@ -406,7 +428,8 @@ class NativeGenerator:
         columns = np.arange(proposal.token_ids.shape[1] + 1)
         tokens = np.concatenate([last[:, None], proposal.token_ids], axis=1)[columns < counts[:, None]]
         plan = self._memory.cache.plan(self._tables[: len(self._live)], held, counts, evicted)
-        return self.decoder.forward(torch.from_numpy(tokens).to(self.decoder.device), plan, self._memory.cache)
+        packed = torch.from_numpy(tokens).to(self.decoder.device)
+        return self.decoder.forward(packed, plan, self._memory.cache, states)
 
     def _verify(self, logits: Tensor, proposal: Proposal) -> VerifiedTokens:
         seeds = np.array([s.seed for s in self._live], np.int64)
@@ -452,7 +475,13 @@ class NativeGenerator:
         return emissions
 
     def _observe(
-        self, emissions: list[Emission], hidden: Tensor, logits: Tensor, proposal: Proposal, seconds: float
+        self,
+        emissions: list[Emission],
+        hidden: Tensor,
+        logits: Tensor,
+        states: list[Tensor] | None,
+        proposal: Proposal,
+        seconds: float,
     ) -> None:
         self._drafting.observe(
             Verified(
@@ -463,6 +492,7 @@ class NativeGenerator:
                 logits=logits if Needs.LOGITS in self._drafting.needs else None,
                 starts=np.cumsum(proposal.lengths + 1) - (proposal.lengths + 1),
                 seconds=seconds,
+                layers=None if states is None else torch.stack(states),
             )
         )
 
