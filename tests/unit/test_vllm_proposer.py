@@ -123,7 +123,8 @@ def test_a_drafter_follows_requests_whatever_the_batch_does(drafter):
 
 
 def test_before_the_first_request_nothing_is_drafted():
-    assert proposer("suffix-automaton").propose([[1], [2]], np.ones(2, np.int32), np.zeros((2, 4), np.int32)) == [[], []]
+    drafts = proposer("suffix-automaton").propose([[1], [2]], np.ones(2, np.int32), np.zeros((2, 4), np.int32))
+    assert drafts == [[], []]
 
 
 def test_drafters_that_vllm_cannot_serve_are_refused_wherever_they_hide():
@@ -134,7 +135,7 @@ def test_drafters_that_vllm_cannot_serve_are_refused_wherever_they_hide():
         {"name": "suffix-automaton", "auxiliary": "token-recycling"},
         {"name": "arbiter", "drafters": ["suffix-automaton", "token-recycling"]},
     ):
-        with pytest.raises(UsageError, match='token-recycling needs .*logits.*engine.generator = "native"'):
+        with pytest.raises(UsageError, match=r'token-recycling needs .*logits.*engine\.generator = "native"'):
             check_needs(build(piece))
 
     class Wants(BaseDrafter):

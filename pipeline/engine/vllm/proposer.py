@@ -28,7 +28,7 @@ def check_needs(drafter: Drafter) -> None:
     Raises:
         UsageError: the drafter, or one that it hands out, needs what vLLM's proposers are not given.
     """
-    if isinstance(drafter, CompositeDrafter):  # its own needs are those of its parts, and measuring, which vLLM's do not
+    if isinstance(drafter, CompositeDrafter):  # its own needs are its parts', and measuring, which it can do without
         for part in drafter.ensemble.drafters:
             check_needs(part)
     elif drafter.needs:

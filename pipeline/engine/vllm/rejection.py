@@ -29,7 +29,7 @@ def needs_correction(found: str, device: str) -> bool:
 
 
 def correct(sampler: Any) -> None:
-    """Puts the corrections in place of the functions of `vllm.v1.sample.rejection_sampler`; twice is as good as once."""
+    """Puts the corrections into `vllm.v1.sample.rejection_sampler`; twice is as good as once."""
     if sampler.expand_batch_to_tokens is not expand_batch_to_tokens:
         sampler.expand_batch_to_tokens = expand_batch_to_tokens
         sampler.rejection_sample = without_missing_drafts(sampler.rejection_sample)

@@ -25,6 +25,20 @@ if not os.environ.get(rejection.STOCK):
     _correct()
 
 
+def refresh_tied_head(model: torch.nn.Module, tied: bool) -> None:
+    """After a reload: vLLM 0.32 leaves a tied output layer, which no checkpoint has weights for, with its old ones; on
+    a CPU that is a packed copy of them."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    tables = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+    heads = [table for table in tables if isinstance(table, ParallelLMHead)]
+    inputs = [table for table in tables if not isinstance(table, ParallelLMHead)]
+    if tied and inputs:
+        for head in heads:
+            head.tie_weights(inputs[0])
+            head.quant_method.process_weights_after_loading(head)
+
+
 class RollaheadWorker:
     """Methods carry our name: a mixin of vLLM's must not hide one of the worker's own."""
 
@@ -44,7 +58,10 @@ class RollaheadWorker:
 
     def rollahead_load_weights(self, folder: str, version: int) -> None:
         """A checkpoint's weights in place of those loaded; between steps, while generation is paused."""
-        self.model_runner.reload_weights(weights_path=folder)
+        runner = self.model_runner
+        runner.reload_weights(weights_path=folder)
+        tied = getattr(runner.model_config.hf_text_config, "tie_word_embeddings", False)
+        refresh_tied_head(runner.get_model(), bool(tied))
         proposer = self._rollahead_proposer()
         if proposer is not None:
             proposer.weights_changed(version)
