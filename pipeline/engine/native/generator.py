@@ -26,6 +26,7 @@ from pipeline.models.checkpoint import load_decoder, load_weights_into
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import PAGE, KVCache
 from pipeline.models.tokenizer import Tokenizer
+from pipeline.sampling.plain import verify_plain
 from pipeline.sampling.processors import Processors
 from pipeline.sampling.uniforms import salted
 from pipeline.sampling.verification import TokenUniforms, VerifiedTokens, verify
@@ -441,6 +442,11 @@ class NativeGenerator:
         self._salt = self._salt or probabilistic
         if self._salt:
             seeds = salted(seeds, np.array([s.id + 1 for s in self._live], np.int64))
+        temperatures = self._processors.temperatures(slots)
+        if not probabilistic and temperatures is not None and logits.device.type == "cpu":
+            return verify_plain(
+                logits, temperatures, proposal.token_ids, proposal.lengths, seeds, positions, self.capabilities.entropy
+            )
         target = self._processors.target(
             logits, slots, positions, proposal.token_ids, proposal.lengths, self.capabilities.entropy
         )
