@@ -69,7 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate = _command(commands, "generate", "sample from a model and show what drafting did", _generate)
     generate.add_argument("model", type=Path, help="Hugging Face checkpoint directory, or a folder weights/vN of a run")
     generate.add_argument("--prompt", required=True, help="text to continue")
-    generate.add_argument("--drafter", default="suffix-automaton", help="drafter by name or module:Class")
+    generate.add_argument(
+        "--drafter",
+        default="suffix-automaton",
+        help="drafter by name, module:Class, or a table {name = ..., option = ...}",
+    )
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     generate.add_argument("--seed", type=int, default=0)

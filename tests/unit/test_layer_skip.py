@@ -12,6 +12,8 @@ from drafters.layer_skip import LayerSkipDrafter
 from drafters.registry import build
 from drafters.skip_program import Probe, cosines, solve
 from drafters.testing import Rehearsal
+from pipeline.engine.native.compression import KVCompression
+from pipeline.engine.native.eviction import build as build_policy
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from pipeline.models.checkpoint import load_decoder
@@ -204,6 +206,16 @@ def test_greedy_text_stays_as_it_is(deep):
         found.append(texts(finish(made)))
     assert found[0] == found[1]
     assert 0 < made.stats().accepted < made.stats().drafted
+
+
+def test_it_drafts_in_a_cache_that_has_dropped_tokens(idle):
+    policy = build_policy({"name": "sinks-window"})
+    made = generator(idle, drafter(refresh_every=10), max_length=200, kv_compression=KVCompression(policy, 64, 32))
+    for request in (group(0, samples=2, max_new_tokens=150), group(1, prompt=range(3, 53), max_new_tokens=140)):
+        made.add(request)
+    assert len(finish(made)) == 3
+    stats = made.stats()
+    assert stats.compressions > 3 and stats.drafter_failures == 0 and stats.accepted == stats.drafted > 100
 
 
 class Seeing(BaseDrafter):
