@@ -275,8 +275,13 @@ class ArbiterDrafter(CompositeDrafter):
             tokens[index, :, :used], lengths[index] = proposal.token_ids, proposal.lengths
             if proposal.matches is not None:
                 matches[index] = proposal.matches
-            if proposal.confidences is not None:
+            if proposal.confidences is not None and used:
                 confidences[index, :, :used] = proposal.confidences
+                if proposal.sampled is not None:
+                    # Later ones tell what was drawn, and a draft that is verified only where it turned out well is not
+                    # drawn from the distribution it states.
+                    drawn = proposal.sampled
+                    confidences[index, drawn, :used] = proposal.confidences[drawn, :1]
         return _Step(request.ids, proposals, tokens, lengths, matches, confidences, np.zeros(rows, np.int64), 0)
 
     def _consider_rest(self, drafted: int) -> None:
