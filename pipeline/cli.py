@@ -102,6 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
     corpus.add_argument("--template", default="{text}", help="text of a line; {field} is replaced")
 
     _command(commands, "drafters", "list the drafters that are installed", _drafters)
+    _command(commands, "doctor", "what this machine can do for a run, and what to set", _doctor)
+
+    completion = _command(
+        commands, "completion", "a script that completes commands and options in a shell", _completion
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
 
     keys = _command(commands, "keygen", "make keys for engines on other machines, or add engines to them", _keygen)
     keys.add_argument("folder", type=Path, help="where the keys are kept (transport.keys)")
@@ -274,6 +280,19 @@ def _keygen(options: argparse.Namespace) -> int:
     from pipeline.transport.keys import DEFAULT_ENGINE, keygen
 
     print("\n".join(keygen(options.folder, options.engine or [DEFAULT_ENGINE])))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pipeline.doctor import doctor
+
+    return doctor()
+
+
+def _completion(options: argparse.Namespace) -> int:
+    import shtab
+
+    print(shtab.complete(build_parser(), options.shell))
     return 0
 
 

@@ -42,14 +42,20 @@ class ModelSection(Section):
 
 
 class TaskSection(Section):
-    kind: Annotated[Literal["arithmetic", "jsonl"], option("where prompts come from")] = "arithmetic"
+    kind: Annotated[
+        Annotated[str, Meta(pattern=r"^(arithmetic|jsonl|datasets|[\w.]+:\w+)$")],
+        option("where prompts come from: arithmetic, jsonl, datasets, or module:Class of your own"),
+    ] = "arithmetic"
     digits: Annotated[Annotated[int, Meta(ge=1, le=12)], option("arithmetic: digits of the largest operand")] = 2
     operands: Annotated[Annotated[int, Meta(ge=2, le=8)], option("arithmetic: numbers to add")] = 3
-    path: Annotated[str, option("jsonl: file of training samples, one object a line")] = ""
+    path: Annotated[str, option("jsonl: file of training samples, one object a line; datasets: name or folder")] = ""
     held_out_path: Annotated[str, option("jsonl: file of held-out samples")] = ""
-    question_field: Annotated[str, option("jsonl: field that holds the question")] = "question"
-    answer_field: Annotated[str, option("jsonl: field that holds the reference answer")] = "answer"
-    prompt_template: Annotated[str, option("jsonl: prompt text; {question} is replaced")] = (
+    subset: Annotated[str, option("datasets: configuration of the dataset, where it has several")] = ""
+    split: Annotated[str, option("datasets: split of training samples")] = "train"
+    held_out_split: Annotated[str, option("datasets: split of held-out samples; empty: none")] = ""
+    question_field: Annotated[str, option("jsonl, datasets: field that holds the question")] = "question"
+    answer_field: Annotated[str, option("jsonl, datasets: field of the reference answer; empty: none")] = "answer"
+    prompt_template: Annotated[str, option("jsonl, datasets: prompt text; {question} is replaced")] = (
         "Question: {question}\nAnswer:"
     )
     reward: Annotated[str, option("numeric-answer, or module:function with TRL's signature")] = "numeric-answer"
@@ -98,7 +104,10 @@ class KVCompressionSection(Section):
 
 
 class EngineSection(Section):
-    generator: Annotated[Literal["native"], option("what generates")] = "native"
+    generator: Annotated[Literal["native", "vllm"], option("what generates")] = "native"
+    vllm: Annotated[dict[str, Any], option("generator vllm: arguments of its engine, passed through")] = field(
+        default_factory=dict
+    )
     threads: Annotated[Count, option("torch threads of an engine; 0: chosen from the machine's cores")] = 0
     max_sequences: Annotated[PositiveInt, option("sequences generated at once by one engine")] = 64
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("compute type; auto: the checkpoint's")] = "auto"
@@ -172,6 +181,12 @@ class LearnerSection(Section):
     ] = False
     learning_rate: Annotated[PositiveFloat, option("AdamW learning rate after warm-up")] = 1e-5
     warmup_steps: Annotated[Count, option("batches of linear learning-rate warm-up")] = 0
+    learning_rate_schedule: Annotated[
+        Literal["constant", "linear", "cosine"], option("after warm-up; linear and cosine end with run.steps")
+    ] = "constant"
+    final_learning_rate: Annotated[
+        Annotated[float, Meta(ge=0, le=1)], option("share of learning_rate that linear and cosine end with")
+    ] = 0.0
     weight_decay: Annotated[NonNegativeFloat, option("AdamW weight decay of matrices")] = 0.0
     beta1: Annotated[Annotated[float, Meta(ge=0, lt=1)], option("AdamW first-moment decay")] = 0.9
     beta2: Annotated[Annotated[float, Meta(ge=0, lt=1)], option("AdamW second-moment decay")] = 0.99

@@ -26,6 +26,8 @@ COMMAND_LINE = {
     "train-drafter": ["[config]", "--set", "--dry-run", "--out"],
     "export": ["run", "--step", "--out", "--dtype"],
     "report": ["folder", "--out"],
+    "doctor": [],
+    "completion": ["shell"],
     "bench": ["what", "arguments"],
 }  # fmt: skip
 
