@@ -17,7 +17,15 @@ from learner.logprobs import TokenValues, Wanted, pack_logprobs
 from learner.objective import Objective, Plans
 from learner.packing import Pack, pack, trained_positions
 from learner.policy import checkpoint_activations
-from learner.step_metrics import Metrics, age_metrics, mean, mismatch, off_policy_metrics, reward_metrics
+from learner.step_metrics import (
+    Metrics,
+    age_metrics,
+    compressed_metrics,
+    mean,
+    mismatch,
+    off_policy_metrics,
+    reward_metrics,
+)
 from learner.tokens import BatchTokens, GroupRewards, MicroBatchTokens, Needs, concatenated
 from pipeline.config.types import LearnerSection
 from pipeline.errors import RunFailed, UsageError
@@ -277,6 +285,7 @@ def _old_policy_metrics(evaluated: Sequence[TokenValues] | None, batch: BatchTok
         "mismatch_k3": mean(mismatch(logp, batch, kv_kept[batch.sequence])),
         "entropy": mean(torch.cat([empty, *(values.entropy for values in evaluated)])),
         **age_metrics(logp, batch),
+        **compressed_metrics(logp, batch),
     }
 
 

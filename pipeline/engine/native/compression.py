@@ -3,8 +3,8 @@
 A sequence is compressed at fixed lengths, whatever was drafted and whoever runs beside it: first when it holds `budget`
 and `every` tokens (or its prompt is computed, where that is longer), then `every` tokens later, and so on. So the
 compressed sampler is a distribution of its own, a function of prompt, text and weights: drafting and preemption leave
-it as it is, and its log-probs are the behaviour policy's. Keys are rotated to their tokens' positions, so what stays can
-move to the front of the pages. Compressed sampling for RL: Sparse-RL, arXiv 2601.10079.
+it as it is, and its log-probs are the behaviour policy's. Keys are rotated to their tokens' positions, so what stays
+can move to the front of the pages. Compressed sampling for RL: Sparse-RL, arXiv 2601.10079.
 """
 
 from collections.abc import Sequence as Items
