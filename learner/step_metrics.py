@@ -53,8 +53,9 @@ def mismatch(logp: torch.Tensor, tokens: BatchTokens | MicroBatchTokens, kv_kept
 
 
 def compressed_metrics(logp: torch.Tensor, tokens: BatchTokens) -> Metrics:
-    """Of tokens that were sampled from a compressed cache, where there are any: their share, and the ratio xi = pi_old /
-    mu of the dense policy to the sampler (Sparse-RL, arXiv 2601.10079) with its k3; staleness is part of xi."""
+    """Of tokens that were sampled from a compressed cache, where there are any: their share, and the ratio
+    xi = pi_old / mu of the dense policy to the sampler (Sparse-RL, arXiv 2601.10079) with its k3; staleness is part of
+    xi."""
     compressed = tokens.sampler == int(Sampler.COMPRESSED_KV)
     if not bool(compressed.any()):
         return {}
