@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from drafters.acceptance import CONFIDENCES, DEPTHS, MATCHES, learn, refresh
 from drafters.allocation import REASONS, allocate
-from drafters.base import DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.base import DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
 from drafters.composite import CompositeDrafter, Ensemble, joined
 from drafters.cost_model import CostModel
 from pipeline.errors import UsageError
@@ -147,14 +147,12 @@ class ArbiterDrafter(CompositeDrafter):
         """whether this step is one to learn what drafting costs"""
         self._step: _Step | None = None
 
-    def attach(self, target: object) -> None:
+    def attach(self, target: Target) -> None:
         super().attach(target)
         if self._calibrates:
             from drafters.calibration import measure_verifications
-            from pipeline.models.decoder import Decoder
 
-            if isinstance(target, Decoder):
-                self.costs.fit(measure_verifications(target, self.options.calibration_seconds))
+            self.costs.fit(measure_verifications(target.decoder, self.options.calibration_seconds))
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
         super().begin(sequences)

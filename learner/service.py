@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import msgspec
 import torch
-from msgspec import Struct, structs
+from msgspec import Struct
 from transformers import PreTrainedModel
 
 from learner import checkpoint, replay
@@ -28,6 +28,7 @@ from learner.hub import Hub, Limits
 from learner.journal import Journal
 from learner.leases import Batch, Group, Ledger, LedgerState
 from learner.objective import Objective
+from learner.observer import LearnerObserver
 from learner.policy import load_policy, policy_state
 from learner.prompts import LeaseSource
 from learner.step_metrics import Metrics
@@ -48,7 +49,8 @@ from pipeline.tasks import load_task
 from pipeline.tasks.base import Task
 from pipeline.tasks.prompts import check_prompts, rollout_sampling
 from pipeline.telemetry import Log, MetricsWriter
-from pipeline.telemetry.progress import StepView, WarmStartView
+from pipeline.telemetry.metrics import as_row
+from pipeline.telemetry.progress import WarmStartView
 from pipeline.transport.keys import load_learner_keys
 from pipeline.transport.router import ZmqLearnerSocket
 from pipeline.watchdog import Watchdog
@@ -73,6 +75,7 @@ def run_learner(config: Config, *, evaluate_only: bool = False) -> int:
     check_config(config)
     objective = build_objective(config)
     stop, log = StopSignal(), Log("learner")
+    Log.structured = config.telemetry.log_format == "json"
     run = RunDirectory(Path(config.run.out))
     run.lock()
     run.prepare(config)
@@ -147,8 +150,8 @@ class Learner:
         self.publish_dtype = _publish_dtype(config, model_config)
         self.metrics = MetricsWriter(run.metrics, self.step)
         self.audit = TrainedSamples(run.trained, self.step)
+        self.observer = LearnerObserver(config, run, self.step, tokenizer.decode, log)
         self.collapse = CollapseWatch()
-        self.view = StepView(config.run.steps, self.step)
         transport = config.transport
         segment_bytes = max(1, min(16 << 20, transport.journal_bytes // JOURNAL_SEGMENTS))
         self.journal = Journal(run.journal, segment_bytes, fsync=transport.fsync)
@@ -180,6 +183,7 @@ class Learner:
         """The run: batch after batch."""
         while not self.done and not self.stop.requested:
             waiting = time.perf_counter()
+            self.observer.enter("waiting for samples")
             batch = self._next_batch()
             if batch is None:
                 break
@@ -187,11 +191,13 @@ class Learner:
             groups = [group.trajectories for group in batch.groups]
             if keep := self.config.learner.dump_batches:
                 replay.dump(self.run.batches, self.step + 1, self.publisher.version, groups, keep)
+            self.observer.enter("learning")
             measured = self.trainer.train(groups, self.publisher.version)
             self.step += 1
             for warning in self.collapse.look(measured):
                 self.log(f"warning: {warning}")
             failpoint("step.trained")
+            self.observer.enter("publishing weights")
             self._publish()
             failpoint("publish.announced")
             evaluated = self._evaluate() if self._evaluation_due() else {}
@@ -200,6 +206,7 @@ class Learner:
             self.hub.check()
             self._write_records(measured, batch, began - waiting, began, evaluated)
             failpoint("step.recorded")
+            self.observer.enter("writing")
             if self._checkpoint_due():
                 self._checkpoint()
         if self.step != self.saved_step:
@@ -225,7 +232,7 @@ class Learner:
     def close(self) -> None:
         """Let go of sockets and files; what is on disk is complete."""
         self.watchdog.close()
-        self.view.close()
+        self.observer.close()
         self.hub.stop()
         self.journal.close()
         self.metrics.close()
@@ -238,6 +245,7 @@ class Learner:
     def _evaluate(self) -> dict[str, float]:
         """Metrics of the newest publication on held-out prompts; nothing when asked to stop."""
         assert self.eval_leases is not None
+        self.observer.enter("evaluating")
         self.hub.begin_evaluation(self.eval_leases(self.publisher.version))
         while not self.stop.requested:
             self.watchdog.beat()
@@ -364,6 +372,7 @@ class Learner:
         Raises:
             RunFailed: they cannot be written; both are cut back to the checkpoint when the run goes on.
         """
+        self.observer.enter("writing")
         try:
             failpoint("records.write")
             self.audit.write(self.step, batch)
@@ -387,11 +396,12 @@ class Learner:
             wait_seconds=waited,
             learner_seconds=time.perf_counter() - began,
             wall_seconds=wall,
+            learner_time=self.observer.step_seconds(),
         )
         row.evaluation = evaluated
         self.stats_before = self.hub.stats()
         self.metrics.write(row)
-        self.view.show(structs.asdict(row))
+        self.observer.step(as_row(row), batch)
 
 
 def _unwritable(folder: Path, error: OSError) -> RunFailed:

@@ -107,6 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="an engine to make a key for; may be repeated (default: engine)",
     )
 
+    report = _command(commands, "report", "one HTML file of a run or a benchmark, for a browser, no network", _report)
+    report.add_argument("folder", type=Path, help="run directory, or --out of a benchmark")
+    report.add_argument("--out", type=Path, metavar="FILE", help="file to write; default: report.html in it")
+
     bench = _command(commands, "bench", "measure or prove something; `rollahead bench WHAT --help` tells more", _bench)
     bench.add_argument("what", help="name of the benchmark; `rollahead bench list` shows them")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="the benchmark's own options")
@@ -251,6 +255,13 @@ def _keygen(options: argparse.Namespace) -> int:
     from pipeline.transport.keys import DEFAULT_ENGINE, keygen
 
     print("\n".join(keygen(options.folder, options.engine or [DEFAULT_ENGINE])))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pipeline.telemetry.report import write_report
+
+    print(f"written {write_report(options.folder, options.out)}")
     return 0
 
 

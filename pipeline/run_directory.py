@@ -36,6 +36,11 @@ class RunDirectory:
         self.batches = root / "batches"
         self.evaluation = root / "evaluation.json"
         self.trained = root / "trained.jsonl"
+        self.samples = root / "samples.jsonl"
+        self.tensorboard = root / "tensorboard"
+        self.trace = root / "trace"
+        self.environment = root / "environment.json"
+        self.report = root / "report.html"
         self._lock: TextIO | None = None
 
     def holds_a_run(self) -> bool:

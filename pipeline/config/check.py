@@ -112,6 +112,7 @@ _FREE_TO_CHANGE = {
     "task": {"held_out_path", "reward_seconds", "reward_memory_mb", "reward_workers"},
     "engine": None,
     "transport": None,
+    "telemetry": None,
     "weights": {"keep", "transport"},
     "objective": {"recipe", "reconstructed"},
     "learner": {

@@ -199,6 +199,19 @@ class LearnerSection(Section):
     keep_checkpoints: Annotated[PositiveInt, option("checkpoints kept on disk")] = 2
 
 
+class TelemetrySection(Section):
+    tensorboard: Annotated[bool, option("write TensorBoard event files into tensorboard/ of the run")] = True
+    samples: Annotated[Count, option("samples of each batch written as text, with who drafted what; 0: none")] = 2
+    trace: Annotated[bool, option("write what each process did when into trace/, for Perfetto and Chrome")] = True
+    prometheus_port: Annotated[
+        Annotated[int, Meta(ge=0, le=65535)],
+        option("port of the learner's /metrics and /health; engines take the next free ones; 0: none"),
+    ] = 0
+    prometheus_host: Annotated[str, option("address these are served on")] = "127.0.0.1"
+    wandb: Annotated[str, option("Weights & Biases project; empty: none (needs the extra wandb)")] = ""
+    log_format: Annotated[Literal["text", "json"], option("of what processes write on stderr")] = "text"
+
+
 def _piece(name: str, **options: Any) -> Any:
     return field(default_factory=lambda: {"name": name, **options})
 
@@ -238,3 +251,4 @@ class Config(Section):
     weights: WeightsSection = field(default_factory=WeightsSection)
     learner: LearnerSection = field(default_factory=LearnerSection)
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    telemetry: TelemetrySection = field(default_factory=TelemetrySection)

@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from pipeline.config import Config, check_config, resolve_threads
 from pipeline.digest import run_digest
 from pipeline.engine.generator import FinishedSample, Generator, GroupRequest
 from pipeline.engine.link import Drained, Failed, Granted, Link, Revoked, VersionHint
+from pipeline.engine.observer import EngineObserver
 from pipeline.engine.rewarding import FinishedGroup, RewardWorker, ScoredGroup, Scorer, build_scorers
 from pipeline.errors import RollaheadError, RunFailed, UsageError
-from pipeline.messages import SCHEMA, Capabilities, Lease, Role, Trajectory, TrajectoryHeader
+from pipeline.messages import LARGEST_ORIGINS, SCHEMA, Capabilities, Lease, Role, Trajectory, TrajectoryHeader
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.telemetry import Log
@@ -40,11 +42,13 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
     """Serve one learner until it drains us, we are told to stop, or it stays away too long; returns the exit code."""
     check_config(config)
     stop, log = StopSignal(), Log("engine")
+    Log.structured = config.telemetry.log_format == "json"
     scorers = build_scorers(config.task)
     _build_pieces(config)  # refuse wrong ones before anything waits
     link, follower = _connect(config, connect, connect_timeout, log)
     watchdog = Watchdog(config.transport.stall_seconds, lambda why, where: _stalled(link, why, where))
-    engine = Engine(config, link, follower, scorers, stop, log, watchdog.beat)
+    observer = EngineObserver(config, log)
+    engine = Engine(config, link, follower, scorers, stop, log, watchdog.beat, observer)
     link.start()
     try:
         engine.run()
@@ -57,6 +61,7 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
         link.fatal(f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
     finally:
+        observer.close()
         watchdog.close()
         link.stop()
         if isinstance(follower, StreamFollower):
@@ -139,9 +144,10 @@ class Engine:
         stop: StopSignal,
         log: Log,
         beat: Callable[[], None],
+        observer: EngineObserver,
     ) -> None:
         self.config, self.link, self.follower, self.stop, self.log = config, link, follower, stop, log
-        self._scorers, self._beat = scorers, beat
+        self._scorers, self._beat, self.observer = scorers, beat, observer
         self._weights_due = 0.0
         self._rewards: RewardWorker | None = None
         self.generator: Generator | None = None
@@ -156,6 +162,7 @@ class Engine:
         while not (self.draining or self.stop.requested):
             self._beat()
             busy = self.generator is not None and self.generator.has_work()
+            self.observer.enter("transport" if busy else "waiting for weights" if self.work else "waiting for leases")
             self._listen(0.0 if busy else IDLE_SECONDS)
             self._follow_weights()
             self._start_leases()
@@ -189,6 +196,7 @@ class Engine:
             return
         if self.generator is None and self.config.weights.transport == "filesystem":
             self._check_run()
+        self.observer.enter("loading weights")
         try:
             folder, publication = self.follower.fetch(self.wanted_version)
         except WeightsPending:
@@ -237,9 +245,11 @@ class Engine:
     def _generate(self) -> None:
         if self.generator is None or not self.generator.has_work():
             return
+        self.observer.enter("generating")
         began = time.perf_counter()
         finished = self.generator.step()
         self.busy_seconds += time.perf_counter() - began
+        self.observer.enter("transport")
         for sample in finished:
             self.generated_tokens += len(sample.token_ids)
             work = self.work.get(sample.group)
@@ -256,6 +266,7 @@ class Engine:
             lease = scored.group.lease
             if self.work.pop(lease.id, None) is None:
                 continue  # revoked meanwhile
+            self.observer.scored(scored)
             for index, score in enumerate(scored.scores):
                 if score.reward is None:
                     self.log(f"lease {lease.id} sample {index} dropped: {score.error}")
@@ -271,7 +282,9 @@ class Engine:
             version=self.generator.version if self.generator is not None else -1,
             generated_tokens=self.generated_tokens,
             busy_seconds=self.busy_seconds,
+            seconds=self.observer.seconds(self._rewards),
         )
+        self.observer.show(self)
 
     def _leave(self) -> None:
         """Hand back what is not finished, wait until what is finished is safe with the learner."""
@@ -296,6 +309,10 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
         kv_kept_across_update=sample.kv_kept_across_update,
         kept_ids=None if sample.kept is None else len(sample.kept.ids),
     )  # fmt: skip
+    if not index and sample.origins is not None and sample.draft_sources is not None and tokens <= LARGEST_ORIGINS:
+        # of the first sample of a group: what people are shown is a few samples of every batch
+        origins, sources = sample.origins.tobytes(), sample.draft_sources.tobytes()
+        header = structs.replace(header, origins=origins, draft_sources=sources)
     return Trajectory(
         header=header,
         prompt_ids=np.asarray(lease.prompt_ids, np.uint32),

@@ -15,7 +15,10 @@ from pipeline.models.rope import RopeTable, rotate
 _WIDEST = 8
 """New tokens a sequence up to which the kernels are used; wider passes (prompts) are work for matrix units."""
 
-_WORTH_SHARING = 4096
+_LANES = 16
+"""The kernels take heads of a multiple of so many dimensions, as all common models have."""
+
+_WORTH_SHARING = 8192
 """Query heads times keys (some 20 microseconds of work) from which on several threads attend."""
 
 
@@ -39,7 +42,7 @@ class Attention(Protocol):
 
 def attention_for(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Attention:
     """The fastest for a model on a device."""
-    if device.type == "cpu":
+    if device.type == "cpu" and config.head_dim % _LANES == 0:
         return CPUAttention(config, dtype, device)
     return TorchAttention(config, dtype, device)
 
@@ -125,7 +128,7 @@ class CPUAttention:
             return self._wide(layer, qkv, qk_norm, plan, cache)
         c = self._config
         parts = _array(qkv).reshape(len(qkv), -1, c.head_dim)
-        keys, values = _array(cache.store[layer])
+        keys, values = _array(cache.keys(layer)), _array(cache.values(layer))
         cos, sin = self._rope.halves(plan.positions_end)
         queries = np.empty((len(parts), c.heads, c.head_dim), parts.dtype)
         norm = self._no_norm if qk_norm is None else qk_norm.numpy()

@@ -77,6 +77,18 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def token(self, id: int) -> str | None:
+        """The token of an id, as the vocabulary spells it."""
+        token: str | None = self._tokenizer.id_to_token(id)
+        return token
+
+    def first_difference(self, other: "Tokenizer") -> int | None:
+        """The least id that means another token in `other`, or none; None: all ids mean the same."""
+        if self.digest == other.digest:
+            return None
+        size = max(self.vocab_size, other.vocab_size)
+        return next((id for id in range(size) if self.token(id) != other.token(id)), None)
+
     def stream(self) -> "TextStream":
         """The text of a response that grows token by token."""
         return TextStream(self._tokenizer)

@@ -24,6 +24,7 @@ COMMAND_LINE = {
     "corpus": ["action", "files", "--out", "--tokenizer", "--template"],
     "drafters": [],
     "export": ["run", "--step", "--out", "--dtype"],
+    "report": ["folder", "--out"],
     "bench": ["what", "arguments"],
 }  # fmt: skip
 

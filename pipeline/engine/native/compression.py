@@ -160,7 +160,7 @@ class Compressor:
         evicted = np.array([s.evicted for s in sequences], np.int64)
         tokens = np.concatenate([s.text(s.cached - count, s.cached) for s in sequences])
         plan = cache.plan(tables, held - count, np.full(len(sequences), count, np.int64), evicted)
-        self._decoder.forward(torch.from_numpy(tokens).to(self._decoder.device), plan, cache, self._probe)
+        self._decoder.forward(torch.from_numpy(tokens).to(self._decoder.device), plan, cache, attention=self._probe)
         found = [q.view(len(sequences), count, config.heads, -1).transpose(1, 2) for q in self._probe.queries]
         self._probe.queries.clear()
         return found

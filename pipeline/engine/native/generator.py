@@ -143,7 +143,7 @@ class NativeGenerator:
         self._tokenizer, self._folder = tokenizer, None if isinstance(model, Decoder) else Path(model)
         self._salt = False
         """whether numbers depend on the sequence beside the seed: from the first drafts with probabilities on"""
-        self._drafting = Drafting(drafter or NoDrafter(), self.decoder, on_event)
+        self._drafting = Drafting(drafter or NoDrafter(), self, on_event)
         self._stats = GeneratorStats()
         self._mark = 0.0
 
@@ -237,6 +237,24 @@ class NativeGenerator:
         compressions = self._compressor.count if self._compressor else 0
         return replace(self._stats, drafter_failures=self._drafting.failures, compressions=compressions)
 
+    # ---- as its drafter's target -----------------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> KVCache:
+        return self._memory.cache
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        if self._tokenizer is None and (self._folder is None or not (self._folder / "tokenizer.json").exists()):
+            return None
+        return self._load_tokenizer()
+
+    def places(self, ids: Items[int]) -> tuple[np.ndarray, np.ndarray]:
+        """As `drafters.base.Target` says."""
+        row_of = {s.id: row for row, s in enumerate(self._live)}
+        rows = [row_of[i] for i in ids]
+        return self._tables[rows], np.array([self._live[row].cached for row in rows], np.int64)
+
     def _new_memory(self) -> Memory:
         cache = KVCache(self.decoder.config, self.decoder.dtype, self.decoder.device, self._pages)
         return Memory(cache, self._compressor)
@@ -263,7 +281,8 @@ class NativeGenerator:
         temperatures = np.array([s.temperature for s in self._live], np.float32)
         proposal = self._propose(budgets, temperatures)
         began = self._mark
-        hidden = self._forward(proposal)
+        states: list[Tensor] | None = [] if Needs.LAYER_STATES in self._drafting.needs else None
+        hidden = self._forward(proposal, states)
         logits = self.decoder.logits(hidden)
         self._lap("forward_seconds")
         verified = self._verify(logits, proposal)
@@ -277,7 +296,7 @@ class NativeGenerator:
         self._processors.observe(slots, [e.token_ids for e in emissions])
         self._count(emissions)
         self._lap("other_seconds")
-        self._observe(emissions, hidden, logits, proposal, seconds)
+        self._observe(emissions, hidden, logits, states, proposal, seconds)
         self._lap("drafter_seconds")
         return self._finish()
 
@@ -296,7 +315,8 @@ class NativeGenerator:
         """Computes prompts, and makes those live whose is complete."""
         if not self._starting:
             return
-        computed = prefill(self.decoder, self._memory, self._starting, self._prefill_tokens)
+        hidden = Needs.HIDDEN_STATES in self._drafting.needs
+        computed = prefill(self.decoder, self._memory, self._starting, self._prefill_tokens, hidden)
         self._lap("forward_seconds")
         ready = [s for s in self._starting if s.ready]
         if not (computed or ready or self._live):
@@ -312,9 +332,19 @@ class NativeGenerator:
             restored = [s for s in ready if s.begun]
             for sequence in new:
                 self._begin(sequence)
-            self._drafting.begin([_start_of(s) for s in new])
-            self._drafting.restore([_start_of(s) for s in restored])
+            self._drafting.begin([self._start_of(s) for s in new])
+            self._drafting.restore([self._start_of(s) for s in restored])
+            for sequence in ready:
+                sequence.hidden = []
             self._lap("drafter_seconds")
+
+    def _start_of(self, s: Sequence) -> SequenceStart:
+        hidden = None
+        if Needs.HIDDEN_STATES in self._drafting.needs:
+            none = self.decoder.embedding.new_zeros(0, self.decoder.config.hidden_size)
+            hidden = s.hidden[0] if len(s.hidden) == 1 else torch.cat([none, *s.hidden])
+        response = s.token_ids[: s.count].copy()
+        return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response, hidden)
 
     def _begin(self, sequence: Sequence) -> None:
         """Its settings take effect; they stay over preemption until `_end`."""
@@ -386,8 +416,9 @@ class NativeGenerator:
         self._lap("drafter_seconds")
         return proposal
 
-    def _forward(self, proposal: Proposal) -> Tensor:
-        """Hidden states [N, H] after each sequence's last token and after each of its draft tokens."""
+    def _forward(self, proposal: Proposal, states: list[Tensor] | None) -> Tensor:
+        """Hidden states [N, H] after each sequence's last token and after each of its draft tokens; `states` as for
+        `Decoder.forward`."""
         counts = proposal.lengths + 1
         held = np.array([s.held for s in self._live], np.int64)
         evicted = np.array([s.evicted for s in self._live], np.int64) if self._compressor else None
@@ -395,7 +426,8 @@ class NativeGenerator:
         columns = np.arange(proposal.token_ids.shape[1] + 1)
         tokens = np.concatenate([last[:, None], proposal.token_ids], axis=1)[columns < counts[:, None]]
         plan = self._memory.cache.plan(self._tables[: len(self._live)], held, counts, evicted)
-        return self.decoder.forward(torch.from_numpy(tokens).to(self.decoder.device), plan, self._memory.cache)
+        packed = torch.from_numpy(tokens).to(self.decoder.device)
+        return self.decoder.forward(packed, plan, self._memory.cache, states)
 
     def _verify(self, logits: Tensor, proposal: Proposal) -> VerifiedTokens:
         seeds = np.array([s.seed for s in self._live], np.int64)
@@ -441,7 +473,13 @@ class NativeGenerator:
         return emissions
 
     def _observe(
-        self, emissions: list[Emission], hidden: Tensor, logits: Tensor, proposal: Proposal, seconds: float
+        self,
+        emissions: list[Emission],
+        hidden: Tensor,
+        logits: Tensor,
+        states: list[Tensor] | None,
+        proposal: Proposal,
+        seconds: float,
     ) -> None:
         self._drafting.observe(
             Verified(
@@ -452,6 +490,7 @@ class NativeGenerator:
                 logits=logits if Needs.LOGITS in self._drafting.needs else None,
                 starts=np.cumsum(proposal.lengths + 1) - (proposal.lengths + 1),
                 seconds=seconds,
+                layers=None if states is None else torch.stack(states),
             )
         )
 
@@ -493,11 +532,6 @@ class NativeGenerator:
         now = time.perf_counter()
         setattr(self._stats, part, getattr(self._stats, part) + now - self._mark)
         self._mark = now
-
-
-def _start_of(s: Sequence) -> SequenceStart:
-    response = s.token_ids[: s.count].copy()
-    return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response)
 
 
 def _kept_by_row(verified: VerifiedTokens) -> list[KeptIds]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.engine.native.compression import Compressor, KVCompression
 from pipeline.engine.native.sequence import Sequence
@@ -21,6 +22,8 @@ class _Prompt:
     tokens: int
     evicted: int
     """of these"""
+    hidden: Tensor | None
+    """[tokens, H], where the drafter asks for them"""
 
     @property
     def held(self) -> int:
@@ -89,7 +92,7 @@ class Memory:
 
     def free(self, sequence: Sequence) -> None:
         self.cache.release(sequence.pages)
-        sequence.pages, sequence.cached, sequence.evicted = [], 0, 0
+        sequence.pages, sequence.cached, sequence.evicted, sequence.hidden = [], 0, 0, []
 
     def shared_groups(self) -> set[int]:
         """Groups whose prompt is kept."""
@@ -102,7 +105,12 @@ class Memory:
             return
         if sequence.evicted and sequence.cached > tokens:
             return  # response has mixed with what is left of the prompt
-        prompt = _Prompt(sequence.pages[: _pages(tokens - sequence.evicted)], tokens, sequence.evicted)
+        hidden = None
+        if sequence.hidden:
+            whole = torch.cat(sequence.hidden)
+            hidden, rest = whole[:tokens], whole[tokens:]
+            sequence.hidden = [hidden, rest] if len(rest) else [hidden]
+        prompt = _Prompt(sequence.pages[: _pages(tokens - sequence.evicted)], tokens, sequence.evicted, hidden)
         self.cache.share(prompt.pages)
         self._prompts[sequence.group] = prompt
 
@@ -121,6 +129,7 @@ class Memory:
             sequence.pages += self.cache.take(1)
             self.cache.copy(prompt.pages[whole], sequence.pages[whole])
         sequence.cached, sequence.evicted = prompt.tokens, prompt.evicted
+        sequence.hidden = [] if prompt.hidden is None else [prompt.hidden]
 
     def forget_prompt(self, group: int) -> None:
         prompt = self._prompts.pop(group, None)

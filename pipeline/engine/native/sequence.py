@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+from torch import Tensor
 
 from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds, TokenOrigin
 from pipeline.engine.native.stop_strings import StopStrings
-from pipeline.messages import DraftCounts, Sampler, SamplingParams
+from pipeline.messages import DEEPEST, DraftCounts, Sampler, SamplingParams
 
 
 @dataclass(slots=True)
@@ -45,9 +46,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "begun", "cached", "count", "drafts", "entropies", "evicted", "id", "kept", "kv_kept", "limit", "logprobs",
-        "origins", "pages", "request", "sample", "samplers", "slot", "sources", "stop", "stop_strings",
-        "string_completed", "token_ids", "verifications", "versions",
+        "begun", "cached", "count", "depths", "drafts", "entropies", "evicted", "hidden", "id", "kept", "kv_kept",
+        "limit", "logprobs", "origins", "pages", "request", "sample", "samplers", "slot", "sources", "stop",
+        "stop_strings", "string_completed", "token_ids", "verifications", "versions",
     )  # fmt: skip
 
     def __init__(self, id: int, request: GroupRequest, sample: int, limit: int, stop: frozenset[int]) -> None:
@@ -62,6 +63,8 @@ class Sequence:
         self.count = self.verifications = 0
         self.drafts: dict[str, tuple[int, int]] = {}
         """tokens drafted and accepted, by drafter"""
+        self.depths: dict[str, np.ndarray] = {}
+        """int64 [2, DEEPEST] by drafter: drafts tried at a depth, and accepted there"""
         self.kv_kept = False
         self.begun = False
         """whether the drafter knows it, and its settings have a slot"""
@@ -71,6 +74,8 @@ class Sequence:
         """as many of these are not in the cache any more, in no layer and head"""
         self.pages: list[int] = []
         """of the cache, in order"""
+        self.hidden: list[Tensor] = []
+        """hidden states of the cached tokens, until the drafter has them; empty where it asks for none"""
         self.slot = -1
         """of its settings in the generator's `Processors`; -1 before it begins"""
         self.stop_strings: StopStrings | None = None
@@ -160,6 +165,19 @@ class Sequence:
             drafted, accepted = self.drafts.get(drafter, (0, 0))
             self.drafts[drafter] = drafted + emission.drafted, accepted + emission.accepted
             self.sources[start : start + emission.accepted] = 1 + list(self.drafts).index(drafter)
+            depths = self.depths.setdefault(drafter, np.zeros((2, DEEPEST), np.int64))
+            depths[0, : min(emission.drafted, emission.accepted + 1)] += 1
+            depths[1, : emission.accepted] += 1
+
+    def _counts(self, drafter: str) -> DraftCounts:
+        (drafted, accepted), (tried_at, accepted_at) = self.drafts[drafter], self.depths[drafter]
+        deepest = int(np.count_nonzero(tried_at))  # a depth is tried only where the one before it was
+        return DraftCounts(
+            drafted=drafted,
+            accepted=accepted,
+            tried_at=tuple(tried_at[:deepest].tolist()),
+            accepted_at=tuple(accepted_at[:deepest].tolist()),
+        )
 
     @property
     def finish_reason(self) -> str | None:
@@ -181,7 +199,7 @@ class Sequence:
             samplers=self.samplers[:n].copy(),
             finish_reason=self.finish_reason or "length",
             verifications=self.verifications,
-            drafters={name: DraftCounts(drafted=d, accepted=a) for name, (d, a) in self.drafts.items()},
+            drafters={name: self._counts(name) for name in self.drafts},
             kv_kept_across_update=self.kv_kept,
             origins=self.origins[:n].copy(),
             kept=KeptIds.joined(self.kept) if self.kept else None,
