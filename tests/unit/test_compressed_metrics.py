@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from learner.composition import build_objective, uncorrected_sampler
 from learner.pieces import build
 from learner.step_metrics import compressed_metrics
+from pipeline.config import load_config
 from pipeline.messages import Sampler
 from tests.unit.objectives.scenes import batch_of
 
@@ -28,3 +30,19 @@ def test_a_veto_says_where_the_impossible_tokens_stood():
     assert metrics["vetoed_samples"] == pytest.approx(2 / 3)
     _, metrics = build("correction", {"name": "veto"})(torch.ones(2), batch_of([1.0, 1.0]))
     assert "outlier_position" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["objective.recipe=sparse-rl"], False),
+        (["objective.recipe=dapo"], True),
+        (["objective.recipe=dapo", "objective.proximal=behaviour"], False),
+        (["objective.recipe=dapo", "engine.kv_compression.policy=none"], False),
+    ],
+)
+def test_compression_that_nothing_corrects_is_said(overrides, warned):
+    config = load_config(None, ["engine.kv_compression.policy=r-kv", *overrides])
+    warning = uncorrected_sampler(build_objective(config), config)
+    assert (warning is not None) == warned
+    assert warning is None or "sparse-rl" in warning
