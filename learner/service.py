@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from learner import checkpoint, replay
 from learner.audit import TrainedSamples
 from learner.collapse import CollapseWatch
-from learner.composition import build_objective
+from learner.composition import build_objective, uncorrected_sampler
 from learner.evaluation import evaluation_source
 from learner.hub import Hub, Limits
 from learner.journal import Journal
@@ -75,6 +75,8 @@ def run_learner(config: Config, *, evaluate_only: bool = False) -> int:
     check_config(config)
     objective = build_objective(config)
     stop, log = StopSignal(), Log("learner")
+    if warning := uncorrected_sampler(objective, config):
+        log(warning)
     Log.structured = config.telemetry.log_format == "json"
     run = RunDirectory(Path(config.run.out))
     run.lock()
