@@ -41,8 +41,8 @@ def uncorrected_sampler(objective: Objective, config: Config) -> str | None:
     if policy == "none" or looks:
         return None
     return (
-        f"WARNING: engine.kv_compression.policy = {policy} changes what is sampled, and no piece of the objective looks "
-        "at the sampler's log-probs; add corrections, for example objective.recipe = sparse-rl"
+        f"WARNING: engine.kv_compression.policy = {policy} changes what is sampled, and no piece of the objective "
+        "looks at the sampler's log-probs; add corrections, for example objective.recipe = sparse-rl"
     )
 
 
