@@ -87,6 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
 
+    train = _command(commands, "train-drafter", "fit a multi-token-prediction head to a frozen model", _train_drafter)
+    train.add_argument("config", nargs="?", type=Path, help="TOML file: model, task, sampling, engine, drafter, run")
+    _configuration_options(train)
+    train.add_argument("--out", help="folder of the head and its training (run.out); resumed where it holds one")
+
     corpus = _command(commands, "corpus", "build a memory of texts for the suffix automaton", _corpus)
     corpus.add_argument("action", choices=["build"])
     corpus.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".jsonl, a document a line, or a text")
@@ -97,6 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
     corpus.add_argument("--template", default="{text}", help="text of a line; {field} is replaced")
 
     _command(commands, "drafters", "list the drafters that are installed", _drafters)
+    _command(commands, "doctor", "what this machine can do for a run, and what to set", _doctor)
+
+    completion = _command(
+        commands, "completion", "a script that completes commands and options in a shell", _completion
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
 
     keys = _command(commands, "keygen", "make keys for engines on other machines, or add engines to them", _keygen)
     keys.add_argument("folder", type=Path, help="where the keys are kept (transport.keys)")
@@ -225,6 +236,20 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train_drafter(options: argparse.Namespace) -> int:
+    from pipeline.config import load_config, render
+
+    config = load_config(options.config, options.set)
+    if options.out:
+        config.run.out = options.out
+    if options.dry_run:
+        sys.stdout.write(render(config))
+        return 0
+    from pipeline.drafter_training import train_drafter
+
+    return train_drafter(config)
+
+
 def _drafters(options: argparse.Namespace) -> int:
     from drafters.registry import available
 
@@ -255,6 +280,19 @@ def _keygen(options: argparse.Namespace) -> int:
     from pipeline.transport.keys import DEFAULT_ENGINE, keygen
 
     print("\n".join(keygen(options.folder, options.engine or [DEFAULT_ENGINE])))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pipeline.doctor import doctor
+
+    return doctor()
+
+
+def _completion(options: argparse.Namespace) -> int:
+    import shtab
+
+    print(shtab.complete(build_parser(), options.shell))
     return 0
 
 
