@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from learner import checkpoint, replay
 from learner.audit import TrainedSamples
+from learner.co_training import HeadCoTraining
 from learner.collapse import CollapseWatch
 from learner.composition import build_objective
 from learner.evaluation import evaluation_source
@@ -145,6 +146,9 @@ class Learner:
         if restored:
             objective.restore(restored.state.objective)
             log(f"resumed at step {self.step} from {restored.folder}")
+        self.draft_head = HeadCoTraining.from_config(config, model, self.model_folder)
+        if self.draft_head and restored and not self.draft_head.restore(run.draft_head, self.step):
+            log(f"{run.draft_head} has no draft head of step {self.step}; it is trained anew from where it began")
 
         self.publisher = FilesystemPublisher(run.weights, config.weights.keep, self.model_folder)
         self.publish_dtype = _publish_dtype(config, model_config)
@@ -194,6 +198,8 @@ class Learner:
             self.observer.enter("learning")
             measured = self.trainer.train(groups, self.publisher.version)
             self.step += 1
+            if self.draft_head:
+                measured |= self.draft_head.train(groups)
             for warning in self.collapse.look(measured):
                 self.log(f"warning: {warning}")
             failpoint("step.trained")
@@ -318,6 +324,8 @@ class Learner:
 
     def _publish(self) -> None:
         tensors = {name: tensor.to(self.publish_dtype).contiguous() for name, tensor in self._policy_state().items()}
+        if self.draft_head:
+            tensors |= self.draft_head.tensors(self.publish_dtype)
         publication = self._patiently(self.run.weights, lambda: self.publisher.publish(tensors, self.step))
         self.hub.publish(publication.version)
         self.publisher.retire(self.hub.oldest_loaded_version())
@@ -331,6 +339,9 @@ class Learner:
 
     def _checkpoint(self) -> None:
         ledger = self.hub.state()
+        if head := self.draft_head:
+            keep = self.config.learner.keep_checkpoints
+            self._patiently(self.run.draft_head, lambda: head.save(self.run.draft_head, self.step, keep))
         self._patiently(
             self.run.checkpoints,
             lambda: checkpoint.save(

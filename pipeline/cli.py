@@ -111,6 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
 
+    train = _command(commands, "train-drafter", "fit a multi-token-prediction head to a frozen model", _train_drafter)
+    train.add_argument("config", nargs="?", type=Path, help="TOML file: model, task, sampling, engine, drafter, run")
+    _configuration_options(train)
+    train.add_argument("--out", help="folder of the head and its training (run.out); resumed where it holds one")
+
     corpus = _command(commands, "corpus", "build a memory of texts for the suffix automaton", _corpus)
     corpus.add_argument("action", choices=["build"])
     corpus.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".jsonl, a document a line, or a text")
@@ -260,6 +265,20 @@ def _export(options: argparse.Namespace) -> int:
 
     print(f"{options.out} is written from {export(options.run, options.step, options.out, options.dtype)}")
     return 0
+
+
+def _train_drafter(options: argparse.Namespace) -> int:
+    from pipeline.config import load_config, render
+
+    config = load_config(options.config, options.set)
+    if options.out:
+        config.run.out = options.out
+    if options.dry_run:
+        sys.stdout.write(render(config))
+        return 0
+    from pipeline.drafter_training import train_drafter
+
+    return train_drafter(config)
 
 
 def _drafters(options: argparse.Namespace) -> int:

@@ -113,6 +113,7 @@ _FREE_TO_CHANGE = {
     "run": {"out", "steps", "engines", "restarts", "measure_drafting"},
     "task": {"held_out_path", "held_out_split", "reward_seconds", "reward_memory_mb", "reward_workers"},
     "engine": None,
+    "drafter": None,
     "transport": None,
     "telemetry": None,
     "weights": {"keep", "transport"},

@@ -23,6 +23,7 @@ COMMAND_LINE = {
     ],
     "corpus": ["action", "files", "--out", "--tokenizer", "--template"],
     "drafters": [],
+    "train-drafter": ["[config]", "--set", "--dry-run", "--out"],
     "export": ["run", "--step", "--out", "--dtype"],
     "report": ["folder", "--out"],
     "doctor": [],

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.base import Drafter, DraftRequest, Needs, Places, Proposal, SequenceStart, Verified
 from drafters.none import NoDrafter
 from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds
 from pipeline.engine.native.compression import Compressor, KVCompression
@@ -249,11 +249,13 @@ class NativeGenerator:
             return None
         return self._load_tokenizer()
 
-    def places(self, ids: Items[int]) -> tuple[np.ndarray, np.ndarray]:
+    def places(self, ids: Items[int]) -> Places:
         """As `drafters.base.Target` says."""
         row_of = {s.id: row for row, s in enumerate(self._live)}
         rows = [row_of[i] for i in ids]
-        return self._tables[rows], np.array([self._live[row].cached for row in rows], np.int64)
+        held = np.array([self._live[row].held for row in rows], np.int64)
+        evicted = np.array([self._live[row].evicted for row in rows], np.int64) if self._compressor else None
+        return Places(self._tables[rows], held, evicted)
 
     def _new_memory(self) -> Memory:
         cache = KVCache(self.decoder.config, self.decoder.dtype, self.decoder.device, self._pages)
