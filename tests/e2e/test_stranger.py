@@ -83,7 +83,8 @@ def test_wheel_and_sdist_hold_what_is_needed(built):
         "drafters/suffix_automaton.py",
     } <= inside  # fmt: skip
     assert not [name for name in inside if name.startswith(("tests/", "benchmarks/"))]
-    names = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
     assert any(name.endswith("/README.md") for name in names) and any("report.css" in name for name in names)
 
 
