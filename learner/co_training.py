@@ -111,7 +111,8 @@ class HeadCoTraining:
             )
 
     def _frozen(self) -> FrozenHead:
-        embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        embedding: Any = self._model.get_input_embeddings()
+        head: Any = self._model.get_output_embeddings()
         return FrozenHead(embedding.weight.detach(), head.weight.detach().to(self._compute))
 
     @torch.no_grad()

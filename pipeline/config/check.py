@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from pipeline.config.check_vllm import check_vllm
 from pipeline.config.types import Config, SamplingSection
 from pipeline.errors import UsageError
 
@@ -35,6 +36,7 @@ def check_config(config: Config) -> None:
         )
     if sampling.temperature == 0:
         raise UsageError("sampling.temperature = 0 (greedy) gives nothing to learn from; use for example 1.0")
+    check_vllm(config)
     _check_replay(sampling)
     if task.kind == "jsonl" and not task.path:
         raise UsageError('task.kind = "jsonl" needs task.path, a file with one JSON object a line')

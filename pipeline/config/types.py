@@ -104,7 +104,10 @@ class KVCompressionSection(Section):
 
 
 class EngineSection(Section):
-    generator: Annotated[Literal["native"], option("what generates")] = "native"
+    generator: Annotated[Literal["native", "vllm"], option("what generates")] = "native"
+    vllm: Annotated[dict[str, Any], option("generator vllm: arguments of its engine, passed through")] = field(
+        default_factory=dict
+    )
     threads: Annotated[Count, option("torch threads of an engine; 0: chosen from the machine's cores")] = 0
     max_sequences: Annotated[PositiveInt, option("sequences generated at once by one engine")] = 64
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("compute type; auto: the checkpoint's")] = "auto"
@@ -178,6 +181,12 @@ class LearnerSection(Section):
     ] = False
     learning_rate: Annotated[PositiveFloat, option("AdamW learning rate after warm-up")] = 1e-5
     warmup_steps: Annotated[Count, option("batches of linear learning-rate warm-up")] = 0
+    learning_rate_schedule: Annotated[
+        Literal["constant", "linear", "cosine"], option("after warm-up; linear and cosine end with run.steps")
+    ] = "constant"
+    final_learning_rate: Annotated[
+        Annotated[float, Meta(ge=0, le=1)], option("share of learning_rate that linear and cosine end with")
+    ] = 0.0
     weight_decay: Annotated[NonNegativeFloat, option("AdamW weight decay of matrices")] = 0.0
     beta1: Annotated[Annotated[float, Meta(ge=0, lt=1)], option("AdamW first-moment decay")] = 0.9
     beta2: Annotated[Annotated[float, Meta(ge=0, lt=1)], option("AdamW second-moment decay")] = 0.99
