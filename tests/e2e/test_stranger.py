@@ -61,7 +61,7 @@ def shell(built, tmp_path_factory, cache):
 
     def run(line: str, *more: str) -> str:
         words = [*shlex.split(line), *more]
-        done = subprocess.run(words, cwd=home, env=environment, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(words, cwd=home, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
