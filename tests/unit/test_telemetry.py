@@ -195,7 +195,9 @@ def test_weights_and_biases_get_the_numbers_also_offline(tmp_path, monkeypatch):
     sink.write(ROW)
     sink.close()
     (file,) = tmp_path.rglob("*.wandb")
-    written = file.read_bytes()
+    deadline = time.monotonic() + 30  # a process of its own writes it
+    while b"reward_mean" not in (written := file.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert b"reward_mean" in written and b"drafters/suffix-automaton/accepted" in written and b"1234" in written
 
 
