@@ -3,13 +3,16 @@
 import re
 import shlex
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
+from drafters.base import Needs
 from drafters.registry import build
 from pipeline.cli import build_parser
 from pipeline.engine.native.generator import NativeGenerator
+from pipeline.engine.vllm.proposer import check_needs
 from pipeline.tasks.rewards import load_reward, score_group
 from tests.unit.generation import finish, group, texts
 from tests.unit.tiny_models import save_tiny
@@ -55,3 +58,13 @@ def test_every_command_shown_is_one_the_parser_knows():
     for line in shown:
         arguments = [word for word in shlex.split(line)[1:] if word != "..."]
         build_parser().parse_args(arguments)
+
+
+def test_the_table_of_drafters_and_generators_is_true():
+    rows = dict(re.findall(r"^\| `([a-z-]+)`[^|]*\| yes \| (yes|no)[^|]*\|$", README, re.MULTILINE))
+    assert {"none", "suffix-automaton", "prompt-lookup", "arbiter", "token-recycling", "mtp"} <= rows.keys()
+    kinds = {point.name: point.load() for point in entry_points(group="rollahead.drafters")}
+    for name, in_vllm in rows.items():
+        needs = Needs.NOTHING if name == "arbiter" else kinds[name].needs  # an arbiter's are those of its drafters
+        assert (in_vllm == "yes") == (not needs), name
+    check_needs(build({"name": "arbiter"}))
