@@ -3,11 +3,13 @@
 import re
 import shlex
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from drafters.base import Needs
 from drafters.registry import build
 from learner.testing import check_piece
 from pipeline.bench import available
@@ -15,6 +17,7 @@ from pipeline.cli import COMMAND_EXAMPLES, EXAMPLES, build_parser, main
 from pipeline.config.types import TaskSection
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.tasks import load_task
+from pipeline.engine.vllm.proposer import check_needs
 from pipeline.tasks.rewards import load_reward, score_group
 from tests.unit.generation import finish, group, texts
 from tests.unit.tiny_models import save_tiny
@@ -121,3 +124,19 @@ def test_what_a_run_directory_holds_is_what_the_readme_says():
         if isinstance(path, Path) and path.name in ("metrics.jsonl", "samples.jsonl", "trained.jsonl", "report.html"):
             assert path.name in README
     assert np.all([word in README for word in ("tensorboard/", "trace/", "checkpoints/step-N/")])
+def test_every_command_shown_is_one_the_parser_knows():
+    shown = re.findall(r"^    (rollahead .*?)(?:\s{2,}#.*)?$", README, re.MULTILINE)
+    assert len(shown) >= 5
+    for line in shown:
+        arguments = [word for word in shlex.split(line)[1:] if word != "..."]
+        build_parser().parse_args(arguments)
+
+
+def test_the_table_of_drafters_and_generators_is_true():
+    rows = dict(re.findall(r"^\| `([a-z-]+)`[^|]*\| yes \| (yes|no)[^|]*\|$", README, re.MULTILINE))
+    assert {"none", "suffix-automaton", "prompt-lookup", "arbiter", "token-recycling", "mtp"} <= rows.keys()
+    kinds = {point.name: point.load() for point in entry_points(group="rollahead.drafters")}
+    for name, in_vllm in rows.items():
+        needs = Needs.NOTHING if name == "arbiter" else kinds[name].needs  # an arbiter's are those of its drafters
+        assert (in_vllm == "yes") == (not needs), name
+    check_needs(build({"name": "arbiter"}))
