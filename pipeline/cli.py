@@ -70,6 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("model", type=Path, help="Hugging Face checkpoint directory, or a folder weights/vN of a run")
     generate.add_argument("--prompt", required=True, help="text to continue")
     generate.add_argument("--drafter", default="suffix-automaton", help="drafter by name or module:Class")
+    generate.add_argument("--small-model", type=Path, metavar="DIR", help="samples where entropy is low")
+    generate.add_argument(
+        "--threshold", type=float, default=0.1, metavar="H", help="of the mean entropy, in nats (with --small-model)"
+    )
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     generate.add_argument("--seed", type=int, default=0)
@@ -205,6 +209,8 @@ def _generate(options: argparse.Namespace) -> int:
         sampling=vars(options),
         seed=options.seed,
         samples=options.samples,
+        small_model=options.small_model,
+        threshold=options.threshold,
     )
 
 
@@ -267,10 +273,10 @@ def _dry_run(config: object, parts: tuple[str, ...]) -> int:
 
         build_objective(config)
     if "engine" in parts:
-        from drafters.registry import build
+        from pipeline.engine.service import check_drafting
         from pipeline.tasks.rewards import load_reward
 
-        build(config.engine.drafter)
+        check_drafting(config)
         load_reward(config.task.reward)
     sys.stdout.write(render(config))
     return 0

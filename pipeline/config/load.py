@@ -9,7 +9,7 @@ import msgspec
 import tomli_w
 
 from pipeline.config.recipes import LISTS, SINGLE, apply_recipe, nearest
-from pipeline.config.types import Config
+from pipeline.config.types import Config, Section
 from pipeline.errors import UsageError
 
 EMBEDDED = Path(__file__).with_name("embedded.toml")
@@ -85,10 +85,16 @@ def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
             raise UsageError(f"unknown table [{name}] in the configuration{nearest(name, list(sections))}")
         if not isinstance(table, dict):
             raise UsageError(f"{name} = {table!r} must be a table of options, written [{name}]")
-        keys = [field.encode_name for field in msgspec.structs.fields(sections[name])]
-        for key in table:
-            if key not in keys:
-                raise UsageError(f"unknown key {name}.{key} = {table[key]!r}{nearest(key, keys)}")
+        _refuse_unknown_fields(name, table, sections[name])
+
+
+def _refuse_unknown_fields(name: str, table: dict[str, Any], kind: type[msgspec.Struct]) -> None:
+    types = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    for key, value in table.items():
+        if key not in types:
+            raise UsageError(f"unknown key {name}.{key} = {value!r}{nearest(key, list(types))}")
+        if isinstance(types[key], type) and issubclass(types[key], Section) and isinstance(value, dict):
+            _refuse_unknown_fields(f"{name}.{key}", value, types[key])
 
 
 def _expand_piece_names(tree: dict[str, Any]) -> None:
@@ -122,13 +128,19 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
         return f"the configuration is not valid: {message}"
     key, what = found["key"], found["what"].replace("`", "")
     section, _, name = key.partition(".")
-    value = tree.get(section, {}).get(name.partition("[")[0])
+    value: Any = tree
+    for part in key.partition("[")[0].split("."):
+        value = value.get(part) if isinstance(value, dict) else None
     what = what[0].lower() + what[1:]
     return f"{key} = {value!r} is not valid: {what} ({help_of(section, name)})"
 
 
 def help_of(section: str, name: str) -> str:
     """The one line of help of an option."""
-    hint = get_type_hints(_sections()[section], include_extras=True).get(name.partition("[")[0])
+    kind: Any = _sections()[section]
+    *within, last = name.partition("[")[0].split(".")
+    for part in within:
+        kind = get_type_hints(kind).get(part)
+    hint = get_type_hints(kind, include_extras=True).get(last) if kind else None
     texts = [meta.description for meta in get_args(hint)[1:] if isinstance(meta, msgspec.Meta) and meta.description]
     return texts[-1] if texts else "see the configuration reference"

@@ -35,6 +35,8 @@ class GroupRequest:
     """one a sample; a sample's text depends on its seed, the prompt and the weights, not on its neighbours"""
     temperatures: tuple[float, ...] = ()
     """one a sample, in place of the sampling parameters'; empty: theirs for all"""
+    policy_only: bool = False
+    """the policy samples every token, also where the generator switches between models"""
 
 
 @dataclass(frozen=True, slots=True)

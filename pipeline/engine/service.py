@@ -41,7 +41,7 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
     check_config(config)
     stop, log = StopSignal(), Log("engine")
     scorers = build_scorers(config.task)
-    _build_drafter(config)  # refuse a wrong drafter before anything waits
+    check_drafting(config)  # before anything waits
     link, follower = _connect(config, connect, connect_timeout, log)
     watchdog = Watchdog(config.transport.stall_seconds, lambda why, where: _stalled(link, why, where))
     engine = Engine(config, link, follower, scorers, stop, log, watchdog.beat)
@@ -229,7 +229,12 @@ class Engine:
             if not work.started and lease.version <= self.generator.version:
                 work.started = True
                 prompt_ids = np.asarray(lease.prompt_ids, np.int64)
-                self.generator.add(GroupRequest(lease.id, prompt_ids, lease.sampling, lease.seeds, lease.temperatures))
+                policy_only = lease.kind == "eval" and not self.config.engine.switching.evaluation
+                self.generator.add(
+                    GroupRequest(
+                        lease.id, prompt_ids, lease.sampling, lease.seeds, lease.temperatures, policy_only=policy_only
+                    )
+                )
 
     def _generate(self) -> None:
         if self.generator is None or not self.generator.has_work():
@@ -307,10 +312,12 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
     )
 
 
-def _build_drafter(config: Config) -> object:
+def check_drafting(config: Config) -> None:
+    """Refuse a drafter that does not exist, and a small model or a drafter that do not go together."""
     from drafters.registry import build
+    from pipeline.engine.native.small_model import check_switching
 
-    return build(config.engine.drafter)
+    check_switching(config, build(config.engine.drafter))
 
 
 def build_generator(config: Config, folder: Path, log: Log) -> Generator:
@@ -318,10 +325,13 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
     import torch
 
     from drafters.registry import build
+    from pipeline.engine.native.calibration import calibrate_for_run
     from pipeline.engine.native.generator import NativeGenerator
+    from pipeline.engine.native.switching import SwitchingRule
 
     torch.set_num_threads(resolve_threads(config.engine.threads, config))
-    return NativeGenerator(
+    switching = config.engine.switching
+    generator = NativeGenerator(
         folder,
         drafter=build(config.engine.drafter),
         max_sequences=config.engine.max_sequences,
@@ -334,5 +344,10 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         kv_bytes=config.engine.kv_bytes,
         prefill_tokens=config.engine.prefill_tokens,
         recompute_on_update=config.engine.update_kv == "recompute",
+        small_model=switching.small_model or None,
+        switching=SwitchingRule.from_config(switching),
         on_event=log,
     )
+    if switching.small_model and switching.policy_share:
+        calibrate_for_run(generator, config, folder, log)
+    return generator

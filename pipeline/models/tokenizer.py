@@ -77,6 +77,18 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def token(self, id: int) -> str | None:
+        """The token of an id, as the vocabulary spells it."""
+        token: str | None = self._tokenizer.id_to_token(id)
+        return token
+
+    def first_difference(self, other: "Tokenizer") -> int | None:
+        """The least id that means another token in `other`, or none; None: all ids mean the same."""
+        if self.digest == other.digest:
+            return None
+        size = max(self.vocab_size, other.vocab_size)
+        return next((id for id in range(size) if self.token(id) != other.token(id)), None)
+
     def stream(self) -> "TextStream":
         """The text of a response that grows token by token."""
         return TextStream(self._tokenizer)
@@ -92,6 +104,25 @@ class TextStream:
     def step(self, token: int) -> str:
         """The text that this token completes."""
         return self._stream.step(self._tokenizer, token) or ""
+
+
+def check_same_tokenizer(folder: Path, other: Path, option: str) -> None:
+    """Two models that take turns at a text must mean the same by every token id.
+
+    Args:
+        folder: the policy's checkpoint.
+        other: the other model's, which `option` names.
+
+    Raises:
+        UsageError: they differ, and where first; or one has no tokenizer.
+    """
+    one, two = Tokenizer(folder), Tokenizer(other)
+    id = one.first_difference(two)
+    if id is not None:
+        raise UsageError(
+            f"{option} = {str(other)!r} has another tokenizer than {folder}: token id {id} is {two.token(id)!r} there "
+            f"and {one.token(id)!r} here; give a model that was trained with the same tokenizer"
+        )
 
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:

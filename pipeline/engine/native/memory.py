@@ -124,7 +124,13 @@ def page_table(sequences: list[Sequence]) -> np.ndarray:
 
 
 def page_budget(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, kv_bytes: int, sequences: int, length: int
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_bytes: int,
+    sequences: int,
+    length: int,
+    beside: int = 0,
 ) -> int:
     """How many pages the cache may have.
 
@@ -135,12 +141,13 @@ def page_budget(
         kv_bytes: the budget; 0: what `sequences` of `length` tokens need, at most half of the memory that is free.
         sequences: most at once.
         length: longest one, in tokens.
+        beside: bytes of a page of another model's cache that shares the budget, with as many pages.
 
     Raises:
         UsageError: the budget does not hold one sequence of that length.
     """
     one = _pages(length)
-    size = page_bytes(config, dtype)
+    size = page_bytes(config, dtype) + beside
     budget = kv_bytes or min(sequences * (one + 1) * size, _free_memory(device) // 2)
     pages = budget // size
     if pages < one + 1:

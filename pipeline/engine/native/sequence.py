@@ -1,6 +1,7 @@
 """One response under way: its tokens and what is recorded of each."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -8,6 +9,9 @@ import numpy as np
 from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds, TokenOrigin
 from pipeline.engine.native.stop_strings import StopStrings
 from pipeline.messages import DraftCounts, Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from pipeline.engine.native.small_model import Copy
 
 
 @dataclass(slots=True)
@@ -44,9 +48,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "begun", "cached", "count", "drafts", "entropies", "id", "kept", "kv_kept", "limit", "logprobs", "origins",
-        "pages", "request", "sample", "slot", "sources", "stop", "stop_strings", "string_completed", "token_ids",
-        "verifications", "versions",
+        "begun", "cached", "copy", "count", "drafts", "entropies", "id", "kept", "kv_kept", "limit", "logprobs",
+        "origins", "pages", "request", "sample", "samplers", "slot", "sources", "stop", "stop_strings",
+        "string_completed", "token_ids", "verifications", "versions",
     )  # fmt: skip
 
     def __init__(self, id: int, request: GroupRequest, sample: int, limit: int, stop: frozenset[int]) -> None:
@@ -55,6 +59,7 @@ class Sequence:
         self.logprobs = np.zeros(limit, np.float32)
         self.entropies = np.zeros(limit, np.float32)
         self.versions = np.zeros(limit, np.int64)
+        self.samplers = np.zeros(limit, np.uint8)
         self.origins = np.zeros(limit, np.uint8)
         self.sources = np.zeros(limit, np.uint8)
         self.count = self.verifications = 0
@@ -67,6 +72,8 @@ class Sequence:
         """tokens whose keys and values are in the cache"""
         self.pages: list[int] = []
         """of the cache, in order"""
+        self.copy: Copy | None = None
+        """what a small model beside the policy holds of it; None where there is none"""
         self.slot = -1
         """of its settings in the generator's `Processors`; -1 before it begins"""
         self.stop_strings: StopStrings | None = None
@@ -128,8 +135,8 @@ class Sequence:
             n = end or n
         return emission if n == len(tokens) else emission.first(n)
 
-    def append(self, emission: Emission, version: int, drafter: str) -> None:
-        """Records an emission that was sampled by publication `version` after a draft of `drafter`."""
+    def append(self, emission: Emission, version: int, drafter: str, sampler: Sampler = Sampler.POLICY) -> None:
+        """Records an emission of `sampler`, under publication `version` and after a draft of `drafter`."""
         start, end = self.count, self.count + len(emission.token_ids)
         self.token_ids[start:end] = emission.token_ids
         self.logprobs[start:end] = emission.logprobs
@@ -138,12 +145,15 @@ class Sequence:
         if emission.kept is not None:
             self.kept.append(emission.kept)
         self.versions[start:end] = version
+        self.samplers[start:end] = sampler
         self.origins[start : start + emission.accepted] = TokenOrigin.ACCEPTED
         if emission.accepted < end - start:
             whole = TokenOrigin.BONUS if emission.drafted else TokenOrigin.SAMPLED
             self.origins[end - 1] = whole if emission.accepted == emission.drafted else TokenOrigin.RESIDUAL
         self.count = end
-        self.cached = self.target  # the pass that sampled the last token computed all before it
+        # The pass that sampled the last token computed all before it.
+        holder = self.copy if sampler == Sampler.SWITCHED_MODEL and self.copy is not None else self
+        holder.cached = self.target
         self.verifications += 1
         if emission.drafted:
             drafted, accepted = self.drafts.get(drafter, (0, 0))
@@ -167,7 +177,7 @@ class Sequence:
             logprobs=self.logprobs[:n].copy(),
             entropies=self.entropies[:n].copy() if with_entropy else None,
             versions=self.versions[:n].copy(),
-            samplers=np.full(n, Sampler.POLICY, np.uint8),
+            samplers=self.samplers[:n].copy(),
             finish_reason=self.finish_reason or "length",
             verifications=self.verifications,
             drafters={name: DraftCounts(drafted=d, accepted=a) for name, (d, a) in self.drafts.items()},
