@@ -17,7 +17,8 @@ COMMAND_LINE = {
     "engine": ["config", "--connect", "--connect-timeout", "--set", "--dry-run"],
     "generate": [
         "model", "--prompt", "--drafter", "--small-model", "--threshold", "--max-new-tokens", "--temperature", "--seed",
-        "--samples", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logit-bias",
+        "--samples", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--presence-penalty",
+        "--frequency-penalty", "--logit-bias",
         "--allowed-token-ids", "--bad-token-ids", "--stop-token-ids", "--stop-strings", "--min-new-tokens",
     ],
     "corpus": ["action", "files", "--out", "--tokenizer", "--template"],

@@ -31,7 +31,7 @@ class Calibration:
 
 
 def calibrate(generator: NativeGenerator, requests: Items[GroupRequest], share: float) -> Calibration:
-    """Bisects over quantiles of the rolling mean of the policy's entropies, each tried on all requests with the same
+    """Bisects over quantiles of the rolling mean of the two models' entropies, each tried on all requests with the same
     seeds; the try whose share is nearest wins. The generator's rule has that threshold from then on.
 
     Args:
@@ -49,8 +49,11 @@ def calibrate(generator: NativeGenerator, requests: Items[GroupRequest], share: 
             "engine.switching.small_model that records entropies"
         )
     rule = small.rule
-    small.rule = replace(rule, threshold=float("-inf"))
-    means = np.sort(np.concatenate([rolling_mean(s.entropies, rule.window) for s in _generate(generator, requests)]))
+    samples: list[FinishedSample] = []
+    for extreme in (float("-inf"), float("inf")):  # what either model's entropies are like
+        small.rule = replace(rule, threshold=extreme)
+        samples += _generate(generator, requests)
+    means = np.sort(np.concatenate([rolling_mean(s.entropies, rule.window) for s in samples]))
     tried: list[Calibration] = []
     low, high = 0.0, 1.0
     for _ in range(TRIES):

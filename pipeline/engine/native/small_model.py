@@ -14,6 +14,7 @@ from pipeline.engine.native.prefill import prefill
 from pipeline.engine.native.sequence import Emission, Sequence
 from pipeline.engine.native.switching import SwitchingRule, SwitchState
 from pipeline.errors import UsageError
+from pipeline.messages import Sampler
 from pipeline.models.checkpoint import load_decoder
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Decoder
@@ -91,6 +92,8 @@ class SmallModel:
                 "sampling.max_prompt_tokens or sampling.max_new_tokens, or take another engine.switching.small_model"
             )
         self._vocab_size = policy.config.vocab_size
+        self.caught_up = {Sampler.POLICY: 0, Sampler.SWITCHED_MODEL: 0}
+        """tokens that catch-ups computed, by the model that took over"""
         self.page_bytes = page_bytes(self.decoder.config, self.decoder.dtype)
 
     def set_pages(self, pages: int) -> None:
@@ -127,9 +130,10 @@ class SmallModel:
         copies: list[Sequence] = [s.copy for s in live if on_small(s) and s.copy is not None and not s.copy.ready]
         rows = [row for row, s in enumerate(live) if not on_small(s) and not s.ready]
         if copies:
-            prefill(self.decoder, self.memory, copies, ALL_AT_ONCE)
+            self.caught_up[Sampler.SWITCHED_MODEL] += prefill(self.decoder, self.memory, copies, ALL_AT_ONCE)
         if rows:
-            prefill(decoder, memory, [live[row] for row in rows], ALL_AT_ONCE)
+            behind = [live[row] for row in rows]
+            self.caught_up[Sampler.POLICY] += prefill(decoder, memory, behind, ALL_AT_ONCE)
         return all(c.ready for c in copies) and all(live[row].ready for row in rows), rows
 
     def forward(self, sequences: list[Sequence]) -> Tensor:
