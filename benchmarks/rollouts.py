@@ -155,6 +155,7 @@ def _rows(timings: dict[Configuration, list[Timing]], options: argparse.Namespac
             "acceptance_rate": sum(t.accepted for t in found) / drafted if drafted else None,
             "tokens_per_verification": sum(t.tokens for t in found) / verifications if verifications else None,
             "outside_forward": _known([t.outside_forward for t in found]),
+            "start_seconds": _known([t.start_seconds for t in found]),
             "memory": {
                 "weights_bytes": last.weights_bytes,
                 "kv_bytes": last.kv_bytes,

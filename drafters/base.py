@@ -9,10 +9,14 @@ a batch they sit in. Life of a sequence: `begin`, then `propose` and `observe` b
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+
+from pipeline.models.decoder import Decoder
+from pipeline.models.kv_cache import KVCache
+from pipeline.models.tokenizer import Tokenizer
 
 
 class Needs(Flag):
@@ -20,11 +24,45 @@ class Needs(Flag):
 
     NOTHING = 0
     HIDDEN_STATES = auto()
-    """final-norm hidden states of verified positions, in `Verified.hidden`"""
+    """final-norm hidden states: of a sequence's first tokens in `SequenceStart.hidden`, then of verified positions in
+    `Verified.hidden`"""
     LOGITS = auto()
     """the target's logits of verified positions, in `Verified.logits`"""
     TARGET_LAYERS = auto()
     """the target model itself, through `attach`"""
+    LAYER_STATES = auto()
+    """what each layer of the target read and the last one gave, in `Verified.layers`"""
+
+
+class Target(Protocol):
+    """The target model, for drafters that run it or must fit it."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """Its weights; new ones are loaded in place."""
+
+    @property
+    def cache(self) -> KVCache:
+        """Its keys and values. A drafter may write those of drafted positions, for which there are pages: verification
+        overwrites them. It may take free pages within a call."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where the target is no checkpoint directory."""
+
+    def places(self, ids: Sequence[int]) -> "Places":
+        """Of live sequences; a draft begins behind them."""
+
+
+class Places(NamedTuple):
+    """Where the keys and values of B sequences are, of all tokens but the last one."""
+
+    tables: np.ndarray
+    """int64 [B, most], pages of each"""
+    held: np.ndarray
+    """int64 [B], tokens in them"""
+    evicted: np.ndarray | None = None
+    """int64 [B], tokens that were in them before their keys and values were dropped; None: no sequence has any"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +78,9 @@ class SequenceStart:
     seed: int
     response_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [T], tokens it has already; empty but in `restore`"""
+    hidden: torch.Tensor | None = None
+    """[P + T - 1, H], final-norm hidden states after each token but the last, on the target's device, for drafters that
+    ask for HIDDEN_STATES; sequences of a group share the prompt's memory"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +141,8 @@ class Verified:
     its emitted tokens were sampled from"""
     seconds: float = 0.0
     """wall time of the verification: forward pass and sampling, without drafting; 0: not measured"""
+    layers: torch.Tensor | None = None
+    """[layers + 1, N, H] at the same places: the embedding, then what each layer gave, before the final norm"""
 
 
 @runtime_checkable
@@ -113,8 +156,9 @@ class Drafter(Protocol):
     name: str
     needs: Needs
 
-    def attach(self, target: object) -> None:
-        """The target model, before the first sequence; only called when `needs` has TARGET_LAYERS."""
+    def attach(self, target: Target) -> None:
+        """The target model, before the first sequence; only called when `needs` has TARGET_LAYERS. A drafter that does
+        not fit it raises `UsageError`, and the engine does not start."""
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
         """These sequences exist now."""
@@ -145,7 +189,7 @@ class BaseDrafter:
     name = "unnamed"
     needs = Needs.NOTHING
 
-    def attach(self, target: object) -> None:
+    def attach(self, target: Target) -> None:
         pass
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:

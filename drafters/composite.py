@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from drafters.base import BaseDrafter, Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.base import BaseDrafter, Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
 from drafters.guard import CALL_SECONDS, Guard
 from drafters.registry import build
 
@@ -45,7 +45,7 @@ class Ensemble:
     def __len__(self) -> int:
         return len(self.guards)
 
-    def attach(self, target: object) -> None:
+    def attach(self, target: Target) -> None:
         for guard in self.guards:
             guard.attach(target)
 
@@ -95,7 +95,7 @@ class CompositeDrafter(BaseDrafter):
     def host(self, vocab_size: int, on_event: Callable[[str], None], call_seconds: float) -> None:
         self.ensemble.host(vocab_size, on_event, call_seconds)
 
-    def attach(self, target: object) -> None:
+    def attach(self, target: Target) -> None:
         self.ensemble.attach(target)
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:

@@ -7,7 +7,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 import torch
 
-from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
+from pipeline.errors import UsageError
 
 T = TypeVar("T")
 
@@ -77,10 +78,24 @@ class Guard:
         within = self._drafter.at_work if isinstance(self._drafter, Host) else None
         return f"{self.name} (in {within})" if within else self.name
 
-    def attach(self, target: object) -> None:
-        """Hands the target over to a drafter that needs it; loading and measuring may take their time."""
+    def attach(self, target: Target) -> None:
+        """Hands the target over to a drafter that needs it; loading and measuring may take their time.
+
+        Raises:
+            UsageError: the drafter does not fit the target.
+        """
+        refused: list[UsageError] = []
+
+        def hand_over(drafter: Drafter) -> None:
+            try:
+                drafter.attach(target)
+            except UsageError as error:
+                refused.append(error)
+
         if Needs.TARGET_LAYERS in self.needs:
-            self._call(lambda d: d.attach(target), None, limited=False)
+            self._call(hand_over, None, limited=False)
+        if refused:
+            raise refused[0]  # a setting that cannot work is the user's to mend before anything is generated
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
         if sequences:

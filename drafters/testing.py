@@ -10,21 +10,23 @@ its drafts are any good.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
-from drafters.guard import checked
+from drafters.base import Drafter, DraftRequest, Needs, Places, Proposal, SequenceStart, Verified
+from drafters.guard import CALL_SECONDS, Host, checked
 from pipeline.models.config import ModelConfig, RopeParameters
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import PAGE, KVCache
+from pipeline.models.tokenizer import Tokenizer
 from pipeline.sampling.target import plain_target
 from pipeline.sampling.verification import TokenUniforms, packed_rows, verify
 
 VOCABULARY = 24
 STOP = 2
+_PAGES = 1024
 
 
 class NotADrafter(AssertionError):
@@ -90,6 +92,13 @@ class _Text:
     start: SequenceStart
     limit: int
     tokens: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    """of the rehearsal's cache, as many as the text may come to need"""
+
+    @property
+    def cached(self) -> int:
+        """Tokens whose keys and values are in the cache, once it has pages: all but the last."""
+        return len(self.start.prompt_ids) + len(self.tokens) - 1
 
     @property
     def done(self) -> bool:
@@ -98,7 +107,8 @@ class _Text:
 
 @dataclass
 class Rehearsal:
-    """Generates with a drafter as an engine does: one verification a step for all live sequences.
+    """Generates with a drafter as an engine does: one verification a step for all live sequences, over one cache that
+    the drafter can get at, too.
 
     `proposals` keeps what was proposed, step by step: ids of the rows and a copy of each draft.
     """
@@ -110,33 +120,72 @@ class Rehearsal:
     finished: dict[int, list[int]] = field(default_factory=dict)
     proposals: list[dict[int, list[int]]] = field(default_factory=list)
     drafted: int = 0
+    accepted: int = 0
 
     def __post_init__(self) -> None:
+        self.cache = KVCache(self.target.config, self.target.dtype, self.target.device, _PAGES)
+        if isinstance(self.drafter, Host):
+            self.drafter.host(self.target.config.vocab_size, _loudly, CALL_SECONDS)
         if self.drafter is not None and Needs.TARGET_LAYERS in self.drafter.needs:
-            self.drafter.attach(self.target)
+            self.drafter.attach(self)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.target
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return None
+
+    def places(self, ids: Sequence[int]) -> Places:
+        """As `drafters.base.Target` says."""
+        texts = {text.start.id: text for text in self.live}
+        return Places(_tables([texts[i] for i in ids]), np.array([texts[i].cached for i in ids], np.int64))
 
     def begin(self, sequences: Sequence[SequenceStart], limit: int) -> None:
-        self.live += [_Text(start, limit) for start in sequences]
+        texts = [_Text(start, limit) for start in sequences]
+        self._take_places(texts)
+        self.live += texts
         if self.drafter is not None:
-            self.drafter.begin(sequences)
+            self.drafter.begin(self._starts(texts))
 
     def preempt(self, ids: Sequence[int]) -> list[_Text]:
         """Takes sequences out of the batch."""
         out = [text for text in self.live if text.start.id in ids]
+        self._give_places_back(out)
         self.live = [text for text in self.live if text.start.id not in ids]
         if self.drafter is not None:
             self.drafter.preempt(ids)
         return out
 
     def restore(self, texts: Sequence[_Text]) -> None:
+        self._take_places(texts)
         self.live += texts
         if self.drafter is not None:
-            self.drafter.restore([_restored(text) for text in texts])
+            self.drafter.restore(self._starts(texts))
 
     def cancel(self, ids: Sequence[int]) -> None:
+        self._give_places_back([text for text in self.live if text.start.id in ids])
         self.live = [text for text in self.live if text.start.id not in ids]
         if self.drafter is not None:
             self.drafter.end(ids)
+
+    @torch.no_grad()
+    def _take_places(self, texts: Sequence[_Text]) -> None:
+        """Pages, and the keys and values of all but the last token."""
+        for text in texts:
+            text.pages = self.cache.take(-(-(len(text.start.prompt_ids) + text.limit) // PAGE))
+        behind = [text for text in texts if text.cached]
+        if behind:
+            packed = np.concatenate([[*text.start.prompt_ids, *text.tokens][:-1] for text in behind])
+            counts = np.array([text.cached for text in behind], np.int64)
+            plan = self.cache.plan(_tables(behind), np.zeros(len(behind), np.int64), counts)
+            self.target.forward(torch.from_numpy(packed.astype(np.int64)), plan, self.cache)
+
+    def _give_places_back(self, texts: Sequence[_Text]) -> None:
+        for text in texts:
+            self.cache.release(text.pages)
+            text.pages = []
 
     def run(self) -> dict[int, list[int]]:
         while self.live:
@@ -145,9 +194,12 @@ class Rehearsal:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One verification of every live sequence."""
+        """One verification of every live sequence, if there are any."""
+        if not self.live:
+            return
         proposal = self._propose()
-        hidden, logits = self._forward(proposal)
+        states: list[torch.Tensor] = []
+        hidden, logits = self._forward(proposal, states)
         starts = [text.start for text in self.live]
         seeds = np.array([start.seed for start in starts], np.int64)
         positions = np.array([len(text.tokens) for text in self.live], np.int64)
@@ -169,7 +221,17 @@ class Rehearsal:
             accepted[row] = min(int(verified.accepted[row]), len(tokens))
             text.tokens += tokens
             emitted.append(np.array(tokens, np.int64))
-        self._observe(proposal, hidden, logits, emitted, accepted)
+        self._observe(proposal, hidden, logits, states, emitted, accepted)
+
+    def _starts(self, texts: Sequence[_Text]) -> list[SequenceStart]:
+        """As an engine tells them: with the response so far, and hidden states where they are asked for."""
+        assert self.drafter is not None
+        starts = [replace(text.start, response_ids=np.array(text.tokens, np.int64)) for text in texts]
+        if Needs.HIDDEN_STATES not in self.drafter.needs or not starts:
+            return starts
+        tokens = [[*text.start.prompt_ids.tolist(), *text.tokens] for text in texts]
+        hidden = self._hidden(tokens).split([len(t) for t in tokens])
+        return [replace(start, hidden=h[:-1]) for start, h in zip(starts, hidden, strict=True)]
 
     def _propose(self) -> Proposal:
         ids = [text.start.id for text in self.live]
@@ -182,33 +244,39 @@ class Rehearsal:
         request = DraftRequest(ids, np.array(most, np.int64), temperatures)
         proposal = Proposal.empty(len(ids))
         if self.drafter is not None and any(most):
-            proposal = checked(self.drafter.propose(request), request, VOCABULARY)
+            proposal = checked(self.drafter.propose(request), request, self.target.config.vocab_size)
         drafts = zip(ids, proposal.token_ids, proposal.lengths, strict=True)
         self.proposals.append({i: tokens[:n].tolist() for i, tokens, n in drafts})
         self.drafted += int(proposal.lengths.sum())
         return proposal
 
-    def _forward(self, proposal: Proposal) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and logits [N, ...] after each last token and each draft token; everything computed anew."""
-        texts = [
-            [*text.start.prompt_ids.tolist(), *text.tokens, *proposal.token_ids[row, : proposal.lengths[row]].tolist()]
-            for row, text in enumerate(self.live)
-        ]
+    def _forward(
+        self, proposal: Proposal, states: list[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and logits [N, ...] after each last token and each draft token."""
+        rows = zip(self.live, proposal.token_ids, proposal.lengths, strict=True)
+        packed = np.concatenate([[[*text.start.prompt_ids, *text.tokens][-1], *ids[:n]] for text, ids, n in rows])
+        cached = np.array([text.cached for text in self.live], np.int64)
+        plan = self.cache.plan(_tables(self.live), cached, proposal.lengths + 1)
+        hidden = self.target.forward(torch.from_numpy(packed.astype(np.int64)), plan, self.cache, states)
+        return hidden, self.target.logits(hidden)
+
+    @torch.no_grad()
+    def _hidden(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Final-norm hidden states [N, H] of all tokens of the texts, computed anew."""
         counts = np.array([len(text) for text in texts], np.int64)
         pages = -(-int(counts.max()) // PAGE)
         cache = KVCache(self.target.config, self.target.dtype, self.target.device, len(texts) * pages)
         tables = np.array(cache.take(len(texts) * pages), np.int64).reshape(len(texts), pages)
         plan = cache.plan(tables, np.zeros(len(texts), np.int64), counts)
-        hidden = self.target.forward(torch.tensor(np.concatenate(texts)), plan, cache)
-        row, depth = packed_rows(proposal.lengths)
-        hidden = hidden[torch.from_numpy(np.cumsum(counts)[row] - proposal.lengths[row] - 1 + depth)]
-        return hidden, self.target.logits(hidden)
+        return self.target.forward(torch.tensor(np.concatenate(texts)), plan, cache)
 
     def _observe(
         self,
         proposal: Proposal,
         hidden: torch.Tensor,
         logits: torch.Tensor,
+        states: list[torch.Tensor],
         emitted: list[np.ndarray],
         accepted: np.ndarray,
     ) -> None:
@@ -223,19 +291,28 @@ class Rehearsal:
                     hidden if Needs.HIDDEN_STATES in needs else None,
                     logits if Needs.LOGITS in needs else None,
                     np.cumsum(proposal.lengths + 1) - (proposal.lengths + 1),
+                    layers=torch.stack(states) if Needs.LAYER_STATES in needs else None,
                 )
             )
             if done:
                 self.drafter.end([text.start.id for text in done])
+        self._give_places_back(done)
         self.finished |= {text.start.id: text.tokens for text in done}
+        self.accepted += int(accepted.sum())
         self.live = [text for text in self.live if not text.done]
 
 
-def _restored(text: _Text) -> SequenceStart:
-    start = text.start
-    return SequenceStart(
-        start.id, start.prompt_ids, start.group, start.temperature, start.seed, np.array(text.tokens, np.int64)
-    )
+def _loudly(event: str) -> None:
+    """An engine goes on without a hosted drafter that fails; its author wants to know."""
+    raise AssertionError(event)
+
+
+def _tables(texts: Sequence[_Text]) -> np.ndarray:
+    """int64 [B, most pages], short rows filled with page 0."""
+    table = np.zeros((len(texts), max(len(text.pages) for text in texts)), np.int64)
+    for row, text in enumerate(texts):
+        table[row, : len(text.pages)] = text.pages
+    return table
 
 
 def sequences(
@@ -399,10 +476,10 @@ def _first_difference(found: dict[int, list[int]], expected: dict[int, list[int]
 
 def _pair_law(target: Decoder, prompt: list[int], temperature: float) -> np.ndarray:
     """Probabilities float64 [V, V] of the first two tokens; a text that stops at once counts as followed by 0."""
-    probe = Rehearsal(None, target)
 
     def following(prefixes: list[list[int]]) -> np.ndarray:
-        probe.live = [_Text(SequenceStart(i, np.array(p, np.int64), 0, 1.0, 0), 9) for i, p in enumerate(prefixes)]
+        probe = Rehearsal(None, target)
+        probe.begin([SequenceStart(i, np.array(p, np.int64), 0, 1.0, 0) for i, p in enumerate(prefixes)], limit=9)
         logits = probe._forward(Proposal.empty(len(prefixes)))[1]
         return torch.softmax(logits.double() / temperature, -1).numpy()
 

@@ -2,7 +2,8 @@
 
 `root/step-N` is a complete Hugging Face model folder (model.safetensors in float32, config.json, tokenizer) beside
 optimizer.safetensors, rng.safetensors, state.json and manifest.json, which lists the size and checksum of every other
-file. A folder of that name exists only once all of it is on disk.
+file. A folder of that name exists only once all of it is on disk. Several ranks write shards in place of the two files
+of tensors (`learner.checkpoint_tensors`); any number of ranks can go on from either.
 """
 
 import logging
@@ -20,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from learner.policy import copy_companion_files, policy_state
+from learner import checkpoint_tensors, ranks
+from learner.policy import copy_companion_files
 from pipeline.durable import sync
 from pipeline.errors import RunFailed
 from pipeline.failpoints import failpoint
@@ -28,7 +30,6 @@ from pipeline.weights.filesystem import save_tensors
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ class FileRecord(msgspec.Struct):
 
 class CorruptCheckpoint(RunFailed):
     """A checkpoint's files are not what its manifest says."""
+
+
+_Manifest = dict[str, FileRecord]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,8 @@ def save(
     keep: int = 2,
     tokenizer_folder: Path | str | None = None,
 ) -> Path:
-    """Write `root/step-N` and delete all but the newest `keep` checkpoints.
+    """Write `root/step-N` and delete all but the newest `keep` checkpoints. All ranks call it; what is not a tensor is
+    rank 0's.
 
     Args:
         root: the run's folder of checkpoints, owned by this process alone.
@@ -79,29 +84,41 @@ def save(
     Raises:
         OSError: disk full or not writable; the checkpoints before are untouched.
     """
+    temporary = root / f".tmp-step-{step}"
+    try:
+        ranks.together(lambda: _begin(root, temporary) if ranks.rank() == 0 else None)
+        failpoint("checkpoint.begun")
+        ranks.together(lambda: checkpoint_tensors.write(temporary, model, optimizer))
+        shares = ranks.messages(msgspec.json.encode(ranks.together(lambda: _recorded(temporary))))
+        records = {k: v for share in shares for k, v in msgspec.json.decode(share, type=_Manifest).items()}
+        if ranks.rank() == 0:
+            _write_rest(temporary, model, state, tokenizer_folder, records)
+            failpoint("checkpoint.written")
+    except OSError:
+        if ranks.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    final = root / f"step-{step}"
+    if ranks.rank() == 0:
+        _acknowledge(root, temporary, final)
+        _prune(root, keep)
+        failpoint("checkpoint.done")
+    return final
+
+
+def _begin(root: Path, temporary: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".tmp-*"):
         shutil.rmtree(leftover)
-    temporary = root / f".tmp-step-{step}"
-    try:
-        temporary.mkdir()
-        failpoint("checkpoint.begun")
-        _write_contents(temporary, model, optimizer, state, tokenizer_folder)
-        _sync_folder(temporary)
-        failpoint("checkpoint.written")
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    temporary.mkdir()
 
-    final = root / f"step-{step}"
+
+def _acknowledge(root: Path, temporary: Path, final: Path) -> None:
     if final.exists():
-        final.rename(root / f".tmp-replaced-{step}")
+        final.rename(root / f".tmp-replaced-{final.name}")
     temporary.rename(final)
     sync(root)
     failpoint("checkpoint.renamed")
-    _prune(root, keep)
-    failpoint("checkpoint.done")
-    return final
 
 
 def latest(root: Path) -> Path | None:
@@ -130,57 +147,73 @@ def restore(
     Raises:
         RunFailed: there are checkpoints and none is intact, or it is of another model.
     """
+    chosen = _newest_intact(root, state_type, warn, before) if ranks.rank() == 0 else None
+    if ranks.rank() == 0:
+        ranks.tell(lambda: str(chosen or "").encode())
+    else:
+        chosen = Path(heard) if (heard := ranks.hear().decode()) else None
+    if chosen is None:
+        return None
+    checkpoint_tensors.read(chosen, model, optimizer)
+    _restore_generators(load_file(chosen / checkpoint_tensors.GENERATORS))
+    return Restored(chosen, int(chosen.name.removeprefix("step-")), _state(chosen, state_type))
+
+
+def _newest_intact(root: Path, state_type: Any, warn: Callable[[str], None], before: int | None) -> Path | None:
+    """The folder that `restore` goes on from."""
     damaged = None
     for step, folder in _newest_first(root):
         if before is not None and step >= before:
             continue
         try:
             verify(folder)
-            state = msgspec.json.decode((folder / "state.json").read_bytes(), type=state_type)
-            weights, moments, generators = (
-                load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "rng")
-            )
+            _state(folder, state_type)
+            checkpoint_tensors.sizes(folder)
         except (CorruptCheckpoint, SafetensorError) as error:
             damaged = folder.rename(folder.with_name(folder.name + ".corrupt"))
             warn(f"checkpoint {folder} is damaged ({error}); moved to {damaged.name}, trying the one before")
             continue
-        except msgspec.ValidationError as error:
-            raise RunFailed(f"{folder / 'state.json'} was written by another version of rollahead: {error}") from error
-        _put_back(folder, model, optimizer, weights, moments, generators)
-        return Restored(folder, step, state)
+        return folder
     if damaged:
         raise RunFailed(f"no checkpoint in {root} is intact; restore one from a backup, or start a new run elsewhere")
     return None
 
 
-def _write_contents(
+def _state(folder: Path, state_type: Any) -> Any:
+    try:
+        return msgspec.json.decode((folder / "state.json").read_bytes(), type=state_type)
+    except msgspec.ValidationError as error:
+        raise RunFailed(f"{folder / 'state.json'} was written by another version of rollahead: {error}") from error
+
+
+def _recorded(folder: Path) -> dict[str, FileRecord]:
+    """This rank's files of tensors, pushed to the disk."""
+    files = checkpoint_tensors.own_files(folder)
+    for path in files:
+        sync(path)
+    return {path.name: FileRecord(path.stat().st_size, _crc32(path)) for path in files}
+
+
+def _write_rest(
     folder: Path,
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
     state: Any,
     tokenizer_folder: Path | str | None,
+    records: dict[str, FileRecord],
 ) -> None:
-    weights = {name: tensor.contiguous().cpu() for name, tensor in policy_state(model).items()}
-    save_tensors(weights, folder / "model.safetensors")
-    save_tensors(_moments(model, optimizer), folder / "optimizer.safetensors")
-    save_tensors(_generators(), folder / "rng.safetensors")
+    """All but the tensors, and the manifest of all."""
+    save_tensors(_generators(), folder / checkpoint_tensors.GENERATORS)
     model.config.save_pretrained(folder)
     source = tokenizer_folder or model.config.name_or_path
     if source:
         copy_companion_files(source, folder)
     (folder / "state.json").write_bytes(msgspec.json.encode(state))
-    manifest = {path.name: FileRecord(path.stat().st_size, _crc32(path)) for path in sorted(folder.iterdir())}
+    others = [path for path in sorted(folder.iterdir()) if path.name not in records]
+    manifest = records | {path.name: FileRecord(path.stat().st_size, _crc32(path)) for path in others}
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-
-
-def _moments(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state under "moment/parameter"; empty before the first step."""
-    return {
-        f"{key}/{name}": optimizer.state[parameter][key].detach().contiguous().cpu()
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for key in _MOMENTS
-    }
+    for path in [*others, folder / MANIFEST]:
+        sync(path)
+    sync(folder)
 
 
 def _generators() -> dict[str, torch.Tensor]:
@@ -190,26 +223,7 @@ def _generators() -> dict[str, torch.Tensor]:
     return generators
 
 
-def _put_back(
-    folder: Path,
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    weights: dict[str, torch.Tensor],
-    moments: dict[str, torch.Tensor],
-    generators: dict[str, torch.Tensor],
-) -> None:
-    current = policy_state(model)
-    if {n: t.shape for n, t in current.items()} != {n: t.shape for n, t in weights.items()}:
-        raise RunFailed(f"checkpoint {folder} is of another model than model.path; use the model the run began with")
-    with torch.no_grad():
-        for name, tensor in current.items():
-            tensor.copy_(weights[name])
-    optimizer.state.clear()
-    for name, parameter in model.named_parameters():
-        if f"step/{name}" not in moments:
-            continue
-        # The step count stays where the fused optimiser keeps it: with the parameter.
-        optimizer.state[parameter] = {key: moments[f"{key}/{name}"].to(parameter.device) for key in _MOMENTS}
+def _restore_generators(generators: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(generators["cpu"])
     for index in range(torch.cuda.device_count()):
         if f"cuda:{index}" in generators:
@@ -258,12 +272,6 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def _sync_folder(folder: Path) -> None:
-    for path in folder.iterdir():
-        sync(path)
-    sync(folder)
 
 
 def _prune(root: Path, keep: int) -> None:

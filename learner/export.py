@@ -4,13 +4,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from learner import checkpoint_tensors
 from learner.checkpoint import CorruptCheckpoint, verify
 from pipeline.errors import RunFailed, UsageError
 from pipeline.run_directory import RunDirectory
 
-_TRAINING_ONLY = {"optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"}
+_TRAINING_ONLY = {checkpoint_tensors.GENERATORS, "state.json", "manifest.json"}
 
 
 def export(folder: Path, step: int | None, out: Path, dtype: str = "float32") -> Path:
@@ -53,7 +54,9 @@ def export(folder: Path, step: int | None, out: Path, dtype: str = "float32") ->
 def _write(source: Path, target: Path, dtype: torch.dtype) -> None:
     target.mkdir(parents=True)
     for path in source.iterdir():
-        if path.name not in _TRAINING_ONLY and path.name != "model.safetensors":
+        if path.name not in _TRAINING_ONLY and not checkpoint_tensors.is_tensor_file(path.name):
             shutil.copyfile(path, target / path.name)
-    weights = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    sizes = checkpoint_tensors.sizes(source)
+    weights = {name: torch.empty(sizes[name], dtype=dtype) for name in sizes if checkpoint_tensors.is_weight(name)}
+    checkpoint_tensors.load(source, weights)
+    save_file(weights, target / checkpoint_tensors.WEIGHTS, metadata={"format": "pt"})

@@ -254,4 +254,5 @@ class Hub:
                 blocked_seconds=self._reception.roster.blocked_seconds,
                 spool_damaged=self._reception.roster.spool_damaged,
                 journal_damaged=self._journal.corrupt,
+                engine_time=self._reception.roster.seconds,
             )

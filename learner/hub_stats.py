@@ -55,6 +55,8 @@ class HubStats:
     """stretches of engines' spools that could not be read"""
     journal_damaged: int
     """stretches of the journal that could not be read when the learner started"""
+    engine_time: dict[str, float]
+    """seconds of engines by what they did, summed over engines"""
 
     def transport(self) -> dict[str, float]:
         """Numbers for a line of metrics."""

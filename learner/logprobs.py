@@ -6,6 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from learner import ranks
 from learner.attention import attention_entropies, segment_arguments
 from learner.linear import times_transposed
 from learner.packing import Kept, Pack
@@ -57,6 +58,12 @@ def pack_logprobs(
         compute: bfloat16 for the layers' matrix products; logits, log-probs and entropies are float32 in any case,
             since ratios and entropy ratios near 1 would be lost to rounding.
     """
+    return ranks.with_weights(model, _pack_logprobs, pack, temperature, wanted, compute)
+
+
+def _pack_logprobs(
+    model: PreTrainedModel, pack: Pack, temperature: float | torch.Tensor, wanted: Wanted, compute: torch.dtype
+) -> TokenValues:
     device = model.device.type
     with (
         torch.autocast(device, compute, enabled=compute != torch.float32),
@@ -111,7 +118,10 @@ def token_logprobs(
     tokens, chunk = len(target_T), chunk_tokens or max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // weight_VH.shape[0])
     empty = hidden_TH.new_zeros(0, dtype=torch.float32)
     if not tokens:
-        return TokenValues(empty, empty, empty, empty, empty)
+        # Nothing, but with a gradient of zeros: FSDP reduces the gradients of all ranks, also of one without tokens.
+        nothing = hidden_TH.sum(-1) + weight_VH[:0].sum()
+        nothing = nothing if bias_V is None else nothing + bias_V[:0].sum()
+        return TokenValues(nothing, empty, empty, empty, empty)
     temperature_T1 = torch.as_tensor(temperature, device=hidden_TH.device).to(hidden_TH.dtype)
     temperature_T1 = temperature_T1.expand(tokens)[:, None]
     with torch.autocast(hidden_TH.device.type, enabled=False):

@@ -105,6 +105,17 @@ def pack(samples: Sequence[Trajectory], indices: Sequence[int], micro_batch_toke
     return [_pack_row(samples, [indices[position] for position in members], device) for members in bins]
 
 
+def idle_pack(device: str) -> Pack:
+    """A row of one token that trains nothing: for a rank that must pass through the model with the others."""
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    one, values = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.empty(0, device=device)
+    return Pack(
+        input_ids=one, position_ids=one, cu_seq_lens=torch.tensor([0, 1], dtype=torch.int32), predictor=nothing,
+        target=nothing, sequence=nothing, logp_behaviour=values, version=nothing, sampler=nothing, temperature=values,
+        turn=nothing, entropy_engine=values,
+    )  # fmt: skip
+
+
 def _pack_row(samples: Sequence[Trajectory], members: Sequence[int], device: str) -> Pack:
     inputs, positions, starts = [], [], [0]
     predictor, target, sequence, logp, version, sampler = [], [], [], [], [], []

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
+from learner import ranks
 from learner.attention import PACKED_ATTENTION
 from learner.lean import keep_less
 from learner.linear import use_fast_products
@@ -20,17 +21,19 @@ _UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logits_sca
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that `learner.device` names; "auto" is CUDA where there is one.
+    """The device that `learner.device` names; "auto" is CUDA where there is one, of several GPUs this rank's.
 
     Raises:
         UsageError: no such device here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"learner.device {device!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda" and resolved.index is None:
+        resolved = torch.device("cuda", ranks.local_rank())
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"learner.device {device!r}: this machine shows {torch.cuda.device_count()} CUDA devices")
     return resolved
@@ -64,9 +67,10 @@ def load_policy(folder: Path | str, device: str = "auto") -> PreTrainedModel:
     missing = sorted(info["missing_keys"])
     if missing:
         raise UsageError(f"the checkpoint {folder} lacks {len(missing)} weights, {missing[0]} first; is it complete?")
-    policy: PreTrainedModel = model.to(resolve_device(device)).eval()
-    use_fast_products(policy)
+    policy: PreTrainedModel = model.eval()
     keep_less(policy)
+    policy = ranks.shard(policy, resolve_device(device))
+    use_fast_products(policy)
     return policy
 
 
@@ -88,6 +92,17 @@ def policy_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The model's weights under the names of a Hugging Face checkpoint, tied weights once; detached, not copied."""
     tied: dict[str, str] = model.all_tied_weights_keys
     return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def gathered_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """`policy_state` on the CPU in that type, whole on rank 0 and nothing on the others, which never hold more than one
+    whole tensor. All ranks call it."""
+    found = {}
+    for name, tensor in policy_state(model).items():
+        whole = ranks.full(tensor.to(dtype))
+        if ranks.rank() == 0:
+            found[name] = whole.cpu().contiguous()
+    return found
 
 
 def copy_companion_files(source: Path | str, target: Path) -> None:

@@ -17,14 +17,13 @@ import torch
 
 from learner import checkpoint
 from learner.composition import build_objective
-from learner.policy import load_policy
+from learner.followers import frames_of, groups_of
 from learner.step_metrics import Metrics
-from learner.tokens import Needs
-from learner.trainer import Trainer
+from learner.trainer import build_trainer
 from pipeline.config import Config, load_config, resolve_threads
 from pipeline.durable import write_durably
 from pipeline.errors import RollaheadError, RunFailed, UsageError
-from pipeline.messages import Trajectory, decode_from_engine, encode_trajectory
+from pipeline.messages import Trajectory
 from pipeline.run_directory import RunDirectory
 from pipeline.telemetry.metrics import read_metrics
 
@@ -45,9 +44,8 @@ class DumpedBatch(msgspec.Struct):
 def dump(folder: Path, step: int, publication: int, groups: Sequence[Sequence[Trajectory]], keep: int) -> Path:
     """Write `folder/step-N.batch`, and delete all but the newest `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
-    frames = [[encode_trajectory(trajectory) for trajectory in group] for group in groups]
     path = folder / f"step-{step}.batch"
-    write_durably(path, msgspec.msgpack.encode(DumpedBatch(step, publication, frames)))
+    write_durably(path, msgspec.msgpack.encode(DumpedBatch(step, publication, frames_of(groups))))
     written = sorted(folder.glob("step-*.batch"), key=lambda file: int(file.stem.removeprefix("step-")))
     for old in written[:-keep]:
         old.unlink()
@@ -66,7 +64,7 @@ def load(path: Path) -> tuple[DumpedBatch, list[list[Trajectory]]]:
         raise RunFailed(f"{path} is not there; the run needs learner.dump_batches to reach back so far") from error
     except msgspec.MsgspecError as error:
         raise RunFailed(f"{path} is damaged: {error}") from error
-    return batch, [[_trajectory(frames) for frames in group] for group in batch.groups]
+    return batch, groups_of(batch.groups)
 
 
 def replay(folder: Path, step: int) -> tuple[Metrics, dict[str, object]]:
@@ -84,7 +82,7 @@ def replay(folder: Path, step: int) -> tuple[Metrics, dict[str, object]]:
         raise UsageError(f"{folder} is no run directory: it has no config.toml")
     config = load_config(run.config, [])
     torch.set_num_threads(resolve_threads(config.learner.threads, config))
-    trainer = _trainer(config)
+    trainer = build_trainer(config, build_objective(config), _initial_model(config))
     root = run.checkpoints
     restored = checkpoint.restore(root, trainer.model, trainer.optimizer, before=step)
     trainer.step = restored.step if restored else 0
@@ -117,31 +115,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if same else 1
 
 
-def _trainer(config: Config) -> Trainer:
-    folder = _initial_model(config)
-    objective = build_objective(config)
-    reference = None
-    if Needs.REFERENCE in objective.needs:
-        reference = load_policy(config.learner.reference_path or folder, config.learner.device).requires_grad_(False)
-    return Trainer(
-        load_policy(folder, config.learner.device), objective, config.learner, config.sampling.temperature,
-        seed=config.run.seed, reference=reference, max_response_tokens=config.sampling.max_new_tokens,
-    )  # fmt: skip
-
-
 def _initial_model(config: Config) -> Path:
     if config.model.path:
         return Path(config.model.path)
     from learner.warm_start import ensure_embedded_model
 
     return ensure_embedded_model(config, lambda progress: None)
-
-
-def _trajectory(frames: list[bytes]) -> Trajectory:
-    trajectory = decode_from_engine(frames)
-    if not isinstance(trajectory, Trajectory):
-        raise RunFailed(f"a dumped batch holds a {type(trajectory).__name__} in place of a trajectory")
-    return trajectory
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The engines that are connected to the learner: who is who, what each can take, what all have done so far."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -58,6 +59,8 @@ class _Counters:
     first_seconds: float
     tokens: int
     seconds: float
+    first_states: dict[str, float]
+    states: dict[str, float]
 
 
 class Roster:
@@ -131,10 +134,13 @@ class Roster:
             engine.unseen.pop(lease, None)
         counters = self._counters.setdefault(
             (engine.producer, engine.incarnation),
-            _Counters(message.generated_tokens, message.busy_seconds, 0, 0.0),
+            _Counters(message.generated_tokens, message.busy_seconds, 0, 0.0, dict(message.seconds), {}),
         )
         counters.tokens = message.generated_tokens - counters.first_tokens
         counters.seconds = message.busy_seconds - counters.first_seconds
+        counters.states = {
+            state: seconds - counters.first_states.get(state, 0.0) for state, seconds in message.seconds.items()
+        }
 
     def freest(self, samples: int) -> Engine | None:
         """The engine with most credit of those that take a group of so many samples."""
@@ -166,6 +172,15 @@ class Roster:
     @property
     def busy_seconds(self) -> float:
         return sum(counters.seconds for counters in self._counters.values())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By what engines did, summed over engines."""
+        total: dict[str, float] = defaultdict(float)
+        for counters in self._counters.values():
+            for state, seconds in counters.states.items():
+                total[state] += seconds
+        return dict(total)
 
     @property
     def credit(self) -> int:

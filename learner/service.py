@@ -16,24 +16,25 @@ from typing import TypeVar
 
 import msgspec
 import torch
-from msgspec import Struct, structs
-from transformers import PreTrainedModel
+from msgspec import Struct
 
-from learner import checkpoint, replay
+from learner import checkpoint, ranks, replay
 from learner.audit import TrainedSamples
+from learner.co_training import HeadCoTraining
 from learner.collapse import CollapseWatch
 from learner.composition import build_objective
 from learner.evaluation import evaluation_source
+from learner.followers import Begin, Leave, NoBatchYet, Publish, SaveCheckpoint, follow, tell, tell_batch
 from learner.hub import Hub, Limits
 from learner.journal import Journal
 from learner.leases import Batch, Group, Ledger, LedgerState
 from learner.objective import Objective
-from learner.policy import load_policy, policy_state
+from learner.observer import LearnerObserver
+from learner.policy import gathered_state, resolve_device
 from learner.prompts import LeaseSource
 from learner.step_metrics import Metrics
 from learner.step_record import step_metrics
-from learner.tokens import Needs
-from learner.trainer import Trainer
+from learner.trainer import build_trainer
 from learner.warm_start import ensure_embedded_model
 from pipeline.config import Config, check_against_model, check_config, resolve_threads
 from pipeline.digest import run_digest
@@ -48,7 +49,8 @@ from pipeline.tasks import load_task
 from pipeline.tasks.base import Task
 from pipeline.tasks.prompts import check_prompts, rollout_sampling
 from pipeline.telemetry import Log, MetricsWriter
-from pipeline.telemetry.progress import StepView, WarmStartView
+from pipeline.telemetry.metrics import as_row
+from pipeline.telemetry.progress import WarmStartView
 from pipeline.transport.keys import load_learner_keys
 from pipeline.transport.router import ZmqLearnerSocket
 from pipeline.watchdog import Watchdog
@@ -72,11 +74,16 @@ def run_learner(config: Config, *, evaluate_only: bool = False) -> int:
     """Train until `run.steps` batches are done, or evaluate once; returns the exit code."""
     check_config(config)
     objective = build_objective(config)
+    ranks.start(resolve_device(config.learner.device).type, config.transport.stall_seconds)
+    threads = resolve_threads(config.learner.threads, config)
+    torch.set_num_threads(threads if config.learner.threads else max(1, threads // ranks.on_this_machine()))
+    if ranks.rank() > 0:
+        return follow(config, objective)
     stop, log = StopSignal(), Log("learner")
+    Log.structured = config.telemetry.log_format == "json"
     run = RunDirectory(Path(config.run.out))
     run.lock()
     run.prepare(config)
-    torch.set_num_threads(resolve_threads(config.learner.threads, config))
     learner = Learner(config, run, objective, stop, log, evaluate_only=evaluate_only)
     try:
         if evaluate_only:
@@ -85,6 +92,9 @@ def run_learner(config: Config, *, evaluate_only: bool = False) -> int:
         learner.train()
         return 0 if learner.done else INTERRUPTED
     except Exception as error:
+        if ranks.is_loss_of_a_rank(error):
+            # engines wait for the learner to come back, as after the loss of this process
+            raise ranks.lost() from error
         learner.hub.fail(str(error), traceback.format_exc())
         raise
     finally:
@@ -126,29 +136,25 @@ class Learner:
         evaluates = evaluate_only or config.learner.eval_every > 0
         self.eval_leases = _evaluation_source(config, task, tokenizer) if evaluates else None
 
-        model = load_policy(self.model_folder, config.learner.device)
-        self.trainer = Trainer(
-            model,
-            objective,
-            config.learner,
-            config.sampling.temperature,
-            seed=config.run.seed,
-            reference=_reference(config, objective, self.model_folder),
-            max_response_tokens=config.sampling.max_new_tokens,
-        )
-        restored = checkpoint.restore(run.checkpoints, model, self.trainer.optimizer, LearnerState, warn=log)
+        tell(Begin(str(self.model_folder)))
+        self.trainer = build_trainer(config, objective, self.model_folder)
+        model, optimizer = self.trainer.model, self.trainer.optimizer
+        restored = checkpoint.restore(run.checkpoints, model, optimizer, LearnerState, warn=log)
         self.step = self.trainer.step = restored.state.step if restored else 0
         self.saved_step = self.step if restored else -1
         if restored:
             objective.restore(restored.state.objective)
             log(f"resumed at step {self.step} from {restored.folder}")
+        self.draft_head = HeadCoTraining.from_config(config, model, self.model_folder)
+        if self.draft_head and restored and not self.draft_head.restore(run.draft_head, self.step):
+            log(f"{run.draft_head} has no draft head of step {self.step}; it is trained anew from where it began")
 
         self.publisher = FilesystemPublisher(run.weights, config.weights.keep, self.model_folder)
         self.publish_dtype = _publish_dtype(config, model_config)
         self.metrics = MetricsWriter(run.metrics, self.step)
         self.audit = TrainedSamples(run.trained, self.step)
+        self.observer = LearnerObserver(config, run, self.step, tokenizer.decode, log)
         self.collapse = CollapseWatch()
-        self.view = StepView(config.run.steps, self.step)
         transport = config.transport
         segment_bytes = max(1, min(16 << 20, transport.journal_bytes // JOURNAL_SEGMENTS))
         self.journal = Journal(run.journal, segment_bytes, fsync=transport.fsync)
@@ -180,6 +186,7 @@ class Learner:
         """The run: batch after batch."""
         while not self.done and not self.stop.requested:
             waiting = time.perf_counter()
+            self.observer.enter("waiting for samples")
             batch = self._next_batch()
             if batch is None:
                 break
@@ -187,11 +194,16 @@ class Learner:
             groups = [group.trajectories for group in batch.groups]
             if keep := self.config.learner.dump_batches:
                 replay.dump(self.run.batches, self.step + 1, self.publisher.version, groups, keep)
+            tell_batch(groups, self.publisher.version)
+            self.observer.enter("learning")
             measured = self.trainer.train(groups, self.publisher.version)
             self.step += 1
+            if self.draft_head:
+                measured |= self.draft_head.train(groups)
             for warning in self.collapse.look(measured):
                 self.log(f"warning: {warning}")
             failpoint("step.trained")
+            self.observer.enter("publishing weights")
             self._publish()
             failpoint("publish.announced")
             evaluated = self._evaluate() if self._evaluation_due() else {}
@@ -200,10 +212,12 @@ class Learner:
             self.hub.check()
             self._write_records(measured, batch, began - waiting, began, evaluated)
             failpoint("step.recorded")
+            self.observer.enter("writing")
             if self._checkpoint_due():
                 self._checkpoint()
         if self.step != self.saved_step:
             self._checkpoint()
+        tell(Leave())
         if self.done:
             self.hub.drain(DRAIN_SECONDS)
 
@@ -216,6 +230,7 @@ class Learner:
         self.hub.grant_no_training()
         self.start()
         found = self._evaluate()
+        tell(Leave())
         if found:
             content = {"step": self.step, "policy_version": self.publisher.version, **found}
             self.run.evaluation.write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
@@ -225,7 +240,7 @@ class Learner:
     def close(self) -> None:
         """Let go of sockets and files; what is on disk is complete."""
         self.watchdog.close()
-        self.view.close()
+        self.observer.close()
         self.hub.stop()
         self.journal.close()
         self.metrics.close()
@@ -238,9 +253,10 @@ class Learner:
     def _evaluate(self) -> dict[str, float]:
         """Metrics of the newest publication on held-out prompts; nothing when asked to stop."""
         assert self.eval_leases is not None
+        self.observer.enter("evaluating")
         self.hub.begin_evaluation(self.eval_leases(self.publisher.version))
         while not self.stop.requested:
-            self.watchdog.beat()
+            self._beat()
             if (evaluation := self.hub.evaluated(POLL_SECONDS)) is not None:
                 found = evaluation.metrics(self.config.learner.eval_success)
                 self.log(
@@ -260,7 +276,7 @@ class Learner:
         wanted = self.config.learner.batch_size // self.config.learner.group_size
         ordered = self.config.learner.max_staleness == 0
         while not self.stop.requested:
-            self.watchdog.beat()
+            self._beat()
             stale = [group for group in self.hub.ready() if self._too_old(group)]
             if stale:
                 self.hub.drop(stale, "stale")
@@ -309,13 +325,13 @@ class Learner:
             )
 
     def _publish(self) -> None:
-        tensors = {name: tensor.to(self.publish_dtype).contiguous() for name, tensor in self._policy_state().items()}
+        tell(Publish(str(self.publish_dtype).removeprefix("torch.")))
+        tensors = gathered_state(self.trainer.model, self.publish_dtype)
+        if self.draft_head:
+            tensors |= self.draft_head.tensors(self.publish_dtype)
         publication = self._patiently(self.run.weights, lambda: self.publisher.publish(tensors, self.step))
         self.hub.publish(publication.version)
         self.publisher.retire(self.hub.oldest_loaded_version())
-
-    def _policy_state(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in policy_state(self.trainer.model).items()}
 
     def _checkpoint_due(self) -> bool:
         learner, transport = self.config.learner, self.config.transport
@@ -323,20 +339,29 @@ class Learner:
 
     def _checkpoint(self) -> None:
         ledger = self.hub.state()
-        self._patiently(
-            self.run.checkpoints,
-            lambda: checkpoint.save(
-                self.run.checkpoints,
-                self.step,
-                self.trainer.model,
-                self.trainer.optimizer,
-                LearnerState(step=self.step, ledger=ledger, objective=self.trainer.objective.state()),
-                keep=self.config.learner.keep_checkpoints,
-                tokenizer_folder=self.model_folder,
-            ),
-        )
+        if head := self.draft_head:
+            keep = self.config.learner.keep_checkpoints
+            self._patiently(self.run.draft_head, lambda: head.save(self.run.draft_head, self.step, keep))
+        self._patiently(self.run.checkpoints, lambda: self._save(ledger))
         self.journal.drop_before(ledger.journal_offset)
         self.saved_step = self.step
+
+    def _save(self, ledger: LedgerState) -> None:
+        tell(SaveCheckpoint())
+        checkpoint.save(
+            self.run.checkpoints,
+            self.step,
+            self.trainer.model,
+            self.trainer.optimizer,
+            LearnerState(step=self.step, ledger=ledger, objective=self.trainer.objective.state()),
+            keep=self.config.learner.keep_checkpoints,
+            tokenizer_folder=self.model_folder,
+        )
+
+    def _beat(self) -> None:
+        """Nothing to do yet, and nothing wrong."""
+        self.watchdog.beat()
+        tell(NoBatchYet())
 
     def _patiently(self, folder: Path, write: Callable[[], T]) -> T:
         """Write; while the disk is full wait for space, unless a stop is asked for."""
@@ -353,7 +378,7 @@ class Learner:
                 if self.stop.requested:
                     break
                 time.sleep(POLL_SECONDS)
-                self.watchdog.beat()
+                self._beat()
             waited += DISK_RETRY_SECONDS
 
     def _write_records(
@@ -364,6 +389,7 @@ class Learner:
         Raises:
             RunFailed: they cannot be written; both are cut back to the checkpoint when the run goes on.
         """
+        self.observer.enter("writing")
         try:
             failpoint("records.write")
             self.audit.write(self.step, batch)
@@ -387,11 +413,12 @@ class Learner:
             wait_seconds=waited,
             learner_seconds=time.perf_counter() - began,
             wall_seconds=wall,
+            learner_time=self.observer.step_seconds(),
         )
         row.evaluation = evaluated
         self.stats_before = self.hub.stats()
         self.metrics.write(row)
-        self.view.show(structs.asdict(row))
+        self.observer.step(as_row(row), batch)
 
 
 def _unwritable(folder: Path, error: OSError) -> RunFailed:
@@ -406,14 +433,6 @@ def _model_folder(config: Config, stop: StopSignal) -> Path:
         return Path(config.model.path)
     with WarmStartView() as view:
         return ensure_embedded_model(config, lambda p: view.show(p, stop))
-
-
-def _reference(config: Config, objective: Objective, initial: Path) -> PreTrainedModel | None:
-    """The frozen model that the objective refers to; None when it refers to none."""
-    if Needs.REFERENCE not in objective.needs:
-        return None
-    folder = Path(config.learner.reference_path) if config.learner.reference_path else initial
-    return load_policy(folder, config.learner.device).requires_grad_(False)
 
 
 def _evaluation_source(config: Config, task: Task, tokenizer: Tokenizer) -> Callable[[int], list[Lease]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
@@ -27,6 +28,7 @@ def step_metrics(
     wait_seconds: float,
     learner_seconds: float,
     wall_seconds: float,
+    learner_time: Mapping[str, float] | None = None,
 ) -> StepMetrics:
     """The row of one step; `before` are the transport's counters at the end of the step before."""
     values: dict[str, Any] = {key: value for key, value in measured.items() if key in _KNOWN}
@@ -50,6 +52,11 @@ def step_metrics(
         learner_seconds=learner_seconds,
         wait_seconds=wait_seconds,
         wall_seconds=wall_seconds,
+        learner_time=dict(learner_time or {}),
+        engine_time=_difference(now.engine_time, before.engine_time),
+        response_length_max=float(
+            max((t.header.response_tokens for group in batch.groups for t in group.trajectories), default=0)
+        ),
         engines=now.engines,
         reissued_total=now.reissued,
         samples={
@@ -67,6 +74,7 @@ def step_metrics(
 def _drafting(batch: Batch) -> dict[str, Any]:
     """acceptance_rate, tokens_per_verification and drafters over the batch's samples."""
     drafters: dict[str, dict[str, int]] = defaultdict(lambda: {"drafted": 0, "accepted": 0})
+    depths: dict[str, list[list[int]]] = defaultdict(list)
     tokens = verifications = 0
     for group in batch.groups:
         for trajectory in group.trajectories:
@@ -75,10 +83,21 @@ def _drafting(batch: Batch) -> dict[str, Any]:
             for name, counts in trajectory.header.drafters.items():
                 drafters[name]["drafted"] += counts.drafted
                 drafters[name]["accepted"] += counts.accepted
+                for depth, pair in enumerate(zip(counts.tried_at, counts.accepted_at, strict=False)):
+                    if depth == len(depths[name]):
+                        depths[name].append([0, 0])
+                    depths[name][depth] = [a + b for a, b in zip(depths[name][depth], pair, strict=True)]
     drafted = sum(counts["drafted"] for counts in drafters.values())
     accepted = sum(counts["accepted"] for counts in drafters.values())
     return {
         "acceptance_rate": accepted / drafted if drafted else None,
         "tokens_per_verification": tokens / verifications if verifications else 1.0,
         "drafters": dict(drafters),
+        "acceptance_by_depth": {
+            name: [accepted / tried for tried, accepted in found if tried] for name, found in depths.items()
+        },
     }
+
+
+def _difference(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    return {state: seconds - before.get(state, 0.0) for state, seconds in now.items()}

@@ -8,15 +8,19 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from learner import ranks
 from learner.assembly import Groups, MicroBatch, batch_tokens, group_rewards, micro_batches
 from learner.logprobs import TokenValues, Wanted, pack_logprobs
 from learner.objective import Objective, Plans
-from learner.packing import Pack, pack, trained_positions
-from learner.policy import checkpoint_activations
+from learner.packing import Pack, trained_positions
+from learner.policy import checkpoint_activations, load_policy
+from learner.schedule import learning_rate
+from learner.shares import evaluated, pack_for_ranks
 from learner.step_metrics import (
     Metrics,
     age_metrics,
@@ -27,7 +31,7 @@ from learner.step_metrics import (
     sampler_metrics,
 )
 from learner.tokens import BatchTokens, GroupRewards, MicroBatchTokens, Needs, concatenated
-from pipeline.config.types import LearnerSection
+from pipeline.config.types import Config, LearnerSection
 from pipeline.errors import RunFailed, UsageError
 from pipeline.messages import Trajectory
 
@@ -51,6 +55,21 @@ class StepSums:
     """`mismatch` of the first mini-batch, where the policy was not evaluated before it"""
     metrics: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """the pieces' metrics, summed over tokens"""
+
+    def over_ranks(self, device: torch.device) -> "StepSums":
+        """These of all ranks. What a mini-batch or an optimiser step counts is global already."""
+        if ranks.world_size() == 1:
+            return self
+        total = ranks.summed_values({"loss": self.loss, "entropy": self.entropy})
+        empty = torch.empty(0, device=device)
+        return replace(
+            self,
+            loss=total["loss"],
+            entropy=total["entropy"],
+            metrics=ranks.summed_values(self.metrics),
+            weights=[ranks.gathered(torch.cat([empty, *self.weights]))],
+            mismatches=[ranks.gathered(torch.cat([empty, *(k3.to(device) for k3 in self.mismatches)])).cpu()],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +100,7 @@ class Trainer:
         *,
         reference: PreTrainedModel | None = None,
         max_response_tokens: int = 0,
+        steps: int = 0,
     ) -> None:
         """
         Args:
@@ -89,6 +109,7 @@ class Trainer:
             seed: of the division of a batch into mini-batches, with the step.
             reference: frozen model for pieces that need `Needs.REFERENCE`.
             max_response_tokens: `sampling.max_new_tokens`.
+            steps: batches of the whole run, where a schedule of the learning rate ends.
 
         Raises:
             UsageError: temperature 0: greedy rollouts have no log-probs to train on; or a reference is missing.
@@ -104,6 +125,7 @@ class Trainer:
         self.seed = seed
         self.reference = reference
         self.max_response_tokens = max_response_tokens
+        self.steps = steps
         self.compute = torch.bfloat16 if learner.dtype == "bfloat16" else torch.float32
         self.step = 0
         self.skipped_in_a_row = 0
@@ -129,6 +151,7 @@ class Trainer:
         for index, minibatch in enumerate(prepared.minibatches):
             self._optimise(minibatch, sums, prepared, first=index == 0)
         self.step += 1
+        sums = sums.over_ranks(prepared.batch.age.device)
         return {
             **reward_metrics(prepared.samples),
             **off_policy_metrics(prepared.batch.age, torch.cat([prepared.batch.age.new_zeros(0), *sums.weights])),
@@ -155,13 +178,18 @@ class Trainer:
         rewards = group_rewards(groups, self.temperature, self.max_response_tokens)
         shaped = objective.shaped(rewards)
         minibatches = [
-            pack(samples, indices, self.learner.micro_batch_tokens, str(device)) for indices in self._split(samples)
+            pack_for_ranks(samples, indices, self.learner.micro_batch_tokens, str(device))
+            for indices in self._split(samples)
         ]
         packs = [row for packs in minibatches for row in packs]
-        evaluated = [self._evaluate(row) for row in packs] if objective.needs_old_pass else None
-        reference = [self._evaluate_reference(row) for row in packs] if self.reference is not None else []
+        old = (
+            [values for packs in minibatches for values in self._evaluate(packs)] if objective.needs_old_pass else None
+        )
+        reference = (
+            [logp for packs in minibatches for logp in self._evaluate_reference(packs)] if self.reference else []
+        )
         advantages = objective.advantages(shaped)
-        batch = batch_tokens(packs, evaluated, shaped, advantages, objective, publication, self.step, device)
+        batch = batch_tokens(packs, old, shaped, advantages, objective, publication, self.step, device)
         batch, metrics = objective.modulated(batch)
         weight = torch.ones_like(batch.advantage)
         if objective.proximal != "interpolate":
@@ -171,12 +199,12 @@ class Trainer:
             [sample.header.kv_kept_across_update for sample in samples], dtype=torch.bool, device=device
         )
         return Prepared(
-            micro_batches(minibatches, evaluated, batch, weight, reference, objective, seed=self.seed),
+            micro_batches(minibatches, old, batch, weight, reference, objective, seed=self.seed),
             batch,
             rewards,
             kv_kept,
-            evaluated is not None,
-            {**metrics, **_old_policy_metrics(evaluated, batch, kv_kept)},
+            old is not None,
+            {**metrics, **_old_policy_metrics(old, batch, kv_kept)},
         )
 
     def _split(self, samples: Sequence[Trajectory]) -> list[list[int]]:
@@ -191,23 +219,28 @@ class Trainer:
         return minibatches
 
     @torch.no_grad()
-    def _evaluate(self, row: Pack) -> TokenValues:
+    def _evaluate(self, packs: Sequence[Pack]) -> list[TokenValues]:
+        """Of each pack of a mini-batch, under the weights now."""
         # On the very packs that are trained later: the same arithmetic makes all ratios of the first mini-batch 1.
-        attention = Needs.ATTENTION_ENTROPY in self.objective.needs
-        wanted = self._wanted._replace(attention_entropy=attention)
-        return pack_logprobs(self.model, row, row.temperature, wanted, self.compute)
+        wanted = self._wanted._replace(attention_entropy=Needs.ATTENTION_ENTROPY in self.objective.needs)
+        return evaluated(packs, lambda row: self._values(row, wanted), wanted)
 
     @torch.no_grad()
-    def _evaluate_reference(self, row: Pack) -> torch.Tensor:
-        assert self.reference is not None
-        return pack_logprobs(self.reference, row, row.temperature, compute=self.compute).logp
+    def _evaluate_reference(self, packs: Sequence[Pack]) -> list[torch.Tensor]:
+        def values(row: Pack) -> TokenValues:
+            assert self.reference is not None
+            return pack_logprobs(self.reference, row, row.temperature, compute=self.compute)
+
+        return [found.logp for found in evaluated(packs, values, Wanted())]
+
+    def _values(self, row: Pack, wanted: Wanted) -> TokenValues:
+        return pack_logprobs(self.model, row, row.temperature, wanted, self.compute)
 
     def _set_learning_rate(self) -> float:
-        """Linear warm-up over the first `warmup_steps` batches."""
-        warmup = min(1.0, (self.step + 1) / self.learner.warmup_steps) if self.learner.warmup_steps else 1.0
+        rate = learning_rate(self.step, self.steps, self.learner)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learner.learning_rate * warmup
-        return self.learner.learning_rate * warmup
+            group["lr"] = rate
+        return rate
 
     def _optimise(self, minibatch: Sequence[MicroBatch], sums: StepSums, prepared: Prepared, *, first: bool) -> None:
         """One optimiser step, left out where the gradient is not finite or there is no token to train."""
@@ -215,13 +248,13 @@ class Trainer:
         if not count:
             return
         loss = 0.0
-        for micro, plans in zip(minibatch, self._plans(minibatch, first), strict=True):
+        for micro, plans in ranks.own(list(zip(minibatch, self._plans(minibatch, first), strict=True))):
             logp, share = self._backward(micro, plans, sums)
             loss += share
             if first and not prepared.evaluated:
                 kept = prepared.kv_kept[micro.fixed.sequence]
                 sums.mismatches.append(mismatch(logp, micro.fixed, kept).cpu())
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.learner.max_grad_norm))
+        norm = float(ranks.full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.learner.max_grad_norm)))
         if self._usable(norm):
             self.optimizer.step()
             sums.grad_norms.append(norm)
@@ -257,10 +290,8 @@ class Trainer:
         parts = [micro.fixed for micro in minibatch]
         if self.objective.plans_from_policy:
             # Before the first optimiser step the policy is the one that was evaluated at the start of the batch.
-            values = [
-                micro.evaluated if first and micro.evaluated is not None else self._evaluate(micro.pack)
-                for micro in minibatch
-            ]
+            known = [micro.evaluated for micro in minibatch if micro.evaluated is not None] if first else []
+            values = known or self._evaluate([micro.pack for micro in minibatch])
             parts = [_under(part, now) for part, now in zip(parts, values, strict=True)]
         plans = self.objective.plans(self.objective.with_proximal(concatenated(parts)))
         cut = {key: plan.split([len(micro.pack) for micro in minibatch]) for key, plan in plans.items()}
@@ -269,7 +300,10 @@ class Trainer:
     def _backward(self, micro: MicroBatch, plans: Plans, sums: StepSums) -> tuple[torch.Tensor, float]:
         """Accumulate the gradient of one micro-batch; its log-probs, and its share of the mini-batch's loss."""
         wanted = self._wanted._replace(entropy_gradient=Needs.ENTROPY_GRADIENT in self.objective.needs)
-        values = pack_logprobs(self.model, micro.pack, micro.pack.temperature, wanted, self.compute)
+        values = self._values(micro.pack, wanted)
+        if not len(micro.pack):
+            values.logp.sum().backward()
+            return values.logp.detach(), 0.0
         tokens = self.objective.with_proximal(_under(micro.fixed, values))
         loss, metrics = self.objective.loss(tokens, plans)
         loss.backward()
@@ -279,6 +313,28 @@ class Trainer:
         sums.samplers.append(tokens.sampler)
         sums.entropy += float(values.entropy.detach().double().sum())
         return values.logp.detach(), float(loss.detach())
+
+
+def build_trainer(config: Config, objective: Objective, model_folder: Path) -> Trainer:
+    """The trainer that a configuration describes, on the policy it starts from.
+
+    Raises:
+        UsageError: no checkpoint at `model_folder` or `learner.reference_path`.
+    """
+    reference = None
+    if Needs.REFERENCE in objective.needs:
+        folder = config.learner.reference_path or model_folder
+        reference = load_policy(folder, config.learner.device).requires_grad_(False)
+    return Trainer(
+        load_policy(model_folder, config.learner.device),
+        objective,
+        config.learner,
+        config.sampling.temperature,
+        seed=config.run.seed,
+        reference=reference,
+        max_response_tokens=config.sampling.max_new_tokens,
+        steps=config.run.steps,
+    )
 
 
 def _old_policy_metrics(evaluated: Sequence[TokenValues] | None, batch: BatchTokens, kv_kept: torch.Tensor) -> Metrics:

@@ -77,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--kv-compression", metavar="POLICY", help="keep part of the cache: sinks-window, snapkv, r-kv"
+    )
+    generate.add_argument("--kv-budget", type=int, default=512, metavar="N", help="cached tokens that are kept")
+    generate.add_argument("--kv-every", type=int, default=128, metavar="N", help="tokens between two compressions")
     generate.add_argument("--samples", type=int, default=1, metavar="N", help="responses, with seeds from --seed on")
     _sampling_options(generate)
 
@@ -85,6 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+
+    train = _command(commands, "train-drafter", "fit a multi-token-prediction head to a frozen model", _train_drafter)
+    train.add_argument("config", nargs="?", type=Path, help="TOML file: model, task, sampling, engine, drafter, run")
+    _configuration_options(train)
+    train.add_argument("--out", help="folder of the head and its training (run.out); resumed where it holds one")
 
     corpus = _command(commands, "corpus", "build a memory of texts for the suffix automaton", _corpus)
     corpus.add_argument("action", choices=["build"])
@@ -96,6 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
     corpus.add_argument("--template", default="{text}", help="text of a line; {field} is replaced")
 
     _command(commands, "drafters", "list the drafters that are installed", _drafters)
+    _command(commands, "doctor", "what this machine can do for a run, and what to set", _doctor)
+
+    completion = _command(
+        commands, "completion", "a script that completes commands and options in a shell", _completion
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
 
     keys = _command(commands, "keygen", "make keys for engines on other machines, or add engines to them", _keygen)
     keys.add_argument("folder", type=Path, help="where the keys are kept (transport.keys)")
@@ -105,6 +121,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="an engine to make a key for; may be repeated (default: engine)",
     )
+
+    report = _command(commands, "report", "one HTML file of a run or a benchmark, for a browser, no network", _report)
+    report.add_argument("folder", type=Path, help="run directory, or --out of a benchmark")
+    report.add_argument("--out", type=Path, metavar="FILE", help="file to write; default: report.html in it")
 
     bench = _command(commands, "bench", "measure or prove something; `rollahead bench WHAT --help` tells more", _bench)
     bench.add_argument("what", help="name of the benchmark; `rollahead bench list` shows them")
@@ -211,6 +231,7 @@ def _generate(options: argparse.Namespace) -> int:
         samples=options.samples,
         small_model=options.small_model,
         threshold=options.threshold,
+        kv_compression=(options.kv_compression, options.kv_budget, options.kv_every),
     )
 
 
@@ -219,6 +240,20 @@ def _export(options: argparse.Namespace) -> int:
 
     print(f"{options.out} is written from {export(options.run, options.step, options.out, options.dtype)}")
     return 0
+
+
+def _train_drafter(options: argparse.Namespace) -> int:
+    from pipeline.config import load_config, render
+
+    config = load_config(options.config, options.set)
+    if options.out:
+        config.run.out = options.out
+    if options.dry_run:
+        sys.stdout.write(render(config))
+        return 0
+    from pipeline.drafter_training import train_drafter
+
+    return train_drafter(config)
 
 
 def _drafters(options: argparse.Namespace) -> int:
@@ -254,6 +289,26 @@ def _keygen(options: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from pipeline.doctor import doctor
+
+    return doctor()
+
+
+def _completion(options: argparse.Namespace) -> int:
+    import shtab
+
+    print(shtab.complete(build_parser(), options.shell))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pipeline.telemetry.report import write_report
+
+    print(f"written {write_report(options.folder, options.out)}")
+    return 0
+
+
 def _bench(options: argparse.Namespace) -> int:
     from pipeline.bench import bench, overview
 
@@ -273,10 +328,10 @@ def _dry_run(config: object, parts: tuple[str, ...]) -> int:
 
         build_objective(config)
     if "engine" in parts:
-        from pipeline.engine.service import check_drafting
+        from pipeline.engine.service import check_pieces
         from pipeline.tasks.rewards import load_reward
 
-        check_drafting(config)
+        check_pieces(config)
         load_reward(config.task.reward)
     sys.stdout.write(render(config))
     return 0

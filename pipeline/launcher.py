@@ -6,6 +6,7 @@ process alone, which asks the children once to stop cleanly; a second one stops 
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,17 +20,22 @@ from pipeline.errors import RunFailed, UsageError
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.telemetry import Log
+from pipeline.telemetry.live import RunView
 from pipeline.telemetry.metrics import read_metrics
-from pipeline.telemetry.progress import StepView
 
 POLL_SECONDS = 0.25
 STOP_SECONDS = 60.0
+_WARNING = re.compile(r"^\S+ \w+: warning\b|\"level\": \"warning\"", re.IGNORECASE)
 
 
 def run(config: Config, demo: bool, *, evaluate_only: bool = False) -> int:
     """Run to the end; returns the exit code."""
     check_config(config)
     _check_objective(config)
+    if config.engine.generator == "vllm":
+        from pipeline.engine.vllm.install import require_vllm
+
+        require_vllm()
     # The processes share the cores: threads that spin while they wait for one another would take them from the others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _choose_address(config)
@@ -59,8 +65,10 @@ def run(config: Config, demo: bool, *, evaluate_only: bool = False) -> int:
 def _check_objective(config: Config) -> None:
     """Before minutes of warm start, not after."""
     from learner.composition import build_objective
+    from pipeline.engine.native.compression import KVCompression
 
     build_objective(config)
+    KVCompression.from_config(config.engine.kv_compression)
 
 
 def _choose_address(config: Config) -> None:
@@ -86,6 +94,7 @@ class Child:
     def __init__(self, name: str, command: list[str], log: Path) -> None:
         self.name, self._command, self.log = name, command, log
         self.restarts = 0
+        self._read = log.stat().st_size if log.exists() else 0
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen:
@@ -100,6 +109,15 @@ class Child:
     def restart(self) -> None:
         self.restarts += 1
         self.process = self._start()
+
+    def new_warnings(self) -> list[str]:
+        """Lines with warnings since the last call."""
+        with self.log.open("rb") as file:
+            file.seek(self._read)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return [text for text in whole.decode(errors="replace").splitlines() if _WARNING.search(text)]
 
     def reason(self) -> str:
         """The line by which the process said why it failed, else its last one."""
@@ -118,7 +136,8 @@ class ProcessGroup:
         self.config, self.directory, self.stop = config, directory, stop
         self.log = Log("run")
         self.rows_shown = len(read_metrics(directory.metrics))
-        self.view = StepView(config.run.steps, self.rows_shown)
+        self.view = RunView(config.run.steps, self.rows_shown)
+        self.samples_shown = len(read_metrics(directory.samples))
         self.alone_since = time.monotonic()
         self.learner = Child("learner", self._command("learner", *learner_options), directory.logs / "learner.log")
         engine = self._command("engine", "--connect-timeout", "0")  # the launcher watches the learner itself
@@ -133,6 +152,7 @@ class ProcessGroup:
     def watch(self) -> int:
         """Until the learner is done; returns its exit code."""
         while True:
+            self._show_warnings()
             self._show_new_rows()
             if self.stop.requested:
                 return self._stop_all()
@@ -164,10 +184,22 @@ class ProcessGroup:
 
     def _show_new_rows(self) -> None:
         rows = read_metrics(self.directory.metrics)
+        if len(rows) == self.rows_shown:
+            return
+        samples = read_metrics(self.directory.samples)
+        for sample in samples[min(self.samples_shown, len(samples)) :]:
+            self.view.sample(sample)
+        self.samples_shown = len(samples)
         self.rows_shown = min(self.rows_shown, len(rows))  # the file is cut back when a learner resumes
         for row in rows[self.rows_shown :]:
             self.view.show(row)
         self.rows_shown = len(rows)
+
+    def _show_warnings(self) -> None:
+        """What the processes warned of, whose logs nobody looks at."""
+        for child in (self.learner, *self.engines):
+            for text in child.new_warnings():
+                self.view.warn(text)
 
     def _tend_engines(self) -> None:
         codes = [engine.process.poll() for engine in self.engines]

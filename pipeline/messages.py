@@ -26,6 +26,8 @@ LARGEST_HEADER = 4 << 20
 """bytes of frame 0 that the learner looks at"""
 LARGEST_CHUNK = 1 << 20
 """bytes of weights in one message"""
+LARGEST_ORIGINS = 1 << 18
+"""response tokens of a sample that tells how each of them came"""
 _LONGEST_ERROR = 1 << 16
 
 LeaseIds = Annotated[tuple[Id, ...], Meta(max_length=IDS_A_MESSAGE)]
@@ -113,9 +115,18 @@ class Capabilities(Struct, kw_only=True, frozen=True):
     """the ids that truncation (top-k, top-p, min-p) left to draw from"""
 
 
+DEEPEST = 32
+"""positions of a draft that are counted one by one"""
+Depths = Annotated[tuple[Small, ...], Meta(max_length=DEEPEST)]
+
+
 class DraftCounts(Struct, kw_only=True, frozen=True):
     drafted: Small = 0
     accepted: Small = 0
+    tried_at: Depths = ()
+    """drafts that had a first token; a second one, after an accepted first; ..."""
+    accepted_at: Depths = ()
+    """of these, where it was accepted"""
 
 
 # ---- engine -> learner -------------------------------------------------------------------------------------------
@@ -151,6 +162,8 @@ class Progress(Message, tag="progress", kw_only=True, frozen=True):
     """That the engine took nothing new because its spool was full."""
     spool_damaged: Id = 0
     """Stretches of its spool that could not be read; what was in them is sampled anew."""
+    seconds: Annotated[dict[Name, float], Meta(max_length=16)] = {}
+    """What the engine's main thread did with its time since start, by state; `reward` beside it, in other threads."""
 
 
 class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):
@@ -180,6 +193,10 @@ class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):
     text: Text = ""
     kept_ids: Small | None = None
     """Length of the frame of kept ids; None where nothing was truncated."""
+    origins: Annotated[bytes, Meta(max_length=LARGEST_ORIGINS)] = b""
+    """u8 an entry a response token, `pipeline.engine.generator.TokenOrigin`; only of samples that are to be shown."""
+    draft_sources: Annotated[bytes, Meta(max_length=LARGEST_ORIGINS)] = b""
+    """u8 an entry a response token: 1 + place in `drafters` of who drafted it; 0: it was not drafted."""
 
 
 class SampleFailed(Message, tag="sample-failed", kw_only=True, frozen=True):
@@ -413,6 +430,11 @@ def decode_trajectory(header: TrajectoryHeader, bodies: list[bytes]) -> Trajecto
         raise BadMessage("an entropy is not finite or is below 0")
     if not np.isfinite([header.reward, *header.reward_parts.values()]).all():
         raise BadMessage(f"reward {header.reward}, or a part of it, is not finite")
+    for told in (header.origins, header.draft_sources):
+        if told and len(told) != tokens:
+            raise BadMessage(f"{len(told)} origins of tokens where {tokens} tokens were announced")
+    if any(origin > 3 for origin in header.origins) or any(n > len(header.drafters) for n in header.draft_sources):
+        raise BadMessage("an origin of a token that is not known, or a drafter that is not in the header")
     if samplers.size and samplers.max() > max(Sampler):
         raise BadMessage(f"unknown sampler {samplers.max()}")
     if roles.size and roles.max() > max(Role):

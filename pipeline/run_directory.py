@@ -29,6 +29,7 @@ class RunDirectory:
         self.metrics = root / "metrics.jsonl"
         self.checkpoints = root / "checkpoints"
         self.weights = root / "weights"
+        self.draft_head = root / "draft-head"
         self.spool = root / "spool"
         self.received = root / "received-weights"
         self.journal = root / "journal"
@@ -36,6 +37,11 @@ class RunDirectory:
         self.batches = root / "batches"
         self.evaluation = root / "evaluation.json"
         self.trained = root / "trained.jsonl"
+        self.samples = root / "samples.jsonl"
+        self.tensorboard = root / "tensorboard"
+        self.trace = root / "trace"
+        self.environment = root / "environment.json"
+        self.report = root / "report.html"
         self._lock: TextIO | None = None
 
     def holds_a_run(self) -> bool:

@@ -7,9 +7,11 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.config import Config
+from pipeline.errors import UsageError
 from pipeline.run_directory import RunDirectory
 from pipeline.telemetry.metrics import read_metrics
 from pipeline.telemetry.progress import sparkline
+from pipeline.telemetry.report import write_report
 
 WINDOW = 10
 PROMPTS = 8
@@ -56,6 +58,8 @@ def _drafting(config: Config, directory: RunDirectory, rows: list[dict[str, Any]
         return "  drafting   off (engine.drafter = none)"
     if not config.run.measure_drafting:
         return f"  drafting   {name}: not measured (run.measure_drafting = false)"
+    if config.engine.generator != "native":
+        return f"  drafting   {name}: not measured here; rollahead bench rollouts times engine.generator = vllm"
     try:
         measured = _measure(config, directory)
     except Exception as error:  # the run is done: whatever stops the clock must not make it look failed
@@ -100,6 +104,13 @@ def _measure(config: Config, directory: RunDirectory) -> dict[str, Any]:
     )
 
 
+def _report(directory: RunDirectory) -> str:
+    try:
+        return str(write_report(directory.root))
+    except UsageError as error:  # the run is done
+        return f"not written: {error}"
+
+
 def _next(config: Config, directory: RunDirectory, demo: bool) -> list[str]:
     newest = max(directory.checkpoints.glob("step-*"), key=lambda path: int(path.name.split("-")[1]), default=Path())
     lines = [
@@ -107,7 +118,7 @@ def _next(config: Config, directory: RunDirectory, demo: bool) -> list[str]:
         f"  more steps         rollahead run {directory.config} --out {directory.root} --set run.steps="
         f"{2 * config.run.steps}",
         f"  look at drafting   rollahead generate {newest} --prompt '...'",
-        f"  the numbers        {directory.metrics}",
+        f"  the report         {_report(directory)}",
     ]
     if demo:
         lines.insert(

@@ -2,7 +2,6 @@
 
 import torch
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.tokens import Layout
 
@@ -18,6 +17,6 @@ class PromptMean(Piece):
 
     def __call__(self, layout: Layout) -> torch.Tensor:
         """float32 [M]"""
-        groups, counts = ranks.gathered(layout.group).unique(return_counts=True)
+        groups, counts = layout.group.unique(return_counts=True)
         own = torch.searchsorted(groups, layout.group)
         return 1 / (len(groups) * counts[own].float())

@@ -2,7 +2,6 @@
 
 import torch
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.tokens import Layout
 
@@ -17,5 +16,5 @@ class TokenMean(Piece):
 
     def __call__(self, layout: Layout) -> torch.Tensor:
         """float32 [M]"""
-        count = ranks.summed(torch.tensor(float(len(layout.sequence)), device=layout.sequence.device))
+        count = torch.tensor(float(len(layout.sequence)), device=layout.sequence.device)
         return (1 / count).expand(len(layout.sequence))

@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 import torch
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.tokens import BatchMetrics, BatchTokens
 from pipeline.config.types import Section, option
@@ -32,6 +31,6 @@ class BatchNormalisation(Piece):
             ids, inverse = batch.sequence.unique(return_inverse=True)
             tokens = share.new_zeros(len(ids)).index_add(0, inverse, kept.double())[inverse]
             share = 1 / tokens.clamp(min=1)
-        sums = ranks.summed(torch.stack([(weight.double() * share)[kept].sum(), share[kept].sum()]))
+        sums = torch.stack([(weight.double() * share)[kept].sum(), share[kept].sum()])
         mean = float(sums[0] / sums[1]) if float(sums[1]) > 0 else 1.0
         return weight / mean if mean > 0 else weight, {"mean": mean}

@@ -4,7 +4,6 @@ from typing import Annotated
 
 import torch
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.tokens import MicroBatchTokens, Needs, TokenMetrics
 from pipeline.config.types import NonNegativeFloat, Section, option
@@ -29,11 +28,10 @@ class ClipB(Piece):
     def plan(self, tokens: MicroBatchTokens) -> torch.Tensor:
         """bool [M], tokens that are kept."""
         score = discriminator(tokens)
-        everywhere = ranks.gathered(score)
-        if not len(everywhere):
+        if not len(score):
             return torch.ones_like(score, dtype=torch.bool)
-        standing = score - everywhere.mean()
-        return (tokens.advantage >= 0) | (standing >= -self.options.mu * everywhere.std(correction=0))
+        standing = score - score.mean()
+        return (tokens.advantage >= 0) | (standing >= -self.options.mu * score.std(correction=0))
 
     def __call__(self, loss: torch.Tensor, tokens: MicroBatchTokens) -> tuple[torch.Tensor, TokenMetrics]:
         """float32 [T]"""

@@ -5,7 +5,6 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 
-from learner import ranks
 from learner.gates.covariance import covariance
 from learner.pieces import Piece
 from learner.ratios import importance_ratio
@@ -39,7 +38,7 @@ class ClipCov(Piece):
             (ratio > 1 + self.options.clip_high) & (tokens.advantage > 0)
         )
         candidate = (self.options.low < cov) & (cov < self.options.high) & ~clipped
-        draws = ranks.gathered(torch.where(candidate, tokens.uniform, 2.0)).sort().values
+        draws = torch.where(candidate, tokens.uniform, 2.0).sort().values
         if not len(draws):
             return ~candidate
         wanted = max(1, int(self.options.fraction * len(draws)))

@@ -5,7 +5,6 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 
-from learner import ranks
 from learner.gates.clip_b import discriminator
 from learner.pieces import Piece
 from learner.tokens import MicroBatchTokens, Needs, TokenMetrics
@@ -32,11 +31,10 @@ class ClipV(Piece):
     def plan(self, tokens: MicroBatchTokens) -> torch.Tensor:
         """bool [M], tokens that are kept."""
         distance = tokens.expected_score.double() - discriminator(tokens)
-        everywhere = ranks.gathered(distance)
-        if not len(everywhere):
+        if not len(distance):
             return torch.ones_like(distance, dtype=torch.bool)
-        candidate = (tokens.advantage < 0) & (distance > self.options.mu * everywhere.std(correction=0))
-        ordered = ranks.gathered(torch.where(candidate, distance, -torch.inf)).sort(descending=True).values
+        candidate = (tokens.advantage < 0) & (distance > self.options.mu * distance.std(correction=0))
+        ordered = torch.where(candidate, distance, -torch.inf).sort(descending=True).values
         most = max(1, int(self.options.fraction * len(ordered)))
         return ~(candidate & (distance >= ordered[most - 1]))
 

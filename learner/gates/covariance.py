@@ -2,7 +2,6 @@
 
 import torch
 
-from learner import ranks
 from learner.tokens import MicroBatchTokens
 
 
@@ -14,6 +13,4 @@ def covariance(tokens: MicroBatchTokens) -> torch.Tensor:
     advantage, logp = tokens.advantage.double(), tokens.logp.double()
     if not len(logp):
         return logp
-    sums = torch.stack([advantage.sum(), logp.sum(), torch.tensor(float(len(logp)), device=logp.device).double()])
-    sums = ranks.summed(sums)
-    return (advantage - sums[0] / sums[2]) * (logp - sums[1] / sums[2])
+    return (advantage - advantage.mean()) * (logp - logp.mean())

@@ -5,7 +5,6 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.segments import quantile
 from learner.tokens import MicroBatchTokens, Needs, TokenMetrics
@@ -28,10 +27,9 @@ class HighEntropyTokens(Piece):
 
     def plan(self, tokens: MicroBatchTokens) -> torch.Tensor:
         """bool [M], tokens that are kept."""
-        everywhere = ranks.gathered(tokens.entropy)
-        if not len(everywhere):
+        if not len(tokens.entropy):
             return torch.ones_like(tokens.entropy, dtype=torch.bool)
-        return tokens.entropy >= quantile(everywhere, 1 - self.options.fraction)
+        return tokens.entropy >= quantile(tokens.entropy, 1 - self.options.fraction)
 
     def __call__(self, loss: torch.Tensor, tokens: MicroBatchTokens) -> tuple[torch.Tensor, TokenMetrics]:
         """float32 [T]"""

@@ -5,7 +5,6 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 
-from learner import ranks
 from learner.gates.covariance import covariance
 from learner.pieces import Piece
 from learner.ratios import log_ratio
@@ -31,11 +30,10 @@ class KLCov(Piece):
     def plan(self, tokens: MicroBatchTokens) -> torch.Tensor:
         """bool [M], tokens that are held."""
         cov = covariance(tokens)
-        everywhere = ranks.gathered(cov)
-        if not len(everywhere):
+        if not len(cov):
             return torch.zeros_like(cov, dtype=torch.bool)
-        wanted = max(1, int(self.options.fraction * len(everywhere)))
-        return cov >= everywhere.topk(wanted).values[-1]
+        wanted = max(1, int(self.options.fraction * len(cov)))
+        return cov >= cov.topk(wanted).values[-1]
 
     def __call__(self, loss: torch.Tensor, tokens: MicroBatchTokens) -> tuple[torch.Tensor, TokenMetrics]:
         """float32 [T]"""

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 import torch
 from msgspec import Meta
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.ratios import LOG_RATIO_BOUND
 from learner.tokens import MicroBatchTokens, Needs, TokenMetrics
@@ -35,10 +34,9 @@ class STEER(Piece):
     def plan(self, tokens: MicroBatchTokens) -> torch.Tensor:
         """float32 [M], lambda."""
         effect = entropy_effect(tokens)
-        everywhere = ranks.gathered(effect)
-        if not len(everywhere):
+        if not len(effect):
             return effect.float()
-        smallest, largest = everywhere.min(), everywhere.max()
+        smallest, largest = effect.min(), effect.max()
         if self.options.shape == "linear":
             position = (effect - smallest) / (largest - smallest).clamp(min=1e-30)
             return (self.options.high - position * (self.options.high - self.options.low)).float()

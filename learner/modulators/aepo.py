@@ -4,7 +4,6 @@ from typing import Annotated
 
 import torch
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.tokens import BatchMetrics, BatchTokens
 from pipeline.config.types import Count, NonNegativeFloat, PositiveFloat, PositiveInt, Section, option
@@ -71,6 +70,6 @@ class AEPO(Piece):
         return self._entropy is not None and self._entropy > self.options.target
 
     def _remember(self, batch: BatchTokens, explored: torch.Tensor) -> None:
-        surprise = ranks.gathered(-batch.logp_old[~explored].double())
+        surprise = -batch.logp_old[~explored].double()
         if len(surprise):
             self._entropy = float(surprise.mean())

@@ -5,7 +5,6 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.tokens import BatchMetrics, BatchTokens, Needs
 from pipeline.config.types import PositiveInt, Section, option
@@ -53,7 +52,7 @@ class D3S(Piece):
         kept[members[most_varied(of_sample[members], wanted)]] = True
 
         score = torch.where(kept[batch.sequence], batch.advantage.abs() * batch.entropy_old, -1.0)
-        candidates = ranks.gathered(score)
+        candidates = score
         candidates = candidates[candidates >= 0].sort(descending=True).values
         wanted = max(1, round(self._share(self.options.tokens, batch.step) * len(candidates)))
         threshold = candidates[min(wanted, len(candidates)) - 1] if len(candidates) else score.new_tensor(0.0)

@@ -4,7 +4,6 @@ from typing import Annotated
 
 import torch
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.tokens import BatchMetrics, BatchTokens, Needs
 from pipeline.config.types import NonNegativeFloat, Section, option
@@ -35,15 +34,14 @@ class EMPG(Piece):
             return batch.advantage, {}
         step, sequence, entropy = _steps(batch)
         advantage = batch.advantage.new_zeros(len(sequence)).index_copy(0, step, batch.advantage).double()
-        everywhere = ranks.gathered(entropy)
-        low, high = everywhere.min(), everywhere.max()
+        low, high = entropy.min(), entropy.max()
         uncertainty = (entropy - low) / (high - low + _TINY)
         damping = (-self.options.kappa * uncertainty).exp()
-        damping = damping / ranks.gathered(damping).mean()
+        damping = damping / damping.mean()
         bonus = self.options.zeta * (-self.options.kappa_next * uncertainty).exp()
         has_next = torch.cat([sequence[1:] == sequence[:-1], sequence.new_zeros(1, dtype=torch.bool)])
         modulated = advantage * damping + torch.where(has_next, bonus.roll(-1), torch.zeros_like(bonus))
-        modulated = modulated - ranks.gathered(modulated).mean()
+        modulated = modulated - modulated.mean()
         return modulated[step].float(), {"steps": float(len(sequence)), "damping_min": float(damping.min())}
 
 

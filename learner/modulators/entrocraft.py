@@ -4,7 +4,6 @@ from typing import Annotated
 
 import torch
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.schedules import TargetCurve, target_at
 from learner.tokens import BatchMetrics, BatchTokens, Needs
@@ -46,7 +45,7 @@ class Entrocraft(Piece):
         if not len(batch.sequence):
             return batch.advantage, {}
         reward = batch.samples.rewards[batch.sequence].to(batch.advantage.dtype)
-        entropy = float(ranks.gathered(batch.entropy_old).double().mean())
+        entropy = float(batch.entropy_old.double().mean())
         lower, upper = (target_at(edge, batch.step) for edge in (self.options.lower, self.options.upper))
         metrics = {"lower": lower, "upper": upper, "branch": float(entropy > upper) - float(entropy < lower)}
         if entropy > upper:

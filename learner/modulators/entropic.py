@@ -5,7 +5,6 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.schedules import TargetCurve, target_at
 from learner.tokens import BatchMetrics, BatchTokens, Needs
@@ -43,7 +42,7 @@ class EntroPIC(Piece):
             return batch.advantage, {}
         bound = self.options.bound
         target = target_at(self.options.target, batch.step)
-        error = float(ranks.gathered(batch.entropy_old).double().mean()) - target
+        error = float(batch.entropy_old.double().mean()) - target
         alpha = min(max(self._integral + self.options.proportional * error, -bound), bound)
         self._integral = min(max(self._integral + self.options.integral * error, -bound), bound)
         weight = torch.where(batch.advantage > 0, 1 + alpha, 1 - alpha)

@@ -5,7 +5,6 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.schedules import TargetCurve, target_at
 from learner.tokens import BatchTokens, MicroBatchTokens, Needs, TokenMetrics
@@ -42,7 +41,7 @@ class AdaptiveEntropy(Piece):
     def begin(self, batch: BatchTokens) -> None:
         if not len(batch.entropy_old):
             return
-        entropy = float(ranks.gathered(batch.entropy_old).double().mean())
+        entropy = float(batch.entropy_old.double().mean())
         target = target_at(self.options.target, batch.step)
         change = self.options.step if entropy < target else -self.options.step
         self._coefficient = min(max(self._coefficient + change, 0.0), 1.0)

@@ -4,7 +4,6 @@ from typing import Annotated
 
 import torch
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.tokens import MicroBatchTokens, TokenMetrics
 from pipeline.config.types import NonNegativeFloat, Section, option
@@ -27,7 +26,7 @@ class PositiveNLL(Piece):
     def plan(self, tokens: MicroBatchTokens) -> torch.Tensor:
         """float32 [M], 1 / number of right answers' tokens where the token is one of them, else 0."""
         right = (tokens.reward > self.options.threshold).float()
-        return right / ranks.summed(right.sum()).clamp(min=1)
+        return right / right.sum().clamp(min=1)
 
     def __call__(self, tokens: MicroBatchTokens) -> tuple[torch.Tensor, TokenMetrics]:
         """float32 [T]"""

@@ -5,7 +5,6 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.segments import sequence_quantile, sequence_sum
 from learner.tokens import MicroBatchTokens, Needs, TokenMetrics
@@ -40,9 +39,9 @@ class SIREN(Piece):
         entropy = tokens.nucleus_entropy.double()
         peak = (entropy >= sequence_quantile(entropy, tokens.sequence, self.options.peak)).double()
         samples = float(len(tokens.sequence.unique()))
-        counts = ranks.summed(torch.tensor([samples, float(len(entropy))], device=entropy.device).double())
+        counts = torch.tensor([samples, float(len(entropy))], device=entropy.device).double()
         share = peak / (counts[0] * sequence_sum(peak, tokens.sequence).clamp(min=1))
-        mean = ranks.summed((share * entropy).sum())
+        mean = (share * entropy).sum()
         if self._anchor is None and float(counts[1]):
             self._anchor = float(mean)
         return torch.stack([share, mean.expand_as(share), (1 / counts[1]).expand_as(share)], 1)

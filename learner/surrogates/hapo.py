@@ -4,7 +4,6 @@ from typing import Annotated
 
 import torch
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.ratios import importance_ratio
 from learner.segments import quantile
@@ -43,13 +42,13 @@ class HAPO(Piece):
 
     def plan(self, tokens: MicroBatchTokens) -> torch.Tensor:
         """float32 [M], h of each token."""
-        own, everywhere = tokens.entropy.double(), ranks.gathered(tokens.entropy).double()
-        if not len(everywhere):
+        entropy = tokens.entropy.double()
+        if not len(entropy):
             return tokens.entropy
-        log = everywhere.clamp(min=_SMALLEST_ENTROPY).log()
+        log = entropy.clamp(min=_SMALLEST_ENTROPY).log()
         middle = quantile(log, 0.8)
         deviation = (log - middle).square().mean().sqrt().clamp(min=1e-12)
-        standing = (own.clamp(min=_SMALLEST_ENTROPY).log() - middle) / deviation
+        standing = (log - middle) / deviation
         largest = ((log.max() - middle) / deviation).clamp(min=1e-12)
         smallest = ((middle - log.min()) / deviation).clamp(min=1e-12)
         return torch.where(standing > 0, standing / largest, standing / smallest).float()

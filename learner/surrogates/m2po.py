@@ -4,7 +4,6 @@ from typing import Annotated
 
 import torch
 
-from learner import ranks
 from learner.pieces import Piece
 from learner.ratios import LOG_RATIO_BOUND
 from learner.tokens import MicroBatchTokens, Needs, TokenMetrics
@@ -33,7 +32,7 @@ class M2PO(Piece):
         log = tokens.logp - tokens.logp_behaviour
         candidate = ((tokens.advantage > 0) & (log > 0)) | ((tokens.advantage < 0) & (log < 0))
         square = log.double().square()
-        threshold = second_moment_threshold(ranks.gathered(square[candidate]), self.options.second_moment)
+        threshold = second_moment_threshold(square[candidate], self.options.second_moment)
         return ~candidate | (square <= threshold)
 
     def __call__(self, tokens: MicroBatchTokens) -> tuple[torch.Tensor, TokenMetrics]:

@@ -85,16 +85,18 @@ def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
             raise UsageError(f"unknown table [{name}] in the configuration{nearest(name, list(sections))}")
         if not isinstance(table, dict):
             raise UsageError(f"{name} = {table!r} must be a table of options, written [{name}]")
-        _refuse_unknown_fields(name, table, sections[name])
+        _refuse_unknown(name, table, sections[name])
 
 
-def _refuse_unknown_fields(name: str, table: dict[str, Any], kind: type[msgspec.Struct]) -> None:
-    types = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+def _refuse_unknown(name: str, table: dict[str, Any], section: type[msgspec.Struct]) -> None:
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(section)}
     for key, value in table.items():
-        if key not in types:
-            raise UsageError(f"unknown key {name}.{key} = {value!r}{nearest(key, list(types))}")
-        if isinstance(types[key], type) and issubclass(types[key], Section) and isinstance(value, dict):
-            _refuse_unknown_fields(f"{name}.{key}", value, types[key])
+        if key not in fields:
+            raise UsageError(f"unknown key {name}.{key} = {value!r}{nearest(key, list(fields))}")
+        if isinstance(fields[key], type) and issubclass(fields[key], Section):
+            if not isinstance(value, dict):
+                raise UsageError(f"{name}.{key} = {value!r} must be a table of options, written [{name}.{key}]")
+            _refuse_unknown(f"{name}.{key}", value, fields[key])
 
 
 def _expand_piece_names(tree: dict[str, Any]) -> None:
@@ -105,6 +107,9 @@ def _expand_piece_names(tree: dict[str, Any]) -> None:
         tree["engine"]["drafter"] = _piece(drafter)
         if isinstance(drafter, dict):
             tree["engine"]["drafter"] = {**Config().engine.drafter, **drafter} if "name" not in drafter else drafter
+    compression = tree.get("engine", {}).get("kv_compression", {})
+    if "policy" in compression:
+        compression["policy"] = _piece(compression["policy"])
     objective = tree.get("objective", {})
     for key in SINGLE:
         if key in objective:
@@ -127,20 +132,23 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
     if found is None:
         return f"the configuration is not valid: {message}"
     key, what = found["key"], found["what"].replace("`", "")
-    section, _, name = key.partition(".")
-    value: Any = tree
-    for part in key.partition("[")[0].split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+    section, _, name = key.rpartition(".")
+    table = tree
+    for part in section.split("."):
+        table = table.get(part, {})
+    value = table.get(name.partition("[")[0])
     what = what[0].lower() + what[1:]
     return f"{key} = {value!r} is not valid: {what} ({help_of(section, name)})"
 
 
 def help_of(section: str, name: str) -> str:
     """The one line of help of an option."""
-    kind: Any = _sections()[section]
-    *within, last = name.partition("[")[0].split(".")
-    for part in within:
+    table, *nested = section.split(".")
+    kind: Any = _sections()[table]
+    for part in nested:
         kind = get_type_hints(kind).get(part)
-    hint = get_type_hints(kind, include_extras=True).get(last) if kind else None
+    if not isinstance(kind, type) or not issubclass(kind, Section):
+        return "see the configuration reference"
+    hint = get_type_hints(kind, include_extras=True).get(name.partition("[")[0])
     texts = [meta.description for meta in get_args(hint)[1:] if isinstance(meta, msgspec.Meta) and meta.description]
     return texts[-1] if texts else "see the configuration reference"

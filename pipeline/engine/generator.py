@@ -8,7 +8,12 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.errors import RunFailed
 from pipeline.messages import Capabilities, DraftCounts, SamplingParams
+
+
+class GeneratorLost(RunFailed):
+    """What generates has died, and with it all that was under way; another can be made from the newest weights."""
 
 
 class TokenOrigin(IntEnum):
@@ -35,6 +40,8 @@ class GroupRequest:
     """one a sample; a sample's text depends on its seed, the prompt and the weights, not on its neighbours"""
     temperatures: tuple[float, ...] = ()
     """one a sample, in place of the sampling parameters'; empty: theirs for all"""
+    full_cache: bool = False
+    """sample with all keys and values, also where the generator compresses"""
     policy_only: bool = False
     """the policy samples every token, also where the generator switches between models"""
 

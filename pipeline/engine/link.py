@@ -4,7 +4,7 @@ The main loop polls events, submits samples and says how it stands; the session 
 thread. Whenever a connection comes up it says HELLO; after WELCOME the outbox sends what is spooled and not received.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from msgspec import structs
@@ -101,7 +101,13 @@ class Link:
         return self._session.events(timeout)
 
     def update(
-        self, running: Collection[int], credit: int, version: int, generated_tokens: int, busy_seconds: float
+        self,
+        running: Collection[int],
+        credit: int,
+        version: int,
+        generated_tokens: int,
+        busy_seconds: float,
+        seconds: Mapping[str, float] | None = None,
     ) -> None:
         """How the engine stands; cheap, to be called every step.
 
@@ -111,8 +117,9 @@ class Link:
             version: publication loaded, -1 before the first.
             generated_tokens: since the engine's start.
             busy_seconds: that the generator ran since the engine's start.
+            seconds: by what the engine did since its start.
         """
-        self._session.update(running, credit, version, generated_tokens, busy_seconds)
+        self._session.update(running, credit, version, generated_tokens, busy_seconds, seconds)
 
     def submit(self, trajectory: Trajectory) -> None:
         """Send a sample; producer, incarnation and sequence of its header are filled in. Does not wait: while the

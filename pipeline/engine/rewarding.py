@@ -78,6 +78,9 @@ class RewardWorker:
 
     def __init__(self, scorers: Sequence[Scorer], decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
+        self.seconds = 0.0
+        """spent scoring, summed over threads"""
+        self._timing = threading.Lock()
         self._waiting: queue.Queue[FinishedGroup | None] = queue.Queue()
         self._done: queue.Queue[ScoredGroup] = queue.Queue()
         self._threads = [
@@ -107,11 +110,14 @@ class RewardWorker:
 
     def _work(self, scorer: Scorer) -> None:
         while (group := self._waiting.get()) is not None:
+            began = time.perf_counter()
             try:
                 scores = self._score(scorer, group)
             except Exception as error:  # a defect of ours: the group is dropped with its reason, the engine goes on
                 text = f"scoring failed: {type(error).__name__}: {error}"
                 scores = [Scored(None, f"sample {index}: {text}") for index in range(len(group.samples))]
+            with self._timing:
+                self.seconds += time.perf_counter() - began
             self._done.put(ScoredGroup(group, scores))
         scorer.close()
 
@@ -119,4 +125,5 @@ class RewardWorker:
         completions = [self._decode(sample.token_ids.tolist()) for sample in group.samples]
         prompts = [group.lease.prompt] * len(completions)
         columns = {key: [value] * len(completions) for key, value in group.lease.columns.items()}
+        columns["completion_ids"] = [sample.token_ids.tolist() for sample in group.samples]  # as TRL gives them
         return scorer.score(prompts, completions, columns)

@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from pipeline.config import Config, check_config, resolve_threads
 from pipeline.digest import run_digest
-from pipeline.engine.generator import FinishedSample, Generator, GroupRequest
+from pipeline.engine.generator import FinishedSample, Generator, GeneratorLost, GroupRequest
 from pipeline.engine.link import Drained, Failed, Granted, Link, Revoked, VersionHint
+from pipeline.engine.observer import EngineObserver
 from pipeline.engine.rewarding import FinishedGroup, RewardWorker, ScoredGroup, Scorer, build_scorers
 from pipeline.errors import RollaheadError, RunFailed, UsageError
-from pipeline.messages import SCHEMA, Capabilities, Lease, Role, Trajectory, TrajectoryHeader
+from pipeline.messages import LARGEST_ORIGINS, SCHEMA, Capabilities, Lease, Role, Trajectory, TrajectoryHeader
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.telemetry import Log
@@ -34,17 +36,21 @@ from pipeline.weights import FilesystemFollower, StreamFollower, WeightsError, W
 IDLE_SECONDS = 0.02
 FLUSH_SECONDS = 20.0
 WEIGHTS_RETRY_SECONDS = 1.0
+MOST_LOST = 3
+"""generators that may die in a row, without a finished sample between"""
 
 
 def run_engine(config: Config, connect: str | None, connect_timeout: float | None) -> int:
     """Serve one learner until it drains us, we are told to stop, or it stays away too long; returns the exit code."""
     check_config(config)
     stop, log = StopSignal(), Log("engine")
+    Log.structured = config.telemetry.log_format == "json"
     scorers = build_scorers(config.task)
-    check_drafting(config)  # before anything waits
+    check_pieces(config)  # before anything waits
     link, follower = _connect(config, connect, connect_timeout, log)
     watchdog = Watchdog(config.transport.stall_seconds, lambda why, where: _stalled(link, why, where))
-    engine = Engine(config, link, follower, scorers, stop, log, watchdog.beat)
+    observer = EngineObserver(config, log)
+    engine = Engine(config, link, follower, scorers, stop, log, watchdog.beat, observer)
     link.start()
     try:
         engine.run()
@@ -57,8 +63,11 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
         link.fatal(f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
     finally:
+        observer.close()
         watchdog.close()
         link.stop()
+        if engine.generator is not None:
+            engine.generator.close()
         if isinstance(follower, StreamFollower):
             follower.close()
         for scorer in scorers:
@@ -84,7 +93,7 @@ def _connect(
         ),
         spool,
         digest=run_digest(config),
-        capabilities=Capabilities(entropy=True, kept_ids=True),
+        capabilities=_capabilities(config),
         heartbeat_seconds=transport.heartbeat_seconds,
         connect_timeout=transport.connect_timeout if connect_timeout is None else connect_timeout,
         on_event=log,
@@ -139,10 +148,12 @@ class Engine:
         stop: StopSignal,
         log: Log,
         beat: Callable[[], None],
+        observer: EngineObserver,
     ) -> None:
         self.config, self.link, self.follower, self.stop, self.log = config, link, follower, stop, log
-        self._scorers, self._beat = scorers, beat
+        self._scorers, self._beat, self.observer = scorers, beat, observer
         self._weights_due = 0.0
+        self._lost = 0
         self._rewards: RewardWorker | None = None
         self.generator: Generator | None = None
         self.work: dict[int, LeaseWork] = {}
@@ -156,10 +167,14 @@ class Engine:
         while not (self.draining or self.stop.requested):
             self._beat()
             busy = self.generator is not None and self.generator.has_work()
+            self.observer.enter("transport" if busy else "waiting for weights" if self.work else "waiting for leases")
             self._listen(0.0 if busy else IDLE_SECONDS)
-            self._follow_weights()
-            self._start_leases()
-            self._generate()
+            try:
+                self._follow_weights()
+                self._start_leases()
+                self._generate()
+            except GeneratorLost as error:
+                self._begin_again(error)
             self._deliver()
             self._report()
         self._leave()
@@ -189,6 +204,7 @@ class Engine:
             return
         if self.generator is None and self.config.weights.transport == "filesystem":
             self._check_run()
+        self.observer.enter("loading weights")
         try:
             folder, publication = self.follower.fetch(self.wanted_version)
         except WeightsPending:
@@ -203,6 +219,22 @@ class Engine:
             self._build(folder)
         assert self.generator is not None
         self.generator.load_weights(folder, publication.version)
+
+    def _begin_again(self, error: GeneratorLost) -> None:
+        """Leases stay ours; what is not finished of them is generated anew, under the newest weights."""
+        self._lost += 1
+        if self.generator is not None:
+            self.generator.close()
+            self.generator = None
+        if self._lost > MOST_LOST:
+            raise RunFailed(
+                f"{error}, {self._lost} times without a sample between; its own lines above say why"
+            ) from error
+        self.log(f"{error}; starting it again")
+        for work in self.work.values():
+            if work.unfinished:
+                work.started = False
+                work.samples.clear()
 
     def _check_run(self) -> None:
         """The weights in our run directory must be the connected learner's."""
@@ -219,7 +251,8 @@ class Engine:
 
         tokenizer = Tokenizer(folder)
         self.generator = build_generator(self.config, folder, self.log)
-        self._rewards = RewardWorker(self._scorers, tokenizer.decode)
+        if self._rewards is None:
+            self._rewards = RewardWorker(self._scorers, tokenizer.decode)
 
     def _start_leases(self) -> None:
         if self.generator is None:
@@ -229,24 +262,35 @@ class Engine:
             if not work.started and lease.version <= self.generator.version:
                 work.started = True
                 prompt_ids = np.asarray(lease.prompt_ids, np.int64)
-                policy_only = lease.kind == "eval" and not self.config.engine.switching.evaluation
-                self.generator.add(
-                    GroupRequest(
-                        lease.id, prompt_ids, lease.sampling, lease.seeds, lease.temperatures, policy_only=policy_only
-                    )
-                )
+                self.generator.add(self._request(lease, prompt_ids))
+
+    def _request(self, lease: Lease, prompt_ids: np.ndarray) -> GroupRequest:
+        """The lease's group; evaluations are of the policy as it is, unless the configuration asks otherwise."""
+        evaluates, engine = lease.kind == "eval", self.config.engine
+        return GroupRequest(
+            lease.id,
+            prompt_ids,
+            lease.sampling,
+            lease.seeds,
+            lease.temperatures,
+            full_cache=evaluates and not engine.kv_compression.evaluation,
+            policy_only=evaluates and not engine.switching.evaluation,
+        )
 
     def _generate(self) -> None:
         if self.generator is None or not self.generator.has_work():
             return
+        self.observer.enter("generating")
         began = time.perf_counter()
         finished = self.generator.step()
         self.busy_seconds += time.perf_counter() - began
+        self.observer.enter("transport")
         for sample in finished:
             self.generated_tokens += len(sample.token_ids)
             work = self.work.get(sample.group)
             if work is None:
                 continue
+            self._lost = 0
             work.samples[sample.sample] = sample
             if not work.unfinished:
                 assert self._rewards is not None
@@ -258,6 +302,7 @@ class Engine:
             lease = scored.group.lease
             if self.work.pop(lease.id, None) is None:
                 continue  # revoked meanwhile
+            self.observer.scored(scored)
             for index, score in enumerate(scored.scores):
                 if score.reward is None:
                     self.log(f"lease {lease.id} sample {index} dropped: {score.error}")
@@ -273,7 +318,9 @@ class Engine:
             version=self.generator.version if self.generator is not None else -1,
             generated_tokens=self.generated_tokens,
             busy_seconds=self.busy_seconds,
+            seconds=self.observer.seconds(self._rewards),
         )
+        self.observer.show(self)
 
     def _leave(self) -> None:
         """Hand back what is not finished, wait until what is finished is safe with the learner."""
@@ -298,6 +345,10 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
         kv_kept_across_update=sample.kv_kept_across_update,
         kept_ids=None if sample.kept is None else len(sample.kept.ids),
     )  # fmt: skip
+    if not index and sample.origins is not None and sample.draft_sources is not None and tokens <= LARGEST_ORIGINS:
+        # of the first sample of a group: what people are shown is a few samples of every batch
+        origins, sources = sample.origins.tobytes(), sample.draft_sources.tobytes()
+        header = structs.replace(header, origins=origins, draft_sources=sources)
     return Trajectory(
         header=header,
         prompt_ids=np.asarray(lease.prompt_ids, np.uint32),
@@ -312,20 +363,42 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
     )
 
 
-def check_drafting(config: Config) -> None:
-    """Refuse a drafter that does not exist, and a small model or a drafter that do not go together."""
+def check_pieces(config: Config) -> None:
+    """Refuse a drafter, a cache compression or a small model that does not exist, or that do not go together."""
     from drafters.registry import build
+    from pipeline.engine.native.compression import KVCompression
     from pipeline.engine.native.small_model import check_switching
 
-    check_switching(config, build(config.engine.drafter))
+    drafter = build(config.engine.drafter)
+    if config.engine.generator == "vllm":
+        from pipeline.engine.vllm.install import require_vllm
+        from pipeline.engine.vllm.proposer import check_needs
+
+        require_vllm()
+        check_needs(drafter)
+    KVCompression.from_config(config.engine.kv_compression)
+    check_switching(config, drafter)
+
+
+def _capabilities(config: Config) -> Capabilities:
+    if config.engine.generator == "vllm":
+        from pipeline.engine.vllm.generator import CAPABILITIES
+
+        return CAPABILITIES
+    return Capabilities(entropy=True, kept_ids=True)
 
 
 def build_generator(config: Config, folder: Path, log: Log) -> Generator:
     """The generator of the configuration, on the model in `folder`."""
+    if config.engine.generator == "vllm":
+        from pipeline.engine.vllm.configured import vllm_generator
+
+        return vllm_generator(config, folder, log)
     import torch
 
     from drafters.registry import build
     from pipeline.engine.native.calibration import calibrate_for_run
+    from pipeline.engine.native.compression import KVCompression
     from pipeline.engine.native.generator import NativeGenerator
     from pipeline.engine.native.switching import SwitchingRule
 
@@ -342,6 +415,7 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         device=config.engine.device,
         verification=config.engine.verification,
         kv_bytes=config.engine.kv_bytes,
+        kv_compression=KVCompression.from_config(config.engine.kv_compression),
         prefill_tokens=config.engine.prefill_tokens,
         recompute_on_update=config.engine.update_kv == "recompute",
         small_model=switching.small_model or None,

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from msgspec import structs
 
@@ -84,7 +84,13 @@ class Session:
             return events
 
     def update(
-        self, running: Collection[int], credit: int, version: int, generated_tokens: int, busy_seconds: float
+        self,
+        running: Collection[int],
+        credit: int,
+        version: int,
+        generated_tokens: int,
+        busy_seconds: float,
+        seconds: Mapping[str, float] | None = None,
     ) -> None:
         """As `Link.update`."""
         has_room = self._outbox.has_room
@@ -96,7 +102,7 @@ class Session:
             self._running = set(running) | self._unpolled
             self._standing = messages.Progress(
                 running=tuple(self._running), credit=credit, version=version,
-                generated_tokens=generated_tokens, busy_seconds=busy_seconds,
+                generated_tokens=generated_tokens, busy_seconds=busy_seconds, seconds=dict(seconds or {}),
             )  # fmt: skip
             finished = not set(self._sent.running) <= self._running
             more = credit - self._sent.credit >= self._group_size

@@ -12,6 +12,8 @@ from rich.text import Text
 
 from drafters.registry import build
 from pipeline.engine.generator import FinishedSample, GroupRequest, TokenOrigin
+from pipeline.engine.native.compression import KVCompression
+from pipeline.engine.native.eviction import build as build_policy
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.native.switching import SwitchingRule
 from pipeline.errors import UsageError
@@ -34,6 +36,7 @@ def generate(
     samples: int = 1,
     small_model: Path | None = None,
     threshold: float = 0.1,
+    kv_compression: tuple[str | None, int, int] = (None, 512, 128),
 ) -> int:
     """Sample from the checkpoint in `folder` and print the responses; returns the exit code.
 
@@ -42,6 +45,7 @@ def generate(
         seed: of the first response; the others have the seeds that follow.
         small_model: checkpoint that samples where entropy is low.
         threshold: nats, of the rolling mean that is low.
+        kv_compression: policy (None: none), budget and tokens between two compressions.
     """
     tokenizer = Tokenizer(folder)
     params = sampling_params(sampling, tokenizer.eos_token_ids)
@@ -58,6 +62,7 @@ def generate(
     generator = NativeGenerator(
         folder,
         drafter=build({"name": drafter}),
+        kv_compression=_compression(*kv_compression),
         max_sequences=min(samples, 64),
         max_length=len(prompt_ids) + max_new_tokens,
         small_model=small_model,
@@ -70,9 +75,23 @@ def generate(
         finished += generator.step()
     for sample in sorted(finished, key=lambda sample: sample.sample):
         _print(sample, tokenizer)
+    if kv_compression[0]:
+        tokens = sum(int((s.samplers == Sampler.COMPRESSED_KV).sum()) for s in finished)
+        print(
+            f"{generator.stats().compressions} compressions by {kv_compression[0]}; {tokens} tokens sampled from a "
+            f"compressed cache; {generator.kv_bytes:,} bytes of keys and values at the most"
+        )
     if counters := generator.drafter_counters():
         print("; ".join(f"{name} {value:,.6g}" for name, value in counters.items()))
     return 0
+
+
+def _compression(policy: str | None, budget: int, every: int) -> KVCompression | None:
+    if policy is None:
+        return None
+    if min(budget, every) < 1:
+        raise UsageError(f"--kv-budget {budget} and --kv-every {every} must be at least 1")
+    return KVCompression(build_policy({"name": policy}), budget, every)
 
 
 def sampling_params(options: Mapping[str, Any], eos_token_ids: Sequence[int]) -> SamplingParams:

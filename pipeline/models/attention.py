@@ -15,7 +15,10 @@ from pipeline.models.rope import RopeTable, rotate
 _WIDEST = 8
 """New tokens a sequence up to which the kernels are used; wider passes (prompts) are work for matrix units."""
 
-_WORTH_SHARING = 4096
+_LANES = 16
+"""The kernels take heads of a multiple of so many dimensions, as all common models have."""
+
+_WORTH_SHARING = 8192
 """Query heads times keys (some 20 microseconds of work) from which on several threads attend."""
 
 
@@ -39,7 +42,7 @@ class Attention(Protocol):
 
 def attention_for(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Attention:
     """The fastest for a model on a device."""
-    if device.type == "cpu":
+    if device.type == "cpu" and config.head_dim % _LANES == 0:
         return CPUAttention(config, dtype, device)
     return TorchAttention(config, dtype, device)
 
@@ -64,15 +67,19 @@ class TorchAttention:
         if plan is not self._plan:
             self._plan = plan
             self._masks = {w: plan.mask(c.heads // c.kv_heads, qkv.dtype, w) for w in self._windows}
-            self._angles = self._rope.at(plan.positions, plan.keys)
+            self._angles = self._rope.at(plan.positions, plan.positions_end)
         parts = qkv.view(len(qkv), -1, c.head_dim)
         qk = parts[:, : c.heads + c.kv_heads]
         if qk_norm is not None:
             qk = F.rms_norm(qk, (c.head_dim,), None, c.rms_norm_eps) * qk_norm[self._norm_rows].to(qk.dtype)
         qk = rotate(qk, *self._angles)
-        cache.write(layer, plan, qk[:, c.heads :], parts[:, c.heads + c.kv_heads :])
+        self._remember(layer, plan, cache, qk, parts[:, c.heads + c.kv_heads :])
         mask = self._masks[c.window(layer)]
         return self._attend(qk[:, : c.heads], plan, mask, *cache.read(layer, plan))
+
+    def _remember(self, layer: int, plan: AttentionPlan, cache: KVCache, qk: Tensor, values: Tensor) -> None:
+        """Keeps what later tokens need of queries and keys [N, heads + kv_heads, D] and values [N, kv_heads, D]."""
+        cache.write(layer, plan, qk[:, self._config.heads :], values)
 
     def _attend(self, queries: Tensor, plan: AttentionPlan, mask: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """[N, heads * D]. A KV head's query heads become further queries of it, so no key is repeated in memory."""
@@ -84,6 +91,18 @@ class TorchAttention:
         attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
         flat = attended.unflatten(2, (width, group)).transpose(1, 2).reshape(rows * width, -1)
         return flat if plan.pad_index is None else flat[plan.pad_index]
+
+
+class QueryProbe(TorchAttention):
+    """For tokens that are in the cache: attends like them, writes nothing, and keeps their queries."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(config, dtype, device)
+        self.queries: list[Tensor] = []
+        """[N, heads, D] of each layer that ran since the list was emptied, rotated"""
+
+    def _remember(self, layer: int, plan: AttentionPlan, cache: KVCache, qk: Tensor, values: Tensor) -> None:
+        self.queries.append(qk[:, : self._config.heads])
 
 
 class CPUAttention:
@@ -109,12 +128,12 @@ class CPUAttention:
             return self._wide(layer, qkv, qk_norm, plan, cache)
         c = self._config
         parts = _array(qkv).reshape(len(qkv), -1, c.head_dim)
-        keys, values = _array(cache.store[layer])
-        cos, sin = self._rope.halves(plan.keys)
+        keys, values = _array(cache.keys(layer)), _array(cache.values(layer))
+        cos, sin = self._rope.halves(plan.positions_end)
         queries = np.empty((len(parts), c.heads, c.head_dim), parts.dtype)
         norm = self._no_norm if qk_norm is None else qk_norm.numpy()
         self._kernels.prepare_attention(
-            parts, norm, self._epsilon, cos, sin, plan.position, plan.page, queries, keys, values
+            parts, norm, self._epsilon, cos, sin, plan.position, plan.place, plan.page, queries, keys, values
         )
         out = qkv.new_empty(len(qkv), c.heads * c.head_dim)
         arguments = (

@@ -1,6 +1,6 @@
 """Weights from safetensors, single file or sharded, into a decoder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import UsageError
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import Decoder
+from pipeline.models.decoder import Decoder, LayerWeights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -56,7 +56,6 @@ def compute_device(device: torch.device | str) -> torch.device:
         raise UsageError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from None
 
 
-@torch.no_grad()
 def load_weights_into(decoder: Decoder, folder: str | Path) -> None:
     """Overwrites every weight of `decoder` from a folder's safetensors, cast to its compute type.
 
@@ -65,30 +64,51 @@ def load_weights_into(decoder: Decoder, folder: str | Path) -> None:
     Raises:
         UsageError: as for `load_decoder`.
     """
-    folder = Path(folder)
-    with _open_shards(folder) as shards:
+    load_tensors(decoder, _shard_paths(Path(folder)), "model.")
+    decoder.source = Path(folder)
+
+
+@torch.no_grad()
+def load_tensors(model: LayerWeights, files: Sequence[Path], prefix: str) -> None:
+    """Overwrites every weight of `model` from safetensors files, where no other tensor's name may begin with `prefix`.
+
+    Raises:
+        UsageError: a file or tensor is missing, truncated, too much, or of the wrong shape; nothing has changed then.
+    """
+    with _open(files) as shards:
         sources = {name: (file, path) for path, file in shards for name in file.keys()}  # noqa: SIM118
-        shapes = decoder.shapes
+        shapes = model.shapes
         for name, wanted in shapes.items():
             if name not in sources:
-                raise UsageError(f"{folder} has no tensor {name}; is it the checkpoint of this model?")
+                raise UsageError(f"{files[0].parent} has no tensor {name}; is it the checkpoint of this model?")
             file, path = sources[name]
             shape = tuple(file.get_slice(name).get_shape())
             if shape != wanted:
                 raise UsageError(f"{path}: tensor {name} has shape {shape} where the model needs {wanted}")
         for name, (_, path) in sources.items():
             # A bias or layer the configuration does not announce would silently change what the model computes.
-            if name.startswith("model.") and name not in shapes and not name.endswith("rotary_emb.inv_freq"):
+            if name.startswith(prefix) and name not in shapes and not name.endswith("rotary_emb.inv_freq"):
                 raise UsageError(f"{path}: tensor {name} has no place in the model that config.json describes")
-        decoder.load(lambda name: sources[name][0].get_tensor(name))
+        model.load(lambda name: sources[name][0].get_tensor(name))
+
+
+def files_with(folder: Path, prefix: str) -> list[Path]:
+    """The safetensors files of a checkpoint directory, if a tensor's name in them begins with `prefix`; else none.
+
+    Raises:
+        UsageError: a file is missing or truncated.
+    """
+    paths = _shard_paths(folder)
+    with _open(paths) as shards:
+        return paths if any(name.startswith(prefix) for _, file in shards for name in file.keys()) else []  # noqa: SIM118
 
 
 @contextmanager
-def _open_shards(folder: Path) -> Iterator[list[tuple[Path, Any]]]:
-    """The folder's safetensors files, open; what each holds is mapped, not read."""
+def _open(files: Sequence[Path]) -> Iterator[list[tuple[Path, Any]]]:
+    """Safetensors files, open; what each holds is mapped, not read."""
     with ExitStack() as stack:
         shards = []
-        for path in _shard_paths(folder):
+        for path in files:
             try:
                 shards.append((path, stack.enter_context(safe_open(path, framework="pt"))))
             except FileNotFoundError:

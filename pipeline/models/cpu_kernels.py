@@ -12,6 +12,7 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
+from pipeline.models.cpu_tiles import fetch_tile, page_dots, page_sums
 from pipeline.models.openmp import pointer, take_number, team
 
 _FAST = {"contract", "reassoc", "nsz"}
@@ -102,6 +103,7 @@ def prepare_attention(
     cos: np.ndarray,
     sin: np.ndarray,
     positions: np.ndarray,
+    places: np.ndarray,
     pages: np.ndarray,
     queries: np.ndarray,
     keys: np.ndarray,
@@ -114,16 +116,18 @@ def prepare_attention(
         norm: float32 [2, D] weights for queries and keys; [0, D] where the model has none.
         epsilon: of that norm.
         cos, sin: float32 [positions, D / 2].
-        positions, pages: int64 [N], of each token.
+        positions: int64 [N], of each token in its text.
+        places, pages: int64 [N], of each token in the cache: the place counts from its sequence's first page.
         queries: [N, heads, D], written.
-        keys, values: [pages, kv_heads, page, D], written at the tokens' places.
+        keys: [pages, kv_heads, D, page], written at the tokens' places.
+        values: [pages, kv_heads, page, D], the same.
     """
     tokens, heads, dimension = queries.shape
     kv_heads, half = keys.shape[1], dimension // 2
     row = np.empty(dimension, np.float32)
     for n in range(tokens):
         position, page = positions[n], pages[n]
-        place = position % keys.shape[2]
+        place = places[n] % keys.shape[3]
         for head in range(heads + kv_heads):
             squares = np.float32(0)
             for d in range(dimension):
@@ -141,7 +145,7 @@ def prepare_attention(
                 if head < heads:
                     queries[n, head, d], queries[n, head, d + half] = first, second
                 else:
-                    keys[page, head - heads, place, d], keys[page, head - heads, place, d + half] = first, second
+                    keys[page, head - heads, d, place], keys[page, head - heads, d + half, place] = first, second
         for head in range(kv_heads):
             for d in range(dimension):
                 values[page, head, place, d] = qkv[n, heads + kv_heads + head, d]
@@ -164,7 +168,8 @@ def attend(
 
     Args:
         queries: [N, heads, D], packed by sequence.
-        keys, values: [pages, kv_heads, page, D]; a page is a multiple of 4 tokens.
+        keys: [pages, kv_heads, D, PAGE].
+        values: [pages, kv_heads, PAGE, D]; D is a multiple of `cpu_tiles.LANES`.
         tables: int64 [B, most pages], each sequence's pages in order.
         cached: int64 [B], keys before this pass.
         starts: int64 [B + 1], where each sequence's new tokens begin.
@@ -210,9 +215,8 @@ def _attend_one(
     scale: float,
     out: np.ndarray,
 ) -> None:
-    """One sequence, one KV head. Whole arrays and indices, no slices: of a slice the compiler does not know that its
-    rows are contiguous, and loads each number by itself."""
-    kv_heads, page, dimension = keys.shape[1:]
+    """One sequence, one KV head."""
+    kv_heads, dimension, page = keys.shape[1:]
     group = queries.shape[1] // kv_heads
     rows, length = (stop - start) * group, cached + stop - start
     first_page = max(0, cached - window + 1) // page
@@ -223,38 +227,17 @@ def _attend_one(
         for d in range(dimension):
             query[r, d] = _widen(queries[start + r // group, kv * group + r % group, d]) * scale
     weights = np.empty((rows, (last_page + 1) * page - offset), np.float32)
-    four = np.empty((4, dimension), np.float32)
     for index in range(first_page, last_page + 1):
-        held = tables[b, index]
-        for j in range(0, min(page, length - index * page), 4):  # four keys at once: a query is read once for all
-            for i in range(4):
-                for d in range(dimension):
-                    four[i, d] = _widen(keys[held, kv, j + i, d])
-            at = index * page + j - offset
-            for r in range(rows):
-                s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-                for d in range(dimension):
-                    q = query[r, d]
-                    s0 += q * four[0, d]
-                    s1 += q * four[1, d]
-                    s2 += q * four[2, d]
-                    s3 += q * four[3, d]
-                weights[r, at], weights[r, at + 1], weights[r, at + 2], weights[r, at + 3] = s0, s1, s2, s3
+        fetch_tile(values, tables[b, index] * kv_heads + kv)
+        if index < last_page:
+            fetch_tile(keys, tables[b, index + 1] * kv_heads + kv)
+        page_dots(query, keys, tables[b, index] * kv_heads + kv, weights, index * page - offset)
     for r in range(rows):
         newest = cached + r // group
         _softmax(weights, r, max(0, newest - window + 1) - offset, newest + 1 - offset)
     result = np.zeros((rows, dimension), np.float32)
     for index in range(first_page, last_page + 1):
-        held = tables[b, index]
-        for j in range(0, min(page, length - index * page), 4):
-            for i in range(4):
-                for d in range(dimension):
-                    four[i, d] = _widen(values[held, kv, j + i, d])
-            at = index * page + j - offset
-            for r in range(rows):
-                w0, w1, w2, w3 = weights[r, at], weights[r, at + 1], weights[r, at + 2], weights[r, at + 3]
-                for d in range(dimension):
-                    result[r, d] += w0 * four[0, d] + w1 * four[1, d] + w2 * four[2, d] + w3 * four[3, d]
+        page_sums(weights, index * page - offset, values, tables[b, index] * kv_heads + kv, result)
     for r in range(rows):
         for d in range(dimension):
             out[start + r // group, kv * group + r % group, d] = _narrow(result[r, d], queries[0, 0, 0])
@@ -262,21 +245,26 @@ def _attend_one(
 
 @njit(fastmath=_FAST, inline="always")
 def _softmax(weights: np.ndarray, r: int, begin: int, end: int) -> None:
-    """In place over weights[r, begin:end]; the rest of the row becomes 0."""
+    """In place over weights[r, begin:end]; the rest of the row becomes 0.
+
+    Every loop begins at 0: of another index numba asks whether it counts from the end, number by number.
+    """
+    for k in range(begin):
+        weights[r, k] = -np.inf
     greatest = np.float32(-np.inf)
-    for k in range(begin, end):
+    for k in range(end):
         greatest = max(greatest, weights[r, k])
     total = np.float32(0)
-    for k in range(begin, end):
+    for k in range(end):
         weights[r, k] = _exp(weights[r, k] - greatest)
         total += weights[r, k]
     inverse = np.float32(1) / total
-    for k in range(begin, end):
+    for k in range(end):
         weights[r, k] *= inverse
     for k in range(begin):
         weights[r, k] = 0
-    for k in range(end, weights.shape[1]):
-        weights[r, k] = 0
+    for k in range(weights.shape[1] - end):
+        weights[r, end + k] = 0
 
 
 _ARGUMENTS = 18
@@ -304,7 +292,7 @@ def attend_in_parallel(
         queries.ctypes.data, keys.ctypes.data, values.ctypes.data, tables.ctypes.data, cached.ctypes.data,
         starts.ctypes.data, out.ctypes.data, number.ctypes.data, window,
     ]  # fmt: skip
-    packed[9:17] = [*queries.shape, *keys.shape[:3], *tables.shape]
+    packed[9:17] = [*queries.shape, *values.shape[:3], *tables.shape]
     packed[17:].view(np.float64)[0] = scale
     run(_part(queries.dtype == np.int16), packed.ctypes.data)
 
@@ -321,7 +309,7 @@ def _part(bfloat16: bool) -> int:
         rows, columns = a[15], a[16]
         attend(
             carray(pointer(a[0]), (tokens, heads, dimension), kind),
-            carray(pointer(a[1]), (pages, kv_heads, page, dimension), kind),
+            carray(pointer(a[1]), (pages, kv_heads, dimension, page), kind),
             carray(pointer(a[2]), (pages, kv_heads, page, dimension), kind),
             carray(pointer(a[3]), (rows, columns), np.int64),
             carray(pointer(a[4]), (rows,), np.int64),

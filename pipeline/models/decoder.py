@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.models.attention import attention_for
+from pipeline.models.attention import Attention, attention_for
 from pipeline.models.config import ModelConfig
 from pipeline.models.kv_cache import AttentionPlan, KVCache
 from pipeline.models.linear import Linear
@@ -28,21 +29,14 @@ class Layer:
     down: Linear
 
 
-class Decoder:
-    """Weights on one device, and the forward pass over packed tokens. Holds zeros until `load`."""
+class LayerWeights:
+    """What a model of such blocks is made of: weights by the checkpoint's names on one device, zeros until `load`."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self._plain: dict[str, Tensor] = {}
         """weights that are no matrix product's, by the checkpoint's name"""
         self._linears: list[Linear] = []
-        self.embedding = torch.zeros(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self._plain["model.embed_tokens.weight"] = self.embedding
-        self.layers = [self._layer(f"model.layers.{i}.") for i in range(config.layers)]
-        self.final_norm = self._norm_weight("model.norm.weight", config.hidden_size)
-        # A tied head is a matrix product all the same: on a CPU it has its own, packed copy.
-        name = "model.embed_tokens" if config.tied_head else "lm_head"
-        self.head = self._linear({name: config.vocab_size}, config.hidden_size)
         self.attention = attention_for(config, dtype, device)
 
     def _norm_weight(self, name: str, *shape: int) -> Tensor:
@@ -105,16 +99,62 @@ class Decoder:
         plain = sum(weight.numel() * weight.element_size() for weight in self._plain.values())
         return plain + sum(linear.bytes for linear in self._linears)
 
+    def through(
+        self, index: int, layer: Layer, x: Tensor, plan: AttentionPlan, cache: KVCache, attention: Attention
+    ) -> Tensor:
+        """[N, H] after a layer; its new keys and values are cached as layer `index`'s, if `attention` does that."""
+        qkv = layer.qkv(attention.norm(x, layer.input_norm))
+        x = layer.output.plus(attention(index, qkv, layer.qk_norm, plan, cache), x)
+        normed = attention.norm(x, layer.post_norm)
+        return layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), x)
+
+
+class Decoder(LayerWeights):
+    """The model, and its forward pass over packed tokens."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(config, dtype, device)
+        self.source: Path | None = None
+        """folder that the weights were last loaded from"""
+        self.embedding = torch.zeros(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self._plain["model.embed_tokens.weight"] = self.embedding
+        self.layers = [self._layer(f"model.layers.{i}.") for i in range(config.layers)]
+        self.final_norm = self._norm_weight("model.norm.weight", config.hidden_size)
+        # A tied head is a matrix product all the same: on a CPU it has its own, packed copy.
+        name = "model.embed_tokens" if config.tied_head else "lm_head"
+        self.head = self._linear({name: config.vocab_size}, config.hidden_size)
+
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
-        """Hidden states [N, H] after the final norm of packed tokens int64 [N]; their keys and values are cached."""
-        attention, x = self.attention, self.embedding[token_ids]
+    def forward(
+        self,
+        token_ids: Tensor,
+        plan: AttentionPlan,
+        cache: KVCache,
+        states: list[Tensor] | None = None,
+        attention: Attention | None = None,
+    ) -> Tensor:
+        """Hidden states [N, H] after the final norm of packed tokens int64 [N].
+
+        Args:
+            token_ids: N packed tokens.
+            plan: of this forward pass.
+            cache: read and written.
+            states: filled with [N, H] tensors, the embedding and what each layer gave, where it is a list.
+            attention: stands in for the decoder's own, and need not cache keys and values.
+        """
+        attention, x = attention or self.attention, self.embedding[token_ids]
+        if states is not None:
+            states.append(x)
         for index, layer in enumerate(self.layers):
-            qkv = layer.qkv(attention.norm(x, layer.input_norm))
-            x = layer.output.plus(attention(index, qkv, layer.qk_norm, plan, cache), x)
-            normed = attention.norm(x, layer.post_norm)
-            x = layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), x)
+            x = self.through(index, layer, x, plan, cache, attention)
+            if states is not None:
+                states.append(x)
         return attention.norm(x, self.final_norm)
+
+    @torch.no_grad()
+    def block(self, index: int, x: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
+        """[N, H] of [N, H]: one layer; its keys and values are cached."""
+        return self.through(index, self.layers[index], x, plan, cache, self.attention)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

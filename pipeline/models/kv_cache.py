@@ -20,16 +20,25 @@ PAGE = 32
 class AttentionPlan:
     """Where the N new tokens of B sequences go and what they may attend to; built once a forward pass.
 
-    Tokens are packed: row b brings `counts[b]` of them, no padding.
+    Tokens are packed: row b brings `counts[b]` of them, no padding. Where a token's keys go in the cache (its place)
+    and where it stands in the text (its position) differ once tokens before it were evicted.
     """
 
-    def __init__(self, tables: np.ndarray, cached: np.ndarray, counts: np.ndarray, device: torch.device) -> None:
+    def __init__(
+        self,
+        tables: np.ndarray,
+        cached: np.ndarray,
+        counts: np.ndarray,
+        device: torch.device,
+        evicted: np.ndarray | None = None,
+    ) -> None:
         """
         Args:
             tables: int64 [B, at least the most pages of a row], pages of each row in order.
             cached: int64 [B], tokens of each row that are in the cache.
             counts: int64 [B], new ones.
             device: of the tensors.
+            evicted: int64 [B], tokens of each row that were in the cache and are not any more; None: no row has any.
         """
         self.tables, self.cached, self.counts, self._device = tables, cached, counts, device
         self.rows, self.width = len(cached), int(counts.max())
@@ -41,9 +50,13 @@ class AttentionPlan:
         self.row = np.repeat(np.arange(self.rows), counts)
         self.column = np.arange(len(self.row)) - self.starts[self.row]
         """int64 [N], a token's place among its row's new ones"""
-        self.position = cached[self.row] + self.column
-        """int64 [N]"""
-        self.page = tables[self.row, self.position // PAGE]
+        self.place = cached[self.row] + self.column
+        """int64 [N], among the cached tokens of its row"""
+        self.position = self.place if evicted is None else self.place + evicted[self.row]
+        """int64 [N], in the text"""
+        self.positions_end = self.keys if evicted is None else int((cached + counts + evicted).max())
+        """past the last position"""
+        self.page = tables[self.row, self.place // PAGE]
         """int64 [N]"""
 
     @cached_property
@@ -53,7 +66,7 @@ class AttentionPlan:
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
         """Page and place in it of each token, int64 [N] each."""
-        return self._tensor(self.page), self._tensor(self.position % PAGE)
+        return self._tensor(self.page), self._tensor(self.place % PAGE)
 
     @cached_property
     def pages(self) -> Tensor:
@@ -98,19 +111,31 @@ class KVCache:
             device: where they are.
             pages: most there can be. On a CPU memory is taken as they are first written to.
         """
-        shape = (config.layers, 2, pages, config.kv_heads, PAGE, config.head_dim)
-        # Zeros, not garbage: a masked key still meets its value as 0 * value, and 0 * NaN is NaN.
-        if device.type == "cpu":
-            # numpy asks the system for zeros, which are no memory until written to; torch would write them itself
-            kind = np.int16 if dtype == torch.bfloat16 else np.float32
-            self.store = torch.from_numpy(np.zeros(shape, kind)).view(dtype)
-        else:
-            self.store = torch.zeros(shape, dtype=dtype, device=device)
-        self._device = device
+        self._shape = (config.layers, 2, config.kv_heads, PAGE, config.head_dim)
+        self._dtype, self._device = dtype, device
+        self.store = self._zeros(pages)
         self._holders = np.zeros(pages, np.int64)
         self._free = list(range(pages - 1, -1, -1))
         self._touched = 0
         self._page_bytes = page_bytes(config, dtype)
+
+    def holders(self, pages: Sequence[int]) -> np.ndarray:
+        """int64, of each page."""
+        return self._holders[list(pages)]
+
+    def _zeros(self, pages: int) -> Tensor:
+        """Zeros, not garbage: a masked key still meets its value as 0 * value, and 0 * NaN is NaN."""
+        shape = (*self._shape[:2], pages, *self._shape[2:])
+        if self._device.type == "cpu":
+            # numpy asks the system for zeros, which are no memory until written to; torch would write them itself
+            kind = np.int16 if self._dtype == torch.bfloat16 else np.float32
+            return torch.from_numpy(np.zeros(shape, kind)).view(self._dtype)
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+    @property
+    def pages(self) -> int:
+        """Pages there are."""
+        return len(self._holders)
 
     @property
     def free(self) -> int:
@@ -121,6 +146,14 @@ class KVCache:
     def bytes(self) -> int:
         """Of all pages that were ever used."""
         return self._touched * self._page_bytes
+
+    def extend(self, pages: int) -> None:
+        """Room for `pages` more; what is there stays where it is."""
+        had = len(self._holders)
+        more = self._zeros(pages)
+        self.store = torch.cat([self.store, more], 2)
+        self._holders = np.concatenate([self._holders, np.zeros(pages, np.int64)])
+        self._free = list(range(had + pages - 1, had - 1, -1)) + self._free
 
     def take(self, count: int) -> list[int]:
         """`count` free pages; there must be as many."""
@@ -144,17 +177,40 @@ class KVCache:
         """Contents of page `source` into page `target`."""
         self.store[:, :, target] = self.store[:, :, source]
 
-    def plan(self, tables: np.ndarray, cached: np.ndarray, counts: np.ndarray) -> AttentionPlan:
-        """For `counts` [B] new tokens after `cached` [B] ones in the pages `tables` [B, ...] lists."""
-        return AttentionPlan(tables, cached, counts, self._device)
+    def plan(
+        self, tables: np.ndarray, cached: np.ndarray, counts: np.ndarray, evicted: np.ndarray | None = None
+    ) -> AttentionPlan:
+        """For `counts` [B] new tokens after `cached` [B] ones in the pages `tables` [B, ...] lists, and `evicted` [B]
+        ones that no page holds any more."""
+        return AttentionPlan(tables, cached, counts, self._device, evicted)
 
     def write(self, layer: int, plan: AttentionPlan, keys: Tensor, values: Tensor) -> None:
         """New keys and values [N, kv_heads, head_dim] of a layer."""
         page, place = plan.places
-        for which, new in enumerate((keys, values)):
-            self.store[layer, which].transpose(1, 2)[page, place] = new
+        self.keys(layer).permute(0, 3, 1, 2)[page, place] = keys
+        self.values(layer).transpose(1, 2)[page, place] = values
 
     def read(self, layer: int, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """Copies [B, kv_heads, pages * PAGE, head_dim] of a layer's keys and values."""
-        window = self.store[layer][:, plan.pages].transpose(2, 3).flatten(3, 4)
-        return window[0], window[1]
+        return self.read_pages(layer, plan.pages)
+
+    def read_pages(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies [B, kv_heads, P * PAGE, head_dim] of a layer's keys and values in pages int64 [B, P]."""
+        keys = self.keys(layer)[pages].permute(0, 2, 1, 4, 3).flatten(2, 3)
+        return keys, self.values(layer)[pages].transpose(1, 2).flatten(2, 3)
+
+    def write_pages(self, layer: int, pages: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keys and values [B, kv_heads, T, head_dim] of a layer into the first T places of pages int64 [B, P]."""
+        places = torch.arange(keys.shape[2], device=self._device)
+        page, place = pages[:, places // PAGE], (places % PAGE).expand(len(pages), -1)
+        self.keys(layer).permute(0, 3, 1, 2)[page, place] = keys.transpose(1, 2)
+        self.values(layer).transpose(1, 2)[page, place] = values.transpose(1, 2)
+
+    def keys(self, layer: int) -> Tensor:
+        """[pages, kv_heads, head_dim, PAGE] of a layer: a dimension of a page's keys lies together, so that a query
+        meets all of them at once."""
+        return self.store[layer, 0].view(-1, self._shape[2], self._shape[4], PAGE)
+
+    def values(self, layer: int) -> Tensor:
+        """[pages, kv_heads, PAGE, head_dim] of a layer."""
+        return self.store[layer, 1]

@@ -24,6 +24,8 @@ class Stream(IntEnum):
     """draw after such a draft was rejected"""
     BLOCK = 3
     """acceptance by block verification, which looks at numbers of positions that it then leaves open"""
+    DRAFT = 4
+    """draw of a draft token; counted from where its draft starts"""
 
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> np.ndarray:

@@ -1,18 +1,32 @@
-"""Plain lines on stderr: time, process, text. Processes whose terminal is somebody else's write nothing fancier."""
+"""Lines on stderr: time, process, text; or JSON objects, for collectors. Processes whose terminal is somebody else's
+write nothing fancier."""
 
+import json
 import sys
 import time
+from typing import Any, ClassVar
 
 
 class Log:
     """`Log("engine")("text")` prints one line; safe from any thread because it is one write."""
 
+    structured = False
+    """of the whole process: JSON objects with time, level, process, what `about` holds, and text"""
+    about: ClassVar[dict[str, Any]] = {}
+    """run and policy version, as far as they are known"""
+
     def __init__(self, process: str) -> None:
         self.process = process
 
     def __call__(self, text: str) -> None:
-        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {self.process}: {text}\n")
+        sys.stderr.write(self._line(text) + "\n")
         sys.stderr.flush()
+
+    def _line(self, text: str) -> str:
+        if not Log.structured:
+            return f"{time.strftime('%H:%M:%S')} {self.process}: {text}"
+        level = "warning" if text.lower().startswith("warning") else "info"
+        return json.dumps({"time": time.time(), "level": level, "process": self.process, **Log.about, "text": text})
 
 
 class LineLimit:

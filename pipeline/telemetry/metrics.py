@@ -52,6 +52,13 @@ class StepMetrics(Struct, kw_only=True):
     wait_seconds: float = 0.0
     """seconds the learner waited for a batch"""
     wall_seconds: float = 0.0
+    learner_time: dict[str, float] = field(default_factory=dict)
+    """seconds of the learner's main thread since the step before, by state"""
+    engine_time: dict[str, float] = field(default_factory=dict)
+    """seconds of engines' main threads since the step before, by state, summed over engines; `reward` beside them"""
+    acceptance_by_depth: dict[str, list[float]] = field(default_factory=dict)
+    """drafter -> share of its drafts' first tokens that were accepted, of second ones after an accepted first, ..."""
+    response_length_max: float | None = None
     engines: int = 0
     reissued_total: int = 0
     skipped_steps: int = 0
@@ -71,17 +78,21 @@ class MetricsWriter:
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_back(path, resume_step)
+        cut_back(path, resume_step)
         self._file: TextIO = path.open("a")
 
     def write(self, metrics: StepMetrics) -> None:
-        line = {key: _plain(value) for key, value in structs.asdict(metrics).items()}
-        line |= line.pop("evaluation")
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(as_row(metrics)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def as_row(metrics: StepMetrics) -> dict[str, Any]:
+    """The line as an object."""
+    line = {key: _plain(value) for key, value in structs.asdict(metrics).items()}
+    return line | line.pop("evaluation")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -97,7 +108,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _cut_back(path: Path, step: int) -> None:
+def cut_back(path: Path, step: int) -> None:
+    """Leaves out the lines after a step, and one that was cut short.
+
+    Raises:
+        UsageError: the file cannot be rewritten.
+    """
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     if not path.exists():
         return
@@ -115,4 +131,6 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return value

@@ -2,67 +2,18 @@
 
 import itertools
 import sys
-from collections import deque
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from pipeline.stop import StopSignal
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
-class StepView:
-    """Shows a run step by step from the rows of metrics.jsonl."""
-
-    def __init__(self, steps: int, done: int, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stderr)
-        self.steps, self.done = steps, done
-        self.rewards: deque[float] = deque(maxlen=400)
-        self._live: Live | None = None
-        self._progress = _bar(self.console, "training")
-        self._task = self._progress.add_task("training", total=steps, completed=done)
-
-    def show(self, row: dict[str, Any]) -> None:
-        """One finished step."""
-        self.rewards.append(row["reward_mean"] or 0.0)
-        if not self.console.is_terminal:
-            self.console.print(line(row, self.steps), highlight=False, soft_wrap=True)
-            return
-        if self._live is None:
-            self._live = Live(console=self.console, refresh_per_second=4)
-            self._live.start()
-        self._progress.update(self._task, completed=row["step"])
-        self._live.update(Group(self._table(row), self._progress))
-
-    def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-    def _table(self, row: dict[str, Any]) -> Table:
-        table = Table.grid(padding=(0, 2))
-        table.add_row("reward", number(row["reward_mean"], ".3f"), Text(sparkline(list(self.rewards)), style="green"))
-        table.add_row(
-            "tokens/s", number(row["tokens_per_second"], ".0f"), f"trained on, from {row['engines']} engine(s)"
-        )
-        acceptance = row["acceptance_rate"]
-        table.add_row(
-            "drafting",
-            number(row["tokens_per_verification"], ".2f"),
-            f"tokens a verification, acceptance {acceptance:.0%}" if acceptance is not None else "nothing drafted",
-        )
-        at_most = f"publications, at most {number(row['staleness_max'], '.0f')}"
-        table.add_row("staleness", number(row["staleness_mean"], ".2f"), at_most)
-        table.add_row("entropy", number(row["entropy"], ".3f"), "nats a token")
-        return table
-
-
-def line(row: dict[str, Any], steps: int) -> str:
+def line(row: Mapping[str, Any], steps: int) -> str:
     """A step in one plain line."""
     acceptance = row["acceptance_rate"]
     drafting = f"accepted {acceptance:.0%}" if acceptance is not None else "no drafts"
@@ -143,7 +94,7 @@ class WarmStartView:
 
     def _draw(self, fraction: float, reward: float) -> None:
         if self._progress is None:
-            self._progress = _bar(self.console, "warm start", TextColumn("reward {task.fields[reward]}"))
+            self._progress = bar(self.console, "warm start", TextColumn("reward {task.fields[reward]}"))
             self._task = self._progress.add_task("warm start", total=1.0, reward="-")
             self._progress.start()
         self._progress.update(self._task, completed=fraction, reward=f"{reward:.2f}")
@@ -152,6 +103,7 @@ class WarmStartView:
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
-def _bar(console: Console, name: str, *extra: ProgressColumn) -> Progress:
+def bar(console: Console, name: str, *extra: ProgressColumn) -> Progress:
+    """A bar with its share and the time passed."""
     columns = (TextColumn(name), BarColumn(), TextColumn("{task.percentage:.0f}%"), *extra, TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True)

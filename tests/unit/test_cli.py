@@ -17,13 +17,17 @@ COMMAND_LINE = {
     "engine": ["config", "--connect", "--connect-timeout", "--set", "--dry-run"],
     "generate": [
         "model", "--prompt", "--drafter", "--small-model", "--threshold", "--max-new-tokens", "--temperature", "--seed",
-        "--samples", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--presence-penalty",
-        "--frequency-penalty", "--logit-bias",
+        "--samples", "--top-k", "--kv-compression", "--kv-budget", "--kv-every", "--top-p", "--min-p",
+        "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logit-bias",
         "--allowed-token-ids", "--bad-token-ids", "--stop-token-ids", "--stop-strings", "--min-new-tokens",
     ],
     "corpus": ["action", "files", "--out", "--tokenizer", "--template"],
     "drafters": [],
+    "train-drafter": ["[config]", "--set", "--dry-run", "--out"],
     "export": ["run", "--step", "--out", "--dtype"],
+    "report": ["folder", "--out"],
+    "doctor": [],
+    "completion": ["shell"],
     "bench": ["what", "arguments"],
 }  # fmt: skip
 
@@ -63,6 +67,11 @@ def test_dry_run_prints_the_resolved_configuration(capsys):
         (["learner", "nowhere.toml"], "nowhere.toml"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere"),
         (["bench", "nonsense"], "benchmark"),
+        (["run", "--dry-run", "--set", "engine.kv_compression.policy=rkv"], "r-kv"),
+        (["run", "--dry-run", "--set", 'engine.kv_compression={policy = "r-kv", budget = 8}'], "raise it above 8"),
+        (["run", "--dry-run", "--set", "engine.kv_compression.bugdet=8"], "did you mean budget"),
+        (["run", "--dry-run", "--set", "engine.kv_compression.every=0"], "tokens from one compression to the next"),
+        (["run", "--dry-run", "--set", "engine.kv_compression=r-kv"], "[engine.kv_compression]"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(arguments, said, capsys):

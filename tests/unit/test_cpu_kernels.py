@@ -46,8 +46,8 @@ class Pages:
     def attend(self, window=1 << 40, parallel=False):
         out = torch.full_like(self.queries, 7.0)
         arguments = (
-            array(self.queries), array(self.keys), array(self.values), self.tables, self.cached, self.starts,
-            window, self.queries.shape[-1] ** -0.5, array(out),
+            array(self.queries), array(self.keys.mT.contiguous()), array(self.values), self.tables, self.cached,
+            self.starts, window, self.queries.shape[-1] ** -0.5, array(out),
         )  # fmt: skip
         if parallel:
             cpu_kernels.attend_in_parallel(*arguments)
@@ -76,12 +76,13 @@ class Pages:
 
 SHAPES = [
     (6, 2, 64, [200, 0, 31, 32, 95], [1, 3, 1, 5, 2]),
-    (5, 5, 10, [7, 40], [1, 1]),
+    (5, 5, 48, [7, 40], [1, 1]),
+    (14, 2, 80, [70, 3], [2, 1]),
     (3, 1, 16, [0], [8]),
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["grouped", "odd", "from nothing"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["grouped", "odd", "seven", "from nothing"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [1 << 40, 33, 1])
 def test_attention_over_pages_equals_torchs(kind, shape, window):

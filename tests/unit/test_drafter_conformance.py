@@ -1,8 +1,10 @@
 """The kit that strangers test their drafters with: ours pass it, and every kind of mistake fails it."""
 
+import functools
 import importlib
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,13 @@ from drafters.suffix_automaton import SuffixAutomatonDrafter
 from drafters.testing import VOCABULARY, NotADrafter, check_drafter
 from drafters.token_recycling import TokenRecyclingDrafter
 from tests.unit.generation import Sampled as _Sampled
+from tests.unit.tiny_models import save_like_the_kits
+
+
+@functools.cache
+def draft_checkpoint() -> str:
+    return str(save_like_the_kits(Path(tempfile.mkdtemp())))
+
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "example_drafter"
 
@@ -38,6 +47,21 @@ MAKERS = {
     "prompt-lookup": lambda: PromptLookupDrafter(PromptLookupDrafter.Options(min_ngram=1)),
     "token-recycling": TokenRecyclingDrafter,
     "sampled": Sampled,
+    "draft-model": lambda: build({"name": "draft-model", "path": draft_checkpoint()}),
+    "layer-skip": lambda: build({"name": "layer-skip", "stop_below": 0.3, "refresh_every": 5}),
+    "arbiter of models": lambda: build(
+        {
+            "name": "arbiter",
+            "measure": False,
+            "drafters": ["suffix-automaton", "layer-skip", {"name": "draft-model", "path": draft_checkpoint()}],
+        }
+    ),
+    "suffix-automaton and draft-model": lambda: build(
+        {
+            "name": "suffix-automaton",
+            "auxiliary": {"name": "draft-model", "path": draft_checkpoint()},
+        }
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from drafters.base import BaseDrafter, DraftRequest, Proposal
 from drafters.composite import CompositeDrafter, Ensemble, joined
 from drafters.guard import Guard, checked
 from drafters.suffix_automaton import SuffixAutomatonDrafter
-from drafters.testing import VOCABULARY, tiny_target
+from drafters.testing import VOCABULARY, Rehearsal, tiny_target
 from pipeline.engine.native.drafting import Drafting
 from pipeline.engine.native.generator import NativeGenerator
 from tests.unit.generation import Sampled, Scripted, finish, group, texts
@@ -63,7 +63,7 @@ def test_a_drafter_that_does_not_return_is_named_while_it_does_not():
         def __init__(self):
             super().__init__(Ensemble([SuffixAutomatonDrafter(), Stuck()]))
 
-    drafting = Drafting(Around(), tiny_target(), events.append, watch_seconds=0.1)
+    drafting = Drafting(Around(), Rehearsal(None, tiny_target()), events.append, watch_seconds=0.1)
     caller = threading.Thread(target=lambda: drafting.observe(None))
     caller.start()
     deadline = time.monotonic() + 10

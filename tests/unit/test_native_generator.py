@@ -218,7 +218,7 @@ def test_a_drafter_gets_what_it_asks_for(make, model):
         lambda start, emitted, budget: expected[0, start.seed][len(emitted) :][: rng.integers(0, budget + 1)]
     )
     generator = make(drafter, max_draft_tokens=4)
-    assert drafter.target is generator.decoder
+    assert drafter.target.decoder is generator.decoder
     generator.add(request)
     assert texts(finish(generator)) == expected
     for seed in request.seeds:

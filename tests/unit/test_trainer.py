@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from learner.objective import Objective
+from learner.schedule import learning_rate
 from learner.trainer import Trainer
 from pipeline.config.types import LearnerSection, ObjectiveSection
 from pipeline.errors import RunFailed, UsageError
@@ -315,3 +316,27 @@ def test_greedy_rollouts_are_refused(tmp_path):
     model = tiny_policy(tmp_path / "model")
     with pytest.raises(UsageError, match="temperature 0"):
         Trainer(model, Objective.from_config(ObjectiveSection()), LearnerSection(), temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2]),
+        ("cosine", [0.5, 1, 1, 0.2 + 0.4 * (1 + 2**-0.5), 0.6, 0.2 + 0.4 * (1 - 2**-0.5), 0.2, 0.2]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule_to_the_end_of_the_run(schedule, rates):
+    section = LearnerSection(
+        learning_rate=2e-3, warmup_steps=2, learning_rate_schedule=schedule, final_learning_rate=0.2
+    )
+    assert [learning_rate(step, 6, section) for step in range(8)] == pytest.approx([2e-3 * rate for rate in rates])
+
+
+def test_the_trainer_takes_the_schedules_rate(tmp_path):
+    section = LearnerSection(learning_rate=1e-3, learning_rate_schedule="linear")
+    objective = Objective.from_config(ObjectiveSection())
+    trainer = Trainer(tiny_policy(tmp_path / "model"), objective, section, temperature=1.0, steps=4)
+    assert [trainer.train([], publication=0)["learning_rate"] for _ in range(4)] == pytest.approx(
+        [1e-3, 7.5e-4, 5e-4, 2.5e-4]
+    )

@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
+
+from drafters.testing import tiny_target
 
 VOCABULARY = 61
 SHAPE = {
@@ -29,6 +32,24 @@ def save_tiny(folder: Path, family: str = "Qwen3", seed: int = 0, sharpness: flo
                 weight.normal_(0, 0.2 * (SHAPE["hidden_size"] / config.hidden_size) ** 0.5)
         model.get_output_embeddings().weight.mul_(sharpness)
     model.save_pretrained(folder)
+    return folder
+
+
+def save_like_the_kits(folder: Path, noise: float = 0.05) -> Path:
+    """A checkpoint near the target of `drafters.testing`: its drafts are often accepted, not always."""
+    target, generator = tiny_target(), torch.Generator().manual_seed(0)
+    tensors = {
+        name: weight + noise * torch.randn(weight.shape, generator=generator)
+        for name, weight in target.tensors().items()
+    }
+    c = target.config
+    transformers.Qwen3Config(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
+        max_position_embeddings=c.max_positions, tie_word_embeddings=True, architectures=[c.architecture],
+        bos_token_id=c.bos_token_id, eos_token_id=list(c.eos_token_ids),
+    ).save_pretrained(folder)  # fmt: skip
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 

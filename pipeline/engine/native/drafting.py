@@ -6,9 +6,8 @@ import warnings
 import weakref
 from collections.abc import Callable
 
-from drafters.base import Drafter
+from drafters.base import Drafter, Target
 from drafters.guard import CALL_SECONDS, Guard
-from pipeline.models.decoder import Decoder
 
 WATCH_SECONDS = 30.0
 """A call that has not returned after this long is named, then again after twice as long, and so on."""
@@ -20,12 +19,12 @@ class Drafting(Guard):
     def __init__(
         self,
         drafter: Drafter,
-        target: Decoder,
+        target: Target,
         on_event: Callable[[str], None] | None = None,
         call_seconds: float = CALL_SECONDS,
         watch_seconds: float = WATCH_SECONDS,
     ) -> None:
-        super().__init__(drafter, target.config.vocab_size, on_event or warnings.warn, call_seconds)
+        super().__init__(drafter, target.decoder.config.vocab_size, on_event or warnings.warn, call_seconds)
         watch = threading.Thread(target=_watch, args=(weakref.ref(self), watch_seconds), daemon=True)
         watch.name = "drafter watchdog"
         watch.start()

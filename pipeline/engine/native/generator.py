@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.base import Drafter, DraftRequest, Needs, Places, Proposal, SequenceStart, Verified
 from drafters.none import NoDrafter
 from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds
+from pipeline.engine.native.compression import Compressor, KVCompression
 from pipeline.engine.native.drafting import Drafting
 from pipeline.engine.native.memory import Memory, page_budget
 from pipeline.engine.native.prefill import prefill
 from pipeline.engine.native.scheduler import Scheduler
 from pipeline.engine.native.sequence import Emission, Sequence
-from pipeline.engine.native.small_model import SmallModel, check_drafter, on_small, together
+from pipeline.engine.native.small_model import SmallModel, check_together, on_small, together
 from pipeline.engine.native.stop_strings import StopStrings
 from pipeline.engine.native.switching import SwitchingRule
 from pipeline.errors import RunFailed, UsageError
@@ -44,6 +45,8 @@ class GeneratorStats:
     drafter_failures: int = 0
     preemptions: int = 0
     """sequences that lost their memory to others and were computed again"""
+    compressions: int = 0
+    """of sequences' caches, those of preempted ones again"""
     forward_seconds: float = 0.0
     drafter_seconds: float = 0.0
     sampling_seconds: float = 0.0
@@ -73,6 +76,7 @@ class NativeGenerator:
         verification: str = "standard",
         tokenizer: Tokenizer | None = None,
         kv_bytes: int = 0,
+        kv_compression: KVCompression | None = None,
         prefill_tokens: int = 2048,
         recompute_on_update: bool = False,
         stagger: bool = False,
@@ -94,6 +98,7 @@ class NativeGenerator:
             tokenizer: for requests with stop strings; None: the checkpoint directory's.
             kv_bytes: memory for keys and values; 0: for `max_sequences` of `max_length`, at most half of what is free.
                 When it runs out, the sequences that started last are preempted and computed again later.
+            kv_compression: bound on a sequence's keys and values; None: all of them are kept.
             prefill_tokens: tokens of prompts computed between two verifications.
             recompute_on_update: whether new weights compute the keys and values of sequences under way anew.
             stagger: whether, of more samples than run at once, one of each group goes ahead, so that the others' drafts
@@ -125,12 +130,22 @@ class NativeGenerator:
         if (small_model is None) != (switching is None):
             raise UsageError("a small model needs a switching rule, and a rule a small model; give both, or none")
         if small_model is not None and switching is not None:
-            check_drafter(drafter.name if drafter else "none", drafter.needs if drafter else Needs.NOTHING)
+            check_together(drafter or NoDrafter(), kv_compression is not None)
             self.small = SmallModel(small_model, switching, self.decoder, self._folder, self.max_length)
-        beside = self.small.page_bytes if self.small else 0
         self._pages = page_budget(
-            config, self.decoder.dtype, self.decoder.device, kv_bytes, max_sequences, self.max_length, beside
+            config,
+            self.decoder.dtype,
+            self.decoder.device,
+            kv_bytes,
+            max_sequences,
+            self.max_length,
+            kv_compression,
+            self.small.page_bytes if self.small else 0,
         )
+        self._compressor = None
+        if kv_compression:
+            kv_compression.check(config, self.max_length)
+            self._compressor = Compressor(kv_compression, self.decoder)
         self._memory = self._new_memory()
         self._scheduler = Scheduler(stagger)
         self._starting: list[Sequence] = []
@@ -147,7 +162,7 @@ class NativeGenerator:
         self._processors = Processors(config.vocab_size, self.decoder.device)
         self._salt = False
         """whether numbers depend on the sequence beside the seed: from the first drafts with probabilities on"""
-        self._drafting = Drafting(drafter or NoDrafter(), self.decoder, on_event)
+        self._drafting = Drafting(drafter or NoDrafter(), self, on_event)
         self._stats = GeneratorStats()
         self._mark = 0.0
 
@@ -240,12 +255,34 @@ class NativeGenerator:
 
     def stats(self) -> GeneratorStats:
         """Totals so far; the object is the caller's."""
-        return replace(self._stats, drafter_failures=self._drafting.failures)
+        compressions = self._compressor.count if self._compressor else 0
+        return replace(self._stats, drafter_failures=self._drafting.failures, compressions=compressions)
+
+    # ---- as its drafter's target -----------------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> KVCache:
+        return self._memory.cache
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        if self._tokenizer is None and (self._folder is None or not (self._folder / "tokenizer.json").exists()):
+            return None
+        return self._load_tokenizer()
+
+    def places(self, ids: Items[int]) -> Places:
+        """As `drafters.base.Target` says."""
+        row_of = {s.id: row for row, s in enumerate(self._live)}
+        rows = [row_of[i] for i in ids]
+        held = np.array([self._live[row].held for row in rows], np.int64)
+        evicted = np.array([self._live[row].evicted for row in rows], np.int64) if self._compressor else None
+        return Places(self._tables[rows], held, evicted)
 
     def _new_memory(self) -> Memory:
         if self.small:
             self.small.set_pages(self._pages)
-        return Memory(KVCache(self.decoder.config, self.decoder.dtype, self.decoder.device, self._pages))
+        cache = KVCache(self.decoder.config, self.decoder.dtype, self.decoder.device, self._pages)
+        return Memory(cache, self._compressor)
 
     def drafter_counters(self) -> dict[str, float]:
         """The drafter's own figures so far; what they are is the drafter's business."""
@@ -272,7 +309,8 @@ class NativeGenerator:
         proposal = self._propose(budgets, temperatures)
         began = self._mark
         samplers = [Sampler.SWITCHED_MODEL if on_small(s) else Sampler.POLICY for s in self._live]
-        hidden, logits = self._forward(proposal, small_logits)
+        states: list[Tensor] | None = [] if Needs.LAYER_STATES in self._drafting.needs else None
+        hidden, logits = self._forward(proposal, states, small_logits)
         self._lap("forward_seconds")
         verified = self._verify(logits, proposal)
         emissions = self._emissions(verified, proposal, logits)
@@ -285,13 +323,13 @@ class NativeGenerator:
         self._processors.observe(slots, [e.token_ids for e in emissions])
         self._count(emissions)
         self._lap("other_seconds")
-        self._observe(emissions, hidden, logits, proposal, seconds)
+        self._observe(emissions, hidden, logits, states, proposal, seconds)
         self._lap("drafter_seconds")
         return self._finish()
 
     def _admit(self) -> None:
         """Starts those next in the queue while there is memory for them."""
-        admission = self._memory.admission(self._starting, len(self._live))
+        admission = self._memory.admission(self._starting, self._live)
         while len(self._live) + len(self._starting) < self.max_sequences:
             sequence = self._scheduler.next()
             if sequence is None or not admission.fits(sequence):
@@ -304,7 +342,8 @@ class NativeGenerator:
         """Computes prompts, and makes those live whose is complete."""
         if not self._starting:
             return
-        computed = prefill(self.decoder, self._memory, self._starting, self._prefill_tokens)
+        hidden = Needs.HIDDEN_STATES in self._drafting.needs
+        computed = prefill(self.decoder, self._memory, self._starting, self._prefill_tokens, hidden)
         self._lap("forward_seconds")
         ready = [s for s in self._starting if s.ready]
         if not (computed or ready or self._live):
@@ -320,9 +359,19 @@ class NativeGenerator:
             restored = [s for s in ready if s.begun]
             for sequence in new:
                 self._begin(sequence)
-            self._drafting.begin([_start_of(s) for s in new])
-            self._drafting.restore([_start_of(s) for s in restored])
+            self._drafting.begin([self._start_of(s) for s in new])
+            self._drafting.restore([self._start_of(s) for s in restored])
+            for sequence in ready:
+                sequence.hidden = []
             self._lap("drafter_seconds")
+
+    def _start_of(self, s: Sequence) -> SequenceStart:
+        hidden = None
+        if Needs.HIDDEN_STATES in self._drafting.needs:
+            none = self.decoder.embedding.new_zeros(0, self.decoder.config.hidden_size)
+            hidden = s.hidden[0] if len(s.hidden) == 1 else torch.cat([none, *s.hidden])
+        response = s.token_ids[: s.count].copy()
+        return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response, hidden)
 
     def _begin(self, sequence: Sequence) -> None:
         """Its settings take effect; they stay over preemption until `_end`."""
@@ -360,6 +409,7 @@ class NativeGenerator:
     def _make_room(self) -> np.ndarray:
         """Longest draft of each live sequence, int64 [B], for which it now has pages; preempts where even the next
         token of one has none."""
+        self._compress()
         budgets: list[int] = []
         row = 0
         while row < len(self._live):
@@ -372,19 +422,27 @@ class NativeGenerator:
                 budgets.append(0)
                 row += 1
                 continue
-            wanted = min(self.max_draft_tokens, sequence.room)
-            held = len(sequence.pages)
-            if not self._memory.grow(sequence, sequence.cached + 1 + wanted):
-                wanted = min(wanted, held * PAGE - sequence.cached - 1)
-                if wanted < 0 and not self._memory.grow(sequence, sequence.cached + 1):
+            wanted = min(self.max_draft_tokens, self._memory.draft_room(sequence))
+            pages = len(sequence.pages)
+            if not self._memory.grow(sequence, sequence.held + 1 + wanted):
+                wanted = min(wanted, pages * PAGE - sequence.held - 1)
+                if wanted < 0 and not self._memory.grow(sequence, sequence.held + 1):
                     self._preempt()
                     row, budgets = 0, []  # rows have moved
                     continue
                 wanted = max(wanted, 0)
-            self._tables[row, held : len(sequence.pages)] = sequence.pages[held:]
+            self._tables[row, pages : len(sequence.pages)] = sequence.pages[pages:]
             budgets.append(wanted)
             row += 1
         return np.array(budgets, np.int64)
+
+    def _compress(self) -> None:
+        """Live sequences that have outgrown their budget; preempts where copying what one shares has no pages."""
+        while self._compressor and (due := [s for s in self._live if self._memory.due(s) <= 0]):
+            if not self._memory.compress(due):
+                self._preempt()
+            for row, sequence in enumerate(self._live):
+                self._tables[row, : len(sequence.pages)] = sequence.pages
 
     def _preempt(self) -> None:
         """Takes the memory of prompts kept for later, else of the sequence that holds memory for the shortest time."""
@@ -421,26 +479,27 @@ class NativeGenerator:
         self._lap("forward_seconds")
         return logits
 
-    def _forward(self, proposal: Proposal, small_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, proposal: Proposal, states: list[Tensor] | None, small_logits: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states [N, H] after each sequence's last token and after each of its draft tokens, and their logits
-        [N, V]; the hidden states of sequences that the small model samples are not there."""
-        live = self._live
+        [N, V]; `states` as for `Decoder.forward`. Where the small model samples, there are logits alone."""
+        live, counts = self._live, proposal.lengths + 1
         rows = np.flatnonzero([small_logits is None or not on_small(s) for s in live])
-        counts = proposal.lengths + 1
-        cached = np.array([s.cached for s in live], np.int64)
-        last = np.array([s.last_token for s in live], np.int64)
-        columns = np.arange(proposal.token_ids.shape[1] + 1)
-        used = columns < counts[:, None]
-        if not len(rows):
-            assert small_logits is not None
+        if small_logits is not None and not len(rows):
             return small_logits[:, :0], small_logits
+        held = np.array([s.held for s in live], np.int64)[rows]
+        evicted = np.array([s.evicted for s in live], np.int64)[rows] if self._compressor else None
+        last = np.array([s.last_token for s in live], np.int64)
+        used = np.arange(proposal.token_ids.shape[1] + 1) < counts[:, None]
         tokens = np.concatenate([last[:, None], proposal.token_ids], axis=1)[rows][used[rows]]
-        plan = self._memory.cache.plan(self._tables[rows], cached[rows], counts[rows])
-        hidden = self.decoder.forward(torch.from_numpy(tokens).to(self.decoder.device), plan, self._memory.cache)
+        plan = self._memory.cache.plan(self._tables[rows], held, counts[rows], evicted)
+        packed = torch.from_numpy(tokens).to(self.decoder.device)
+        hidden = self.decoder.forward(packed, plan, self._memory.cache, states)
         logits = self.decoder.logits(hidden)
-        if small_logits is None:
-            return hidden, logits
-        return hidden, together(rows, counts, logits, small_logits)
+        if small_logits is not None:
+            logits = together(rows, counts, logits, small_logits)
+        return hidden, logits
 
     def _verify(self, logits: Tensor, proposal: Proposal) -> VerifiedTokens:
         seeds = np.array([s.seed for s in self._live], np.int64)
@@ -489,7 +548,13 @@ class NativeGenerator:
         return emissions
 
     def _observe(
-        self, emissions: list[Emission], hidden: Tensor, logits: Tensor, proposal: Proposal, seconds: float
+        self,
+        emissions: list[Emission],
+        hidden: Tensor,
+        logits: Tensor,
+        states: list[Tensor] | None,
+        proposal: Proposal,
+        seconds: float,
     ) -> None:
         self._drafting.observe(
             Verified(
@@ -500,6 +565,7 @@ class NativeGenerator:
                 logits=logits if Needs.LOGITS in self._drafting.needs else None,
                 starts=np.cumsum(proposal.lengths + 1) - (proposal.lengths + 1),
                 seconds=seconds,
+                layers=None if states is None else torch.stack(states),
             )
         )
 
@@ -543,11 +609,6 @@ class NativeGenerator:
         now = time.perf_counter()
         setattr(self._stats, part, getattr(self._stats, part) + now - self._mark)
         self._mark = now
-
-
-def _start_of(s: Sequence) -> SequenceStart:
-    response = s.token_ids[: s.count].copy()
-    return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response)
 
 
 def _kept_by_row(verified: VerifiedTokens) -> list[KeptIds]:

@@ -4,9 +4,10 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor
 
+from pipeline.engine.native.compression import Compressor, KVCompression
 from pipeline.engine.native.sequence import Sequence
 from pipeline.errors import UsageError
 from pipeline.models.config import ModelConfig
@@ -19,16 +20,24 @@ class _Prompt:
 
     pages: list[int]
     tokens: int
+    evicted: int
+    """of these"""
+    hidden: Tensor | None
+    """[tokens, H], where the drafter asks for them"""
+
+    @property
+    def held(self) -> int:
+        return self.tokens - self.evicted
 
 
 class Memory:
     """The KV cache within its budget, and who holds what of it."""
 
-    def __init__(self, cache: KVCache) -> None:
-        self.cache = cache
+    def __init__(self, cache: KVCache, compressor: Compressor | None = None) -> None:
+        self.cache, self._compressor = cache, compressor
         self._prompts: dict[int, _Prompt] = {}
 
-    def admission(self, starting: Items[Sequence], live: int) -> "Admission":
+    def admission(self, starting: Items[Sequence], live: Items[Sequence]) -> "Admission":
         """Who may start beside the `starting` sequences, which have still to take their pages, and the `live` ones."""
         admission = Admission(self, live)
         for sequence in starting:
@@ -38,7 +47,39 @@ class Memory:
     def needs(self, sequence: Sequence, shares: bool) -> int:
         """Pages it has still to take until it is ready."""
         shared = (len(sequence.request.prompt_ids) - 1) // PAGE if shares else 0
-        return _pages(sequence.target + 1) - max(len(sequence.pages), shared)
+        if self._compressor is None:
+            return _pages(sequence.target + 1) - max(len(sequence.pages), shared)
+        prompt = self._prompts.get(sequence.group)
+        if prompt is not None and prompt.evicted:
+            shared = prompt.held // PAGE
+        most = self._compressor.plan.most(sequence, sequence.target + 1)
+        return max(0, _pages(most) - max(len(sequence.pages), shared))
+
+    def growth(self, sequence: Sequence) -> int:
+        """Pages to leave free for it: one, or where it is compressed all that it will ever take."""
+        if self._compressor is None or sequence.request.full_cache:
+            return 1
+        most = self._compressor.plan.most(sequence, len(sequence.request.prompt_ids) + sequence.limit)
+        own = int((self.cache.holders(sequence.pages) == 1).sum()) if sequence.pages else 0
+        if sequence.ready:
+            return max(0, _pages(most) - own)
+        return max(1, _pages(most) - _pages(self._compressor.plan.most(sequence, sequence.target + 1)))
+
+    def draft_room(self, sequence: Sequence) -> int:
+        """Longest draft after which it need not be compressed before the next one."""
+        if self._compressor is None:
+            return sequence.room
+        return min(sequence.room, self._compressor.plan.border(sequence) - sequence.held - 1)
+
+    def due(self, sequence: Sequence) -> int:
+        """Tokens that it has still to compute until it is compressed; 0: it must be now."""
+        return 1 << 62 if self._compressor is None else self._compressor.plan.border(sequence) - sequence.held
+
+    def compress(self, sequences: Items[Sequence]) -> list[Sequence]:
+        """Compresses those that are due and for which there are pages; returns them."""
+        if self._compressor is None:
+            return []
+        return self._compressor.compress([s for s in sequences if self.due(s) <= 0], self.cache)
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for `tokens` tokens; False where there are not enough, nothing changed then."""
@@ -51,7 +92,7 @@ class Memory:
 
     def free(self, sequence: Sequence) -> None:
         self.cache.release(sequence.pages)
-        sequence.pages, sequence.cached = [], 0
+        sequence.pages, sequence.cached, sequence.evicted, sequence.hidden = [], 0, 0, []
 
     def shared_groups(self) -> set[int]:
         """Groups whose prompt is kept."""
@@ -62,9 +103,16 @@ class Memory:
         tokens = len(sequence.request.prompt_ids) - 1
         if sequence.group in self._prompts or tokens == 0:
             return
-        pages = sequence.pages[: _pages(tokens)]
-        self.cache.share(pages)
-        self._prompts[sequence.group] = _Prompt(pages, tokens)
+        if sequence.evicted and sequence.cached > tokens:
+            return  # response has mixed with what is left of the prompt
+        hidden = None
+        if sequence.hidden:
+            whole = torch.cat(sequence.hidden)
+            hidden, rest = whole[:tokens], whole[tokens:]
+            sequence.hidden = [hidden, rest] if len(rest) else [hidden]
+        prompt = _Prompt(sequence.pages[: _pages(tokens - sequence.evicted)], tokens, sequence.evicted, hidden)
+        self.cache.share(prompt.pages)
+        self._prompts[sequence.group] = prompt
 
     def adopt_prompt(self, sequence: Sequence) -> None:
         """A sequence that has nothing takes its group's prompt, if that is there: whole pages are shared; the last,
@@ -72,15 +120,16 @@ class Memory:
         prompt = self._prompts.get(sequence.group)
         if prompt is None or sequence.pages:
             return
-        whole = prompt.tokens // PAGE
-        if prompt.tokens % PAGE and not self.cache.free:
+        whole, rest = divmod(prompt.held, PAGE)
+        if rest and not self.cache.free:
             return
         sequence.pages = prompt.pages[:whole]
         self.cache.share(sequence.pages)
-        if prompt.tokens % PAGE:
+        if rest:
             sequence.pages += self.cache.take(1)
             self.cache.copy(prompt.pages[whole], sequence.pages[whole])
-        sequence.cached = prompt.tokens
+        sequence.cached, sequence.evicted = prompt.tokens, prompt.evicted
+        sequence.hidden = [] if prompt.hidden is None else [prompt.hidden]
 
     def forget_prompt(self, group: int) -> None:
         prompt = self._prompts.pop(group, None)
@@ -96,10 +145,11 @@ class Memory:
 
 
 class Admission:
-    """Pages promised to sequences that start, a page left for each sequence to grow into."""
+    """Pages promised to sequences that start, and those left for each sequence to grow into."""
 
-    def __init__(self, memory: Memory, live: int) -> None:
-        self._memory, self._others, self._promised = memory, live, 0
+    def __init__(self, memory: Memory, live: Items[Sequence]) -> None:
+        self._memory, self._others = memory, len(live)
+        self._promised = sum(map(memory.growth, live))
         self._sharing = memory.shared_groups()
 
     def fits(self, sequence: Sequence) -> bool:
@@ -107,20 +157,13 @@ class Admission:
         if not self._others:
             return True
         needed = self._memory.needs(sequence, sequence.group in self._sharing)
-        return self._promised + needed + self._others <= self._memory.cache.free
+        return self._promised + needed <= self._memory.cache.free
 
     def add(self, sequence: Sequence) -> None:
-        self._promised += self._memory.needs(sequence, sequence.group in self._sharing)
+        needed = self._memory.needs(sequence, sequence.group in self._sharing)
+        self._promised += needed + self._memory.growth(sequence)
         self._others += 1
         self._sharing.add(sequence.group)  # its first sample computes the prompt for the others
-
-
-def page_table(sequences: list[Sequence]) -> np.ndarray:
-    """int64 [B, most pages], short rows filled with page 0."""
-    table = np.zeros((len(sequences), max(len(s.pages) for s in sequences)), np.int64)
-    for row, sequence in enumerate(sequences):
-        table[row, : len(sequence.pages)] = sequence.pages
-    return table
 
 
 def page_budget(
@@ -130,6 +173,7 @@ def page_budget(
     kv_bytes: int,
     sequences: int,
     length: int,
+    compression: KVCompression | None = None,
     beside: int = 0,
 ) -> int:
     """How many pages the cache may have.
@@ -141,14 +185,18 @@ def page_budget(
         kv_bytes: the budget; 0: what `sequences` of `length` tokens need, at most half of the memory that is free.
         sequences: most at once.
         length: longest one, in tokens.
+        compression: what bounds the cached tokens of most sequences.
         beside: bytes of a page of another model's cache that shares the budget, with as many pages.
 
     Raises:
-        UsageError: the budget does not hold one sequence of that length.
+        UsageError: the budget does not hold one sequence of that length (a compressed one, too, begins with its whole
+            prompt).
     """
     one = _pages(length)
     size = page_bytes(config, dtype) + beside
-    budget = kv_bytes or min(sequences * (one + 1) * size, _free_memory(device) // 2)
+    each = one + 1 if compression is None else _pages(min(length, compression.limit)) + 1
+    wanted = max(sequences * each, one + 1)
+    budget = kv_bytes or min(wanted * size, _free_memory(device) // 2)
     pages = budget // size
     if pages < one + 1:
         raise UsageError(

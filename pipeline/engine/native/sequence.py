@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+from torch import Tensor
 
 from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds, TokenOrigin
 from pipeline.engine.native.stop_strings import StopStrings
-from pipeline.messages import DraftCounts, Sampler, SamplingParams
+from pipeline.messages import DEEPEST, DraftCounts, Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from pipeline.engine.native.small_model import Copy
@@ -44,13 +45,14 @@ class Emission:
 class Sequence:
     """Prompt of P tokens and a response of up to `limit` ones.
 
-    It is ready for a verification when the KV cache holds every token but the last, which the next forward pass reads.
+    It is ready for a verification when the KV cache holds every token but the last, which the next forward pass reads,
+    or what a compression left of them.
     """
 
     __slots__ = (
-        "begun", "cached", "copy", "count", "drafts", "entropies", "id", "kept", "kv_kept", "limit", "logprobs",
-        "origins", "pages", "request", "sample", "samplers", "slot", "sources", "stop", "stop_strings",
-        "string_completed", "token_ids", "verifications", "versions",
+        "begun", "cached", "copy", "count", "depths", "drafts", "entropies", "evicted", "hidden", "id", "kept",
+        "kv_kept", "limit", "logprobs", "origins", "pages", "request", "sample", "samplers", "slot", "sources", "stop",
+        "stop_strings", "string_completed", "token_ids", "verifications", "versions",
     )  # fmt: skip
 
     def __init__(self, id: int, request: GroupRequest, sample: int, limit: int, stop: frozenset[int]) -> None:
@@ -59,19 +61,25 @@ class Sequence:
         self.logprobs = np.zeros(limit, np.float32)
         self.entropies = np.zeros(limit, np.float32)
         self.versions = np.zeros(limit, np.int64)
-        self.samplers = np.zeros(limit, np.uint8)
+        self.samplers = np.full(limit, Sampler.POLICY, np.uint8)
         self.origins = np.zeros(limit, np.uint8)
         self.sources = np.zeros(limit, np.uint8)
         self.count = self.verifications = 0
         self.drafts: dict[str, tuple[int, int]] = {}
         """tokens drafted and accepted, by drafter"""
+        self.depths: dict[str, np.ndarray] = {}
+        """int64 [2, DEEPEST] by drafter: drafts tried at a depth, and accepted there"""
         self.kv_kept = False
         self.begun = False
         """whether the drafter knows it, and its settings have a slot"""
         self.cached = 0
-        """tokens whose keys and values are in the cache"""
+        """tokens whose keys and values were computed, and are in the cache"""
+        self.evicted = 0
+        """as many of these are not in the cache any more, in no layer and head"""
         self.pages: list[int] = []
         """of the cache, in order"""
+        self.hidden: list[Tensor] = []
+        """hidden states of the cached tokens, until the drafter has them; empty where it asks for none"""
         self.copy: Copy | None = None
         """what a small model beside the policy holds of it; None where there is none"""
         self.slot = -1
@@ -105,6 +113,11 @@ class Sequence:
     def target(self) -> int:
         """Tokens that must be in the cache before the next verification."""
         return len(self.request.prompt_ids) + self.count - 1
+
+    @property
+    def held(self) -> int:
+        """Tokens whose keys and values take up memory."""
+        return self.cached - self.evicted
 
     @property
     def ready(self) -> bool:
@@ -145,7 +158,7 @@ class Sequence:
         if emission.kept is not None:
             self.kept.append(emission.kept)
         self.versions[start:end] = version
-        self.samplers[start:end] = sampler
+        self.samplers[start:end] = Sampler.COMPRESSED_KV if self.evicted else sampler
         self.origins[start : start + emission.accepted] = TokenOrigin.ACCEPTED
         if emission.accepted < end - start:
             whole = TokenOrigin.BONUS if emission.drafted else TokenOrigin.SAMPLED
@@ -159,6 +172,19 @@ class Sequence:
             drafted, accepted = self.drafts.get(drafter, (0, 0))
             self.drafts[drafter] = drafted + emission.drafted, accepted + emission.accepted
             self.sources[start : start + emission.accepted] = 1 + list(self.drafts).index(drafter)
+            depths = self.depths.setdefault(drafter, np.zeros((2, DEEPEST), np.int64))
+            depths[0, : min(emission.drafted, emission.accepted + 1)] += 1
+            depths[1, : emission.accepted] += 1
+
+    def _counts(self, drafter: str) -> DraftCounts:
+        (drafted, accepted), (tried_at, accepted_at) = self.drafts[drafter], self.depths[drafter]
+        deepest = int(np.count_nonzero(tried_at))  # a depth is tried only where the one before it was
+        return DraftCounts(
+            drafted=drafted,
+            accepted=accepted,
+            tried_at=tuple(tried_at[:deepest].tolist()),
+            accepted_at=tuple(accepted_at[:deepest].tolist()),
+        )
 
     @property
     def finish_reason(self) -> str | None:
@@ -180,7 +206,7 @@ class Sequence:
             samplers=self.samplers[:n].copy(),
             finish_reason=self.finish_reason or "length",
             verifications=self.verifications,
-            drafters={name: DraftCounts(drafted=d, accepted=a) for name, (d, a) in self.drafts.items()},
+            drafters={name: self._counts(name) for name in self.drafts},
             kv_kept_across_update=self.kv_kept,
             origins=self.origins[:n].copy(),
             kept=KeptIds.joined(self.kept) if self.kept else None,

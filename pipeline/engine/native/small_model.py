@@ -9,7 +9,8 @@ from torch import Tensor
 
 from drafters.base import Drafter, Needs
 from pipeline.config.types import Config
-from pipeline.engine.native.memory import Memory, page_table
+from pipeline.engine.native.compression import page_table
+from pipeline.engine.native.memory import Memory
 from pipeline.engine.native.prefill import prefill
 from pipeline.engine.native.sequence import Emission, Sequence
 from pipeline.engine.native.switching import SwitchingRule, SwitchState
@@ -130,10 +131,10 @@ class SmallModel:
         copies: list[Sequence] = [s.copy for s in live if on_small(s) and s.copy is not None and not s.copy.ready]
         rows = [row for row, s in enumerate(live) if not on_small(s) and not s.ready]
         if copies:
-            self.caught_up[Sampler.SWITCHED_MODEL] += prefill(self.decoder, self.memory, copies, ALL_AT_ONCE)
+            self.caught_up[Sampler.SWITCHED_MODEL] += prefill(self.decoder, self.memory, copies, ALL_AT_ONCE, False)
         if rows:
             behind = [live[row] for row in rows]
-            self.caught_up[Sampler.POLICY] += prefill(decoder, memory, behind, ALL_AT_ONCE)
+            self.caught_up[Sampler.POLICY] += prefill(decoder, memory, behind, ALL_AT_ONCE, False)
         return all(c.ready for c in copies) and all(live[row].ready for row in rows), rows
 
     def forward(self, sequences: list[Sequence]) -> Tensor:
@@ -194,22 +195,27 @@ def check_switching(config: Config, drafter: Drafter) -> None:
     switching = config.engine.switching
     if not switching.small_model:
         return
-    check_drafter(drafter.name, drafter.needs)
+    if config.engine.generator != "native":
+        raise UsageError(f"{OPTION} needs engine.generator = native, not {config.engine.generator}; change one of them")
+    check_together(drafter, config.engine.kv_compression.policy.get("name") != "none")
     ModelConfig.from_folder(switching.small_model)
     if config.model.path:
         check_same_tokenizer(Path(config.model.path), Path(switching.small_model), OPTION)
 
 
-def check_drafter(name: str, needs: Needs) -> None:
-    """Refuse a drafter that must see every token's hidden states: the small model's are not the policy's.
+def check_together(drafter: Drafter, compresses: bool) -> None:
+    """Refuse what cannot run beside a small model.
 
     Raises:
-        UsageError: it needs more than logits and the policy's weights.
+        UsageError: a drafter that must see every token's hidden states, since the small model's are not the policy's; a
+            compressed cache, which would have to catch up on tokens it has dropped.
     """
-    refused = needs & ~(Needs.LOGITS | Needs.TARGET_LAYERS)
+    refused = drafter.needs & ~(Needs.LOGITS | Needs.TARGET_LAYERS)
     if refused:
         what = ", ".join((need.name or "").lower().replace("_", " ") for need in refused)
         raise UsageError(
-            f"drafter {name} needs the policy's {what} of every token, and there are none of those that "
-            "engine.switching.small_model samples; use suffix-automaton or prompt-lookup, or leave the small model out"
+            f"drafter {drafter.name} needs the policy's {what} of every token, and there are none of those that "
+            f"{OPTION} samples; use suffix-automaton, prompt-lookup or draft-model, or leave the small model out"
         )
+    if compresses:
+        raise UsageError(f"engine.kv_compression and {OPTION} do not go together yet; take one of them out")

@@ -1,16 +1,8 @@
-"""Statistics declared global: the same for any micro-batch size, any order of samples and any number of ranks."""
-
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+"""Statistics declared global: the same for any micro-batch size and any order of samples (ranks: test_ranks.py)."""
 
 import pytest
 import torch
 
-from learner import ranks
-from learner.pieces import BUILT_IN
 from learner.segments import positions, quantile, sequence_quantile, token_uniforms
 from learner.testing import random_batch, random_tokens, select
 from learner.trainer import Trainer
@@ -117,74 +109,3 @@ def test_quantiles_equal_torchs():
     found = sequence_quantile(values, sequence, 0.8)
     for s in sequence.unique():
         torch.testing.assert_close(found[sequence == s][0], values[sequence == s].quantile(0.8))
-
-
-RANK = """
-import sys, torch
-from datetime import timedelta
-from torch import distributed
-rank = int(sys.argv[1])
-distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{sys.argv[2]}",
-                               timeout=timedelta(seconds=60))
-from dataclasses import replace
-from learner.pieces import build
-from learner.testing import random_batch, select_batch
-from learner.tokens import Layout
-from learner.pieces import BUILT_IN
-from learner.testing import random_tokens, select
-from tests.unit.objectives.scenes import WITH_PLAN, built
-batch = random_batch(1, samples=16)
-logits, tokens = random_tokens(batch, 1)
-own = ((batch.sequence < 5) if rank == 0 else (batch.sequence >= 5)).nonzero()[:, 0]  # 5 and 11 samples
-results = {}
-for name in WITH_PLAN:
-    results[name] = next(iter(built(name).plans(select(tokens, own)).values()))
-for name in BUILT_IN["aggregation"]:
-    groups = batch.samples.groups[batch.sequence]
-    results[name] = build("aggregation", {"name": name})(Layout(batch.sequence[own], groups[own], 8))
-part = select_batch(batch, own)
-for name in ("empg", "entropic", "entrocraft"):
-    results[name] = build("modulator", {"name": name})(part)[0]
-results["batch-normalisation"] = build("correction", {"name": "batch-normalisation"})(part.advantage.abs(), part)[0]
-torch.save(results, sys.argv[3])
-distributed.destroy_process_group()
-"""
-
-
-def test_one_rank_needs_no_process_group():
-    values = torch.arange(3)
-    assert ranks.world_size() == 1
-    assert ranks.gathered(values) is values and ranks.summed(values) is values
-
-
-@pytest.mark.slow
-def test_two_ranks_find_what_one_rank_finds(tmp_path):
-    """Real processes and gloo: 5 samples on one rank, 11 on the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    root = Path(__file__).resolve().parents[3]
-    files = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), port, str(files[rank])], cwd=root, env=environment)
-        for rank in range(2)
-    ]
-    assert [process.wait(120) for process in processes] == [0, 0]
-    parts = [torch.load(file, weights_only=True) for file in files]
-
-    from learner.pieces import build
-    from learner.tokens import Layout
-
-    batch = random_batch(1, samples=16)
-    _, tokens = random_tokens(batch, 1)
-    groups = batch.samples.groups[batch.sequence]
-    expected = {name: next(iter(built(name).plans(tokens).values())) for name in WITH_PLAN}
-    for name in BUILT_IN["aggregation"]:
-        expected[name] = build("aggregation", {"name": name})(Layout(batch.sequence, groups, 8))
-    for name in ("empg", "entropic", "entrocraft"):
-        expected[name] = build("modulator", {"name": name})(batch)[0]
-    weight = batch.advantage.abs()
-    expected["batch-normalisation"] = build("correction", {"name": "batch-normalisation"})(weight, batch)[0]
-    for name, value in expected.items():
-        torch.testing.assert_close(torch.cat([part[name] for part in parts]), value, msg=name)

@@ -1,0 +1,138 @@
+"""Drafts of a multi-token-prediction head, reused for one token after another."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import numpy as np
+import torch
+from msgspec import Meta, Struct
+from torch import Tensor
+
+from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
+from drafters.drawing import Drawing
+from drafters.mtp.head import MTPHead, head_files, load_head
+from drafters.mtp.texts import Text, Texts
+from pipeline.errors import UsageError
+
+
+class MTPDrafter(BaseDrafter):
+    """Draws from a trained multi-token-prediction head that reads the target's hidden states (rollahead train-drafter).
+
+    The head reads every verified token with the target's true hidden state before it drafts on its own; what its own
+    drafts left in its cache is overwritten then.
+    """
+
+    name = "mtp"
+    needs = Needs.HIDDEN_STATES | Needs.TARGET_LAYERS
+
+    class Options(Struct, kw_only=True, forbid_unknown_fields=True):
+        """`path` is the folder of the head; empty: the model's own. Drafts have up to `max_tokens` tokens, drawn from
+        the head's distribution at the sequence's temperature and verified with it, or, with `greedy`, its likeliest
+        ones; a draft ends with the first token that came from a distribution with a peak below `stop_below`."""
+
+        path: str = ""
+        max_tokens: Annotated[int, Meta(ge=1)] = 4
+        greedy: bool = False
+        stop_below: Annotated[float, Meta(ge=0, le=1)] = 0.0
+
+    def __init__(self, options: Options | None = None, weights: Mapping[str, Tensor] | None = None) -> None:
+        """
+        Args:
+            options: from the configuration.
+            weights: the head's tensors, where they are in memory; None: from a folder.
+        """
+        self.options = options or self.Options()
+        self._weights = weights
+        self._texts: Texts
+
+    # ---- weights -------------------------------------------------------------------------------------------------
+
+    def attach(self, target: Target) -> None:
+        """
+        Raises:
+            UsageError: there is no head, or it does not fit the target.
+        """
+        self._target = target.decoder
+        self._head = MTPHead(self._target)
+        if self._weights is not None:
+            self._head.load(self._weights.__getitem__)
+        elif self.options.path or self._target.source:
+            load_head(self._head, self.options.path or str(self._target.source))
+        else:
+            raise UsageError("drafter mtp needs a head: give its folder as option path, or a model that holds one")
+        self._texts = Texts(self._head)
+
+    def weights_changed(self, version: int) -> None:
+        """Embedding and output head are the target's own; a publication may bring a head beside them."""
+        source = self._target.source
+        if source is not None and self._weights is None and head_files(source):
+            load_head(self._head, source)
+        self._texts.forget_prompts()
+
+    # ---- sequences -----------------------------------------------------------------------------------------------
+
+    def begin(self, sequences: Sequence[SequenceStart]) -> None:
+        for start in sequences:
+            self._texts.begin(start)
+
+    restore = begin
+
+    def preempt(self, ids: Sequence[int]) -> None:
+        for i in ids:
+            self._texts.pause(i)
+
+    def end(self, ids: Sequence[int]) -> None:
+        for i in ids:
+            self._texts.end(i)
+
+    def observe(self, verified: Verified) -> None:
+        assert verified.hidden is not None and verified.starts is not None
+        for i, emitted, start in zip(verified.ids, verified.emitted, verified.starts.tolist(), strict=True):
+            if len(emitted):
+                text = self._texts[i]
+                text.tokens.append(emitted)
+                text.hidden.append(verified.hidden[start : start + len(emitted)])
+
+    # ---- drafts --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def propose(self, request: DraftRequest) -> Proposal:
+        budgets = np.minimum(request.budgets, self.options.max_tokens)
+        self._texts.catch_up([i for i, budget in zip(request.ids, budgets.tolist(), strict=True) if budget])
+        # Nothing can be drafted after a prompt of a single token, whose successor no row predicts.
+        budgets = budgets * np.array([self._texts[i].last is not None for i in request.ids], np.int64)
+        if not budgets.any():
+            return Proposal.empty(len(request.ids))
+        return self._drafts(request, budgets)
+
+    def _drafts(self, request: DraftRequest, budgets: np.ndarray) -> Proposal:
+        known = [self._texts[i] for i in request.ids]
+        drawing = Drawing(
+            request, budgets, np.array([text.seed for text in known], np.int64),
+            np.array([text.cached + 1 for text in known], np.int64), vocab_size=self._target.config.vocab_size,
+            greedy=self.options.greedy, stop_below=self.options.stop_below,
+        )  # fmt: skip
+        rows = drawing.rows
+        texts = [known[row] for row in rows]
+        cached = np.array([text.cached for text in texts], np.int64)
+        tables = self._texts.tables(texts, (cached + budgets[rows] - 1).tolist())
+        hidden = torch.stack([_last(text) for text in texts])
+        while True:
+            drawn = drawing.draw(self._head.logits(hidden))
+            if not len(drawing.rows):
+                return drawing.proposal()
+            if len(drawing.rows) < len(rows):
+                on = np.isin(rows, drawing.rows)
+                rows, drawn, tables, cached = rows[on], drawn[on], tables[on], cached[on]
+                hidden = hidden[torch.from_numpy(np.flatnonzero(on)).to(hidden.device)]
+            plan = self._texts.cache.plan(tables, cached + drawing.depth - 1, np.ones(len(rows), np.int64))
+            tokens = torch.from_numpy(drawn).to(self._head.device)
+            hidden = self._head.forward(tokens, hidden, plan, self._texts.cache)
+
+    def counters(self) -> dict[str, float]:
+        return {"kv_bytes": self._texts.cache.bytes}
+
+
+def _last(text: Text) -> Tensor:
+    assert text.last is not None
+    return text.last

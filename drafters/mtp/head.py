@@ -1,0 +1,91 @@
+"""The multi-token-prediction head on the decoder's own layers: one block that reads the target's hidden states.
+
+After DeepSeek-V3 (arXiv 2412.19437, section 2.2) and Bebop (arXiv 2606.12370). With h_t the target's final-norm hidden
+state at position t and x_{t+1} the known token after it,
+
+    z = W_fc [norm_e(embed(x_{t+1})), norm_h(h_t)],   h'_t = norm(block(z)),   q(x_{t+2}) = softmax(head(h'_t)),
+
+embedding and output head being the target's. Further tokens come from the same block: h'_t takes the place of
+h_{t+1}, the draft that of x_{t+2}. The embedding counts as zero at position 0, as in the published families.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UsageError
+from pipeline.models.checkpoint import files_with, load_tensors
+from pipeline.models.config import ModelConfig
+from pipeline.models.decoder import Decoder, LayerWeights
+from pipeline.models.kv_cache import AttentionPlan, KVCache
+
+PREFIX = "mtp."
+FILE = "mtp.safetensors"
+"""a head's own file, in any folder or beside the model's"""
+
+
+def head_config(config: ModelConfig) -> ModelConfig:
+    """Of the head for a model: one layer like the model's, with full attention."""
+    return replace(config, layers=1, windows=())
+
+
+class MTPHead(LayerWeights):
+    """The head of one target, whose embedding and output head it shares."""
+
+    def __init__(self, target: Decoder) -> None:
+        config = head_config(target.config)
+        super().__init__(config, target.dtype, target.device)
+        self._target, hidden = target, config.hidden_size
+        self.norm_embedding = self._norm_weight("mtp.pre_fc_norm_embedding.weight", hidden)
+        self.norm_hidden = self._norm_weight("mtp.pre_fc_norm_hidden.weight", hidden)
+        self.fc = self._linear({"mtp.fc": hidden}, 2 * hidden)
+        self.layer = self._layer("mtp.layers.0.")
+        self.final_norm = self._norm_weight("mtp.norm.weight", hidden)
+
+    @torch.no_grad()
+    def forward(self, token_ids: Tensor, hidden: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
+        """h' [N, H] of N packed rows; their keys and values are cached.
+
+        Args:
+            token_ids: int64 [N], the token after each row's position.
+            hidden: [N, H], the target's, or the head's own of the row before.
+            plan: of the rows' positions.
+            cache: of the head, one layer.
+        """
+        norm = self.attention.norm
+        embedded = self._target.embedding[token_ids]
+        if not plan.cached.all():
+            embedded[plan.positions == 0] = 0
+        joined = torch.cat([norm(embedded, self.norm_embedding), norm(hidden, self.norm_hidden)], 1)
+        return norm(self.through(0, self.layer, self.fc(joined), plan, cache, self.attention), self.final_norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [N, V] of h' [N, H]."""
+        return self._target.logits(hidden)
+
+
+def head_files(folder: Path | str) -> list[Path]:
+    """The files that hold a head in a folder: its own, or a checkpoint's; none where there is no head.
+
+    Raises:
+        UsageError: no such folder, or a file that cannot be read.
+    """
+    own = Path(folder) / FILE
+    return [own] if own.exists() else files_with(Path(folder), PREFIX)
+
+
+def load_head(head: MTPHead, folder: Path | str) -> None:
+    """The head's weights from a folder.
+
+    Raises:
+        UsageError: there is no head, or one of another shape; nothing has changed then.
+    """
+    files = head_files(folder)
+    if not files:
+        raise UsageError(f"{folder} holds no multi-token-prediction head; train one with rollahead train-drafter")
+    try:
+        load_tensors(head, files, PREFIX)
+    except UsageError as error:
+        raise UsageError(f"the multi-token-prediction head does not fit the model: {error}") from None

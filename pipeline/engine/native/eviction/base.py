@@ -1,0 +1,59 @@
+"""The seam: a policy scores cached tokens, for each layer and KV head by itself; the best ones are kept."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pipeline.config.types import Section
+
+
+class EvictionPolicy(ABC):
+    """Scores the T cached tokens of B sequences; of each KV head those with the highest scores stay.
+
+    The first `sinks` tokens and the last `recent` ones stay whatever their scores are. A policy keeps no state: what it
+    says depends on what is cached and on the text alone, so that a sequence that was preempted can be computed again.
+    """
+
+    Options: ClassVar[type[Section]]
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @property
+    def queries(self) -> int:
+        """Newest tokens whose queries `scores` gets; at most `recent`."""
+        return 0
+
+    @property
+    def sinks(self) -> int:
+        return 0
+
+    @property
+    @abstractmethod
+    def recent(self) -> int:
+        """At least 1."""
+
+    @abstractmethod
+    def scores(self, keys: Tensor, queries: Tensor) -> Tensor:
+        """float32 [B, kv_heads, T], higher for what is worth more.
+
+        Args:
+            keys: [B, kv_heads, T, D], rotated to their positions, oldest first; the oldest are the sinks.
+            queries: [B, heads, W, D] of the newest W = `queries` tokens, rotated; W is 0 where none were asked for.
+        """
+
+
+def kept(policy: EvictionPolicy, keys: Tensor, queries: Tensor, budget: int) -> Tensor:
+    """int64 [B, kv_heads, budget], which tokens stay of those `EvictionPolicy.scores` describes, oldest first."""
+    scores = policy.scores(keys, queries).float().clone()
+    scores[..., : policy.sinks] = torch.inf
+    scores[..., keys.shape[2] - policy.recent :] = torch.inf
+    return scores.topk(budget, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def attention_scores(keys: Tensor, queries: Tensor) -> Tensor:
+    """Scaled products float32 [B, kv_heads, group, W, T] of queries [B, heads, W, D] and keys [B, kv_heads, T, D]."""
+    folded = queries.float().unflatten(1, (keys.shape[1], -1))
+    return folded @ keys.float().transpose(-1, -2).unsqueeze(2) * keys.shape[-1] ** -0.5

@@ -1,0 +1,44 @@
+"""`rollahead report DIR`: one HTML file that needs no network, of a run or of a benchmark."""
+
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from pipeline.telemetry.metrics import read_metrics
+from pipeline.telemetry.report.benchmark import benchmark_page
+from pipeline.telemetry.report.page import render
+from pipeline.telemetry.report.run import run_page
+from pipeline.telemetry.trace import merge
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Reads what a run or a benchmark left in `folder` and writes report.html; of a run also trace.json, its processes'
+    traces in one file.
+
+    Raises:
+        UsageError: there is nothing to report on, or the file cannot be written.
+    """
+    metrics, results = folder / "metrics.jsonl", folder / "results.json"
+    rows = read_metrics(metrics)
+    if not rows and not results.exists():
+        raise UsageError(
+            f"{folder} holds neither a run that has finished a step (metrics.jsonl) nor a benchmark (results.json); "
+            "give the --out of one"
+        )
+    page = run_page(folder, rows) if rows else benchmark_page(results)
+    out = out or folder / "report.html"
+    try:
+        out.write_text(render(page), encoding="utf-8")
+        if rows and (folder / "trace").is_dir():
+            _write_trace(folder)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error}; choose another --out") from error
+    return out
+
+
+def _write_trace(folder: Path) -> None:
+    import json
+
+    text = ",\n".join(json.dumps(event) for event in merge((folder / "trace").glob("*.json")))
+    (folder / "trace.json").write_text(f"[{text}]\n")

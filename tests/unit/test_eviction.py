@@ -1,0 +1,102 @@
+"""What each policy keeps, against its definition written as loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.engine.native.eviction import build
+from pipeline.engine.native.eviction.base import kept
+
+KV_HEADS, GROUP, TOKENS, WIDTH, WINDOW = 2, 3, 23, 8, 4
+
+
+@pytest.fixture(scope="module")
+def scene():
+    rng = torch.Generator().manual_seed(3)
+    keys = torch.randn(2, KV_HEADS, TOKENS, WIDTH, generator=rng)
+    keys[:, :, 9] = keys[:, :, 4] * 1.5  # says what an older one says
+    keys[:, 0, 15] = keys[:, 0, 4] * 0.7
+    queries = torch.randn(2, KV_HEADS * GROUP, WINDOW, WIDTH, generator=rng)
+    return keys, queries
+
+
+def products(keys, queries, row, kv):
+    """[GROUP, WINDOW, TOKENS], float64"""
+    heads = queries[row, kv * GROUP : (kv + 1) * GROUP].double().numpy()
+    return np.einsum("gwd,td->gwt", heads, keys[row, kv].double().numpy()) / math.sqrt(WIDTH)
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def pooled(values, kernel, how):
+    half = kernel // 2
+    return [how(values[max(0, j - half) : j + half + 1]) for j in range(len(values))]
+
+
+def test_sinks_and_window_keep_the_first_and_the_latest(scene):
+    keys, queries = scene
+    stay = kept(build({"name": "sinks-window", "sinks": 3}), keys, queries, 8)
+    assert (stay == torch.tensor([0, 1, 2, *range(TOKENS - 5, TOKENS)])).all()
+
+
+def test_snapkv_adds_up_the_attention_of_the_latest_queries(scene):
+    keys, queries = scene
+    policy = build({"name": "snapkv", "window": WINDOW, "kernel": 3})
+    scores = policy.scores(keys, queries)
+    for row in range(2):
+        for kv in range(KV_HEADS):
+            votes = np.zeros(TOKENS)
+            for of_head in products(keys, queries, row, kv):
+                for w, of_query in enumerate(of_head):
+                    seen = TOKENS - WINDOW + w + 1
+                    votes[:seen] += softmax(of_query[:seen])
+            assert np.allclose(scores[row, kv], pooled(votes, 3, np.mean), atol=1e-5)
+
+
+def test_r_kv_weighs_importance_against_redundancy(scene):
+    keys, queries = scene
+    policy = build({"name": "r-kv", "window": WINDOW, "kernel": 5, "importance": 0.3, "threshold": 0.6})
+    scores = policy.scores(keys, queries)
+    for row in range(2):
+        for kv in range(KV_HEADS):
+            logits = products(keys, queries, row, kv).max(0)[:, : TOKENS - WINDOW]
+            attention = np.mean([softmax(of_query) for of_query in logits], 0)
+            importance = np.array(pooled(attention, 5, np.max) + [0.0] * WINDOW)
+            unit = [k / np.linalg.norm(k) for k in keys[row, kv].double().numpy()]
+            similarity = np.zeros((TOKENS, TOKENS))
+            for i in range(TOKENS):
+                for j in range(TOKENS):
+                    similarity[i, j] = unit[i] @ unit[j] if i != j else 0.0
+                alike = [j for j in range(TOKENS) if similarity[i, j] > 0.6]
+                if alike:
+                    similarity[i, alike[-1]] = 0.0
+            expected = 0.3 * importance - 0.7 * softmax(similarity.mean(0))
+            assert np.allclose(scores[row, kv], expected, atol=1e-5)
+
+
+def test_of_tokens_that_say_the_same_r_kv_drops_the_older_ones(scene):
+    keys, _ = scene
+    policy = build({"name": "r-kv", "window": WINDOW, "importance": 0.0, "threshold": 0.9})
+    redundancy = policy.redundancy(keys)
+    assert (redundancy[:, 0, 4] > redundancy[:, 0, 9]).all() and (redundancy[:, 0, 9] > redundancy[:, 0, 15]).all()
+
+
+@pytest.mark.parametrize("name", ["snapkv", "r-kv"])
+def test_each_head_keeps_its_own_and_all_keep_the_latest(scene, name):
+    keys, queries = scene
+    policy = build({"name": name, "window": WINDOW})
+    stay = kept(policy, keys, queries, 9)
+    assert stay.shape == (2, KV_HEADS, 9)
+    assert (stay.diff(dim=-1) > 0).all()
+    assert (stay[..., -WINDOW:] == torch.arange(TOKENS - WINDOW, TOKENS)).all()
+    assert not torch.equal(stay[:, 0], stay[:, 1])
+    past = policy.scores(keys, queries)[..., : TOKENS - WINDOW]
+    for row in range(2):
+        for kv in range(KV_HEADS):
+            best = sorted(range(TOKENS - WINDOW), key=lambda j: -past[row, kv, j])[: 9 - WINDOW]
+            assert stay[row, kv, :-WINDOW].tolist() == sorted(best)

@@ -1,0 +1,160 @@
+"""The report, as a reader's browser shows it."""
+
+import json
+import shutil
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+from pipeline.config import Config, render
+from pipeline.errors import UsageError
+from pipeline.telemetry.environment import environment
+from pipeline.telemetry.metrics import StepMetrics, as_row
+from pipeline.telemetry.report import write_report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+STEPS = 12
+NASTY = "</script><script>window.broken = 1</script><b>2 < 3 & 4</b>"
+
+
+def row(step: int) -> dict:
+    metrics = StepMetrics(
+        step=step, policy_version=step, loss=0.1, grad_norm=1.0, learning_rate=1e-5, reward_mean=step / 20,
+        reward_std=0.1, reward_mean_unfiltered=step / 20, groups_without_signal=1, response_length_mean=30.0,
+        truncated_fraction=0.0, tokens_trained=100, tokens_per_second=50.0, staleness_mean=0.5, staleness_max=1.0,
+        entropy=1.0 / step, entropy_ratio_kept=0.9, clip_fraction=0.1, importance_weight_mean=1.0,
+        importance_weight_ess=0.8, mismatch_k3=None if step % 2 else 1e-6, dropped_total={"stale": step},
+        acceptance_rate=0.5 + step / 40, drafters={"suffix-automaton": {"drafted": 100, "accepted": 50 + step}},
+        acceptance_by_depth={"suffix-automaton": [0.9, 0.5]}, wall_seconds=2.0,
+        learner_time={"learning": 1.5, "waiting for samples": 0.5}, engine_time={"generating": 1.75},
+        samples={"in_flight": 3, "buffered": 4}, extra={"erc/below": 0.05, "erc/above": 0.05},
+        evaluation={"eval_reward_mean": 0.9} if step == STEPS else {},
+    )  # fmt: skip
+    return as_row(metrics)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text(render(Config()))
+    (folder / "environment.json").write_text(json.dumps(environment()))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row(step)) + "\n" for step in range(1, STEPS + 1)))
+    sample = {
+        "lease": 1, "sample": 0, "version": 2, "prompt": "What is 1 + 2?\n", "reward": 1.0, "reward_parts": {},
+        "finish_reason": "stop", "tokens": 4, "verifications": 2,
+        "pieces": [["three", "accepted", "suffix-automaton", "policy", 2], [NASTY, "residual", None, "policy", 2]],
+    }  # fmt: skip
+    lines = [json.dumps({"step": step, **sample}) + "\n" for step in (1, STEPS)]
+    (folder / "samples.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium that can reach nothing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install rollahead[browser])")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"needs a Chromium: none of {', '.join(BROWSERS)} is installed")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+def open_page(browser, path):
+    """The page once it has drawn everything, and what its console complained of."""
+    context = browser.new_context(offline=True, viewport={"width": 1400, "height": 900})
+    page = context.new_page()
+    complaints = []
+    page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: complaints.append(str(e)))
+    page.on("request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else complaints.append(r.url))
+    page.goto(path.as_uri())
+    page.wait_for_selector("body[data-ready='1']", timeout=60000)
+    return page, complaints
+
+
+@pytest.mark.slow
+def test_a_browser_draws_the_run_and_gives_its_values_back(run, browser):
+    page, complaints = open_page(browser, write_report(run))
+    curves = page.evaluate("document.getElementById('reward').data.map(t => [t.name, t.x, t.y])")
+    named = {name: (x, y) for name, x, y in curves}
+    assert named["reward_mean"] == ([*range(1, STEPS + 1)], [step / 20 for step in range(1, STEPS + 1)])
+    assert named["eval_reward_mean"][1][-1] == 0.9
+    assert page.evaluate("document.getElementById('depth').data[0].y") == [0.9, 0.5]
+    band = page.evaluate("document.getElementById('entropy').data.map(t => t.y[1])")
+    assert band == pytest.approx([0.5, 0.475, 0.525])  # entropy, and the default ERC band around it
+    scatter = page.evaluate("document.getElementById('acceptance-entropy').data[0]")
+    assert (scatter["x"][1], scatter["y"][1]) == (0.5, 0.55)
+    drawn = page.evaluate("[...document.querySelectorAll('.plot')].every(p => p.querySelector('.main-svg'))")
+    assert drawn and page.locator(".figures").inner_text().count("0.2") >= 1
+    page.select_option("#metric", "extra/erc/below")
+    assert page.evaluate("document.getElementById('any-metric').data[0].y") == [0.05] * STEPS
+    assert complaints == []
+    page.close()
+
+
+@pytest.mark.slow
+def test_samples_are_coloured_by_origin_and_what_a_model_says_stays_text(run, browser):
+    page, complaints = open_page(browser, write_report(run))
+    assert page.locator(".sample:visible").count() == 1, "the last step's"
+    page.select_option("#sample-step", "1")
+    card = page.locator(".sample:visible")
+    assert NASTY in card.inner_text()
+    assert page.evaluate("window.broken") is None
+    colours = [
+        page.evaluate("e => getComputedStyle(e).backgroundColor", card.locator(f".o-{origin}").element_handle())
+        for origin in ("accepted", "residual")
+    ]
+    assert colours[0] != colours[1] and "rgba(0, 0, 0, 0)" not in colours
+    assert "drafted by suffix-automaton" in card.locator(".o-accepted").get_attribute("title")
+    assert complaints == []
+    page.close()
+
+
+@pytest.mark.slow
+def test_a_browser_draws_a_benchmark(tmp_path, browser):
+    speed = {"median": 2.0, "min": 1.5, "max": 2.5}
+    rows = [
+        {"arm": arm, "seed": 0, "ratio": speed, "time_split": {"generating": 1.0, "learning": 2.0},
+         "curves": {"step": [1, 2], "seconds": [3, 6], "reward": [0.1, level], "entropy": [2, 1], "acceptance": [0, 1]}}
+        for arm, level in (("synchronous", 0.3), ("asynchronous", 0.4))
+    ]  # fmt: skip
+    results = {"what": "end-to-end", "machine": {"cpu": "x"}, "versions": {"torch": "2"}, "model": "m", "rows": rows}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page, complaints = open_page(browser, write_report(tmp_path))
+    curves = page.evaluate("document.getElementById('reward').data.map(t => [t.name, t.y[1]])")
+    assert curves == [["synchronous", 0.3], ["asynchronous", 0.4]]
+    split = page.evaluate("document.getElementById('time-split').data.map(t => [t.name, t.y])")
+    assert split == [["generating", [1, 1]], ["learning", [2, 2]]]
+    assert page.evaluate("document.getElementById('spread-ratio').data[0].error_y.array") == [0.5, 0.5]
+    assert complaints == []
+    page.close()
+
+
+def test_the_file_stands_alone(run):
+    content = write_report(run).read_text()
+    ours = content.replace(get_plotlyjs(), "")
+    assert "http" not in ours and "@import" not in ours
+    assert "Plotly" in content and "suffix-automaton" in content
+
+
+def test_traces_of_the_processes_become_one_file(run):
+    from pipeline.telemetry.trace import Trace
+
+    for process in ("learner", "engine"):
+        trace = Trace(run / "trace", process)
+        trace.span("work", 0.0, 1.0)
+    write_report(run)
+    events = json.loads((run / "trace.json").read_text())
+    assert sorted(event["args"].get("name", "") for event in events) == ["", "", "engine", "learner"]
+
+
+def test_a_folder_with_nothing_in_it_is_named(tmp_path):
+    with pytest.raises(UsageError, match="neither a run"):
+        write_report(tmp_path)
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(UsageError, match="not a benchmark's"):
+        write_report(tmp_path)
