@@ -1,4 +1,4 @@
-"""The installed vLLM: its rejection sampler as it comes and as we correct it, and whole responses through its engine."""
+"""The installed vLLM: its rejection sampler as it comes and corrected, and whole responses through its engine."""
 
 import json
 import subprocess
@@ -50,7 +50,9 @@ class RandomTokens(Guessing):
     def __init__(self) -> None:
         super().__init__(
             "random tokens",
-            lambda start, emitted, budget: [(start.seed + 7 * len(emitted) + 5 * k) % VOCABULARY for k in range(budget)],
+            lambda start, emitted, budget: [
+                (start.seed + 7 * len(emitted) + 5 * k) % VOCABULARY for k in range(budget)
+            ],
         )
 
 
@@ -120,9 +122,9 @@ def rollout_checks(
     events: list[str] = []
     generator = make(tiny, drafter, on_event=events.append)
     try:
-        return [*settings_checks(generator, drafter, tiny, law, chosen, scale.rollouts, scale.recorded, seed)] + [
-            bound_check(f"{drafter} was never switched off", len(events), 1, detail="; ".join(events))
-        ]
+        checks = list(settings_checks(generator, drafter, tiny, law, chosen, scale.rollouts, scale.recorded, seed))
+        checks.append(bound_check(f"{drafter} was never switched off", len(events), 1, detail="; ".join(events)))
+        return checks
     finally:
         generator.close()
 

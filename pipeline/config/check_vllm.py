@@ -53,8 +53,8 @@ def check_vllm(config: Config) -> None:
         )
     if engine.verification != "standard":
         raise UsageError(
-            f'engine.verification = "{engine.verification}" is the native generator\'s; vLLM verifies token by token, so '
-            'leave it at "standard"'
+            f'engine.verification = "{engine.verification}" is the native generator\'s; vLLM verifies token by token, '
+            'so leave it at "standard"'
         )
     for key in ("kv_compression",):
         value, off = getattr(engine, key), getattr(type(engine)(), key)

@@ -9,9 +9,11 @@ from typing import Any
 
 from drafters.registry import build
 from pipeline.config.check_vllm import drafts
-from pipeline.engine.vllm import proposer, worker
+from pipeline.engine.vllm import proposer
 from pipeline.errors import UsageError
 
+WORKER = "pipeline.engine.vllm.worker.RollaheadWorker"
+"""by name: importing it is for vLLM's workers"""
 MIN_BLOCK = 128
 """tokens of a block of vLLM's cache on a CPU"""
 
@@ -64,11 +66,11 @@ def engine_arguments(
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,
         "generation_config": "vllm",
-        "worker_extension_cls": worker.CLASS,
+        "worker_extension_cls": WORKER,
         "disable_log_stats": True,
         **options,
     }
-    arguments |= _speculation(drafter, options, max_draft_tokens)
+    arguments |= speculation(drafter, options, max_draft_tokens)
     if "speculative_config" in arguments:
         arguments["per_request_spec_decode_metrics"] = "summary"
     if current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
@@ -90,7 +92,7 @@ def first_line(error: BaseException) -> str:
     return next((line for line in lines if "Value error, " in line), lines[0]).replace("Value error, ", "")
 
 
-def _speculation(drafter: Mapping[str, Any], options: Mapping[str, Any], most: int) -> dict[str, Any]:
+def speculation(drafter: Mapping[str, Any], options: Mapping[str, Any], most: int) -> dict[str, Any]:
     """The drafter as vLLM takes it: a proposer of ours around it, or its own by `engine.vllm.speculative_config`."""
     own = options.get("speculative_config")
     extra = {**options.get("additional_config", {}), proposer.KEY: {"drafter": dict(drafter)}}
@@ -139,6 +141,7 @@ def _check_memory(config: Any, arguments: Mapping[str, Any]) -> None:
     needed = _sequence_bytes(config, int(arguments["max_model_len"]))
     if given and given < needed:
         raise UsageError(
-            f"{given:,} bytes for keys and values do not hold one sequence of {arguments['max_model_len']} tokens, which "
-            f"takes {needed:,}; raise engine.kv_bytes, or lower sampling.max_prompt_tokens or sampling.max_new_tokens"
+            f"{given:,} bytes for keys and values do not hold one sequence of {arguments['max_model_len']} tokens, "
+            f"which takes {needed:,}; raise engine.kv_bytes, or lower sampling.max_prompt_tokens or "
+            "sampling.max_new_tokens"
         )

@@ -91,8 +91,8 @@ class EngineClient:
     async def _generate(self, key: Key, prompt: dict[str, Any], params: Any) -> None:
         output, failed = None, None
         try:
-            async for output in self._engine.generate(prompt, params, "-".join(map(str, key))):
-                pass
+            async for found in self._engine.generate(prompt, params, "-".join(map(str, key))):
+                output = found
         except Exception as error:  # raised again, by the thread that drives us
             failed = error
         finally:

@@ -12,7 +12,7 @@ from pipeline.engine.generator import FinishedSample, GeneratorLost, GroupReques
 from pipeline.engine.native.stop_strings import StopStrings
 from pipeline.engine.vllm import proposer, rejection
 from pipeline.engine.vllm.arguments import engine_arguments
-from pipeline.engine.vllm.client import EngineClient, Ended, Key
+from pipeline.engine.vllm.client import Ended, EngineClient, Key
 from pipeline.engine.vllm.install import require_vllm
 from pipeline.engine.vllm.sampling import translated
 from pipeline.errors import RunFailed, UsageError

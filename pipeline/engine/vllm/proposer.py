@@ -28,7 +28,7 @@ def check_needs(drafter: Drafter) -> None:
     Raises:
         UsageError: the drafter, or one that it hands out, needs what vLLM's proposers are not given.
     """
-    if isinstance(drafter, CompositeDrafter):  # its own needs are those of its parts, and measuring, which vLLM's do not
+    if isinstance(drafter, CompositeDrafter):  # its own needs are its parts', and measuring, which it can do without
         for part in drafter.ensemble.drafters:
             check_needs(part)
     elif drafter.needs:
@@ -123,6 +123,7 @@ class DrafterProposer:
             if sampled_token_ids[row]
         }
         new = [request for request in rows if request not in self._followed]
+        self._pause_and_resume(rows)
         emitted = {
             request: self._emitted(self._followed[request], token_ids_cpu[row], int(num_tokens_no_spec[row]))
             for request, row in rows.items()
@@ -131,7 +132,6 @@ class DrafterProposer:
         self._observe(emitted, 0.0 if new or self._disturbed else seconds)
         self._disturbed = False
         self._end()
-        self._pause_and_resume(rows)
         self._begin(new, rows, token_ids_cpu, num_tokens_no_spec)
         proposal = self._proposal([request for request in rows if not self._followed[request].over])
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
@@ -170,21 +170,20 @@ class DrafterProposer:
             del self._followed[request]
 
     def _pause_and_resume(self, rows: Mapping[str, int]) -> None:
-        batch = set(self._runner.input_batch.req_ids)
-        left = [f for request, f in self._followed.items() if request not in batch and not f.absent]
-        back = [f for request, f in self._followed.items() if request in rows and f.absent]
-        for followed in (*left, *back):
-            followed.absent = not followed.absent
-        self._guard.preempt([followed.id for followed in left])
-        self._guard.restore([self._restart(followed) for followed in back])
+        """Requests that vLLM knows and that are not in the batch, or were not before this step."""
+        away = self._runner.requests.keys() - set(self._runner.input_batch.req_ids)
+        left = [request for request, f in self._followed.items() if request in away and not f.absent]
+        back = [request for request, f in self._followed.items() if request in rows and f.absent]
+        for request in (*left, *back):
+            self._followed[request].absent = request in left
+        self._guard.preempt([self._followed[request].id for request in left])
+        self._guard.restore([self._restart(request) for request in back])
 
-    def _restart(self, followed: _Followed) -> SequenceStart:
-        start, request = followed.start, self._runner.requests[self._name(followed)]
-        response = np.array(request.output_token_ids, np.int64)[: followed.seen - len(start.prompt_ids)]
+    def _restart(self, request: str) -> SequenceStart:
+        followed = self._followed[request]
+        start, text = followed.start, self._runner.requests[request].output_token_ids
+        response = np.array(text[: followed.seen - len(start.prompt_ids)], np.int64)
         return SequenceStart(start.id, start.prompt_ids, start.group, start.temperature, start.seed, response)
-
-    def _name(self, followed: _Followed) -> str:
-        return next(request for request, other in self._followed.items() if other is followed)
 
     def _begin(self, new: list[str], rows: Mapping[str, int], tokens: np.ndarray, counts: np.ndarray) -> None:
         for request in new:

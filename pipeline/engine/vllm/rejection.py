@@ -17,6 +17,8 @@ from pipeline.sampling.exactness import chi_square_p_value, processed_law
 
 KNOWN_TO_NEED_IT = ("0.32.",)
 """beginnings of versions whose CPU sampler needs the correction"""
+STOCK = "ROLLAHEAD_VLLM_STOCK_SAMPLER"
+"""environment variable that leaves the sampler as it is, to show what a guard is for"""
 CHECK_LEVEL = 1e-7
 """p-value below which a sampler is refused; a right one is, once in ten million starts and setting"""
 
@@ -27,7 +29,7 @@ def needs_correction(found: str, device: str) -> bool:
 
 
 def correct(sampler: Any) -> None:
-    """Puts the corrections in place of the functions of `vllm.v1.sample.rejection_sampler`; twice is as good as once."""
+    """Puts the corrections into `vllm.v1.sample.rejection_sampler`; twice is as good as once."""
     if sampler.expand_batch_to_tokens is not expand_batch_to_tokens:
         sampler.expand_batch_to_tokens = expand_batch_to_tokens
         sampler.rejection_sample = without_missing_drafts(sampler.rejection_sample)

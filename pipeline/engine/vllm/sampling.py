@@ -21,8 +21,7 @@ def refusal(params: SamplingParams, speculating: bool) -> str | None:
         )
     if speculating and params.logit_bias:
         return (
-            "sampling.logit_bias does not work together with drafting in vLLM; set engine.drafter = "
-            '"none" or remove it'
+            'sampling.logit_bias does not work together with drafting in vLLM; set engine.drafter = "none" or remove it'
         )
     if any(abs(value) > BIAS for _, value in params.logit_bias):
         return f"sampling.logit_bias has a value beyond ±{BIAS:g}, which vLLM would clip; choose a smaller one"

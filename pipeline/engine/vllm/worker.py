@@ -12,10 +12,6 @@ from pipeline.engine.vllm import rejection
 from pipeline.engine.vllm.install import installed_version
 from pipeline.engine.vllm.proposer import DrafterProposer
 
-CLASS = f"{__name__}.RollaheadWorker"
-STOCK = "ROLLAHEAD_VLLM_STOCK_SAMPLER"
-"""environment variable that leaves the sampler as it is, to show what a guard is for"""
-
 
 def _correct() -> None:
     from vllm.platforms import current_platform
@@ -25,8 +21,22 @@ def _correct() -> None:
         rejection.correct(rejection_sampler)
 
 
-if not os.environ.get(STOCK):
+if not os.environ.get(rejection.STOCK):
     _correct()
+
+
+def refresh_tied_head(model: torch.nn.Module, tied: bool) -> None:
+    """After a reload: vLLM 0.32 leaves a tied output layer, which no checkpoint has weights for, with its old ones; on
+    a CPU that is a packed copy of them."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    tables = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+    heads = [table for table in tables if isinstance(table, ParallelLMHead)]
+    inputs = [table for table in tables if not isinstance(table, ParallelLMHead)]
+    if tied and inputs:
+        for head in heads:
+            head.tie_weights(inputs[0])
+            head.quant_method.process_weights_after_loading(head)
 
 
 class RollaheadWorker:
@@ -48,7 +58,10 @@ class RollaheadWorker:
 
     def rollahead_load_weights(self, folder: str, version: int) -> None:
         """A checkpoint's weights in place of those loaded; between steps, while generation is paused."""
-        self.model_runner.reload_weights(weights_path=folder)
+        runner = self.model_runner
+        runner.reload_weights(weights_path=folder)
+        tied = getattr(runner.model_config.hf_text_config, "tie_word_embeddings", False)
+        refresh_tied_head(runner.get_model(), bool(tied))
         proposer = self._rollahead_proposer()
         if proposer is not None:
             proposer.weights_changed(version)
