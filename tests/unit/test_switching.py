@@ -14,7 +14,7 @@ from pipeline.engine.native.calibration import calibrate, policy_share, rolling_
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.native.small_model import SmallModel
 from pipeline.engine.native.switching import SwitchingRule, SwitchState, in_nats
-from pipeline.engine.service import check_drafting
+from pipeline.engine.service import check_pieces
 from pipeline.errors import UsageError
 from pipeline.messages import Sampler, SamplingParams
 from pipeline.models.config import ModelConfig
@@ -364,10 +364,10 @@ def test_another_tokenizer_is_refused_and_said_where_it_differs(tmp_path):
         NativeGenerator(large, small_model=other, switching=RULE)
     config = load_config(None, [f"model.path={large}", f"engine.switching.small_model={other}"])
     with pytest.raises(UsageError, match=r"token id 7"):
-        check_drafting(config)
+        check_pieces(config)
     config = load_config(None, [f"engine.switching.small_model={tmp_path / 'missing'}"])
     with pytest.raises(UsageError, match="missing"):
-        check_drafting(config)
+        check_pieces(config)
 
 
 def test_a_small_model_with_too_few_positions_is_refused(folder, tmp_path, make, monkeypatch):
