@@ -27,7 +27,7 @@ from pipeline.weights import FilesystemPublisher
 
 
 def train(
-    config: Config, folder: Path, staleness: int, finished: Callable[[Path], None] = lambda weights: None
+    config: Config, folder: Path, staleness: int, finished: Callable[[Path], None] | None = None
 ) -> Iterator[Metrics]:
     """Metrics of each of `run.steps` batches; batch t is sampled by the policy after `max(0, t - staleness)` batches.
 
@@ -51,9 +51,9 @@ def train(
             version = max(0, step - staleness)
             groups = rollouts.batch(Path(temporary) / f"v{version}", version)
             yield trainer.train(groups, publication=step)
-        steps = config.run.steps
-        publisher.publish({n: t.contiguous() for n, t in policy_state(trainer.model).items()}, steps)
-        finished(Path(temporary) / f"v{steps}")
+        if finished:
+            publisher.publish({n: t.contiguous() for n, t in policy_state(trainer.model).items()}, config.run.steps)
+            finished(Path(temporary) / f"v{config.run.steps}")
 
 
 class Rollouts:

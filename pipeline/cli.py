@@ -98,6 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
         default="suffix-automaton",
         help="drafter by name, module:Class, or a table {name = ..., option = ...}",
     )
+    generate.add_argument("--small-model", type=Path, metavar="DIR", help="samples where entropy is low")
+    generate.add_argument(
+        "--threshold", type=float, default=0.1, metavar="H", help="of the mean entropy, in nats (with --small-model)"
+    )
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     generate.add_argument("--seed", type=int, default=0)
@@ -260,6 +264,8 @@ def _generate(options: argparse.Namespace) -> int:
         sampling=vars(options),
         seed=options.seed,
         samples=options.samples,
+        small_model=options.small_model,
+        threshold=options.threshold,
         kv_compression=(options.kv_compression, options.kv_budget, options.kv_every),
     )
 
@@ -357,12 +363,10 @@ def _dry_run(config: object, parts: tuple[str, ...]) -> int:
 
         build_objective(config)
     if "engine" in parts:
-        from drafters.registry import build
-        from pipeline.engine.native.compression import KVCompression
+        from pipeline.engine.service import check_pieces
         from pipeline.tasks.rewards import load_reward
 
-        build(config.engine.drafter)
-        KVCompression.from_config(config.engine.kv_compression)
+        check_pieces(config)
         load_reward(config.task.reward)
     sys.stdout.write(render(config))
     return 0
