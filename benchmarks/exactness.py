@@ -14,9 +14,11 @@ from benchmarks.exactness_suite.generators import GENERATORS
 from benchmarks.exactness_suite.model import FreshForward, random_checkpoint
 from benchmarks.exactness_suite.rollouts import rollout_checks
 from benchmarks.exactness_suite.scale import FULL, SHORT, Scale
+from benchmarks.exactness_suite.vllm import vllm_checks
 from benchmarks.results import write_results
 from drafters.base import Drafter
 from drafters.registry import build
+from pipeline.engine.vllm.install import require_vllm
 from pipeline.sampling.exactness import Check, holm
 from pipeline.sampling.exactness.statistics import LEVEL
 
@@ -32,7 +34,7 @@ def main(arguments: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="rollahead bench exactness", description=__doc__)
     parser.add_argument("--drafter", default="suffix-automaton", help="drafter by name or module:Class")
-    parser.add_argument("--generator", choices=sorted(GENERATORS), default="native", help="what generates")
+    parser.add_argument("--generator", choices=[*sorted(GENERATORS), "vllm"], default="native", help="what generates")
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="count on this checkpoint's logits, not on random ones"
     )
@@ -40,6 +42,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/exactness"), metavar="DIR", help="for results.json")
     options = parser.parse_args(arguments)
     build({"name": options.drafter})
+    if options.generator == "vllm":
+        require_vllm()
     checks = suite(
         SHORT if options.short else FULL,
         options.generator,
@@ -69,7 +73,6 @@ def suite(
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Check]:
     """All checks; what verifies and samples is ours with the native generator only, and tested by itself there."""
-    make = GENERATORS[generator]
     checks: list[Check] = []
 
     def done(more: Iterable[Check]) -> None:
@@ -85,7 +88,10 @@ def suite(
             )
             done(count_checks(real_logits(checkpoint, scale.draft_tokens), scale, SEED))
             done(repetition_checks(SEED))
-        done(rollout_checks(make, drafter, name, scale, SEED, Path(folder)))
+        if generator == "vllm":
+            done(vllm_checks(name, scale, SEED, Path(folder)))
+        else:
+            done(rollout_checks(GENERATORS[generator], drafter, name, scale, SEED, Path(folder)))
     return checks
 
 

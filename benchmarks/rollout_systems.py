@@ -6,13 +6,16 @@ A process loads its model once, then answers lines of JSON on standard input: a 
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 import numpy as np
 
 from benchmarks.results import resident_bytes
 from pipeline.errors import UsageError
+
+VLLM_KV_BYTES = 1 << 30
+"""of keys and values of each of vLLM's engines"""
 
 
 class Job(msgspec.Struct, kw_only=True):
@@ -147,7 +150,13 @@ class Transformers:
 
 
 class VLLM:
-    """vLLM's offline engine, with its own n-gram drafter on request. One engine serves one drafter."""
+    """vLLM's offline engine with its own drafters; its sampler is corrected where it needs that (`engine.vllm`)."""
+
+    drafters: ClassVar[dict[str, dict[str, Any] | None]] = {
+        "none": None,
+        "ngram": {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4},
+        "suffix": {"method": "suffix"},
+    }
 
     def __init__(self, model: Path) -> None:
         self._model = model
@@ -156,41 +165,72 @@ class VLLM:
     def run(self, job: Job) -> Timing:
         from vllm import SamplingParams
 
+        from pipeline.engine.vllm.proposer import KEY
+
         engine = self._engine(job)
-        sampling = SamplingParams(
-            n=job.group_size, temperature=job.temperature, min_tokens=job.tokens, max_tokens=job.tokens,
-            ignore_eos=True, detokenize=False, seed=job.seed,
-        )  # fmt: skip
+        sampling = [
+            SamplingParams(
+                n=job.group_size, temperature=job.temperature, min_tokens=job.tokens, max_tokens=job.tokens,
+                ignore_eos=True, detokenize=False, seed=job.seed + i, extra_args={KEY: [i, job.seed]},
+            )
+            for i in range(len(job.prompts))
+        ]  # fmt: skip
         start = time.perf_counter()
         made = engine.generate([{"prompt_token_ids": prompt} for prompt in job.prompts], sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
+        outputs = [output for request in made for output in request.outputs]
+        tokens = sum(len(output.token_ids) for output in outputs)
+        metrics = [output.spec_decode_metrics for output in outputs if output.spec_decode_metrics is not None]
+        accepted = sum(n * count for found in metrics for n, count in enumerate(found.histogram))
         return Timing(
             seconds=seconds,
-            tokens=sum(len(output.token_ids) for request in made for output in request.outputs),
+            tokens=tokens,
+            drafted=sum(found.num_draft_tokens for found in metrics),
+            accepted=accepted,
+            verifications=tokens - accepted,
             resident_bytes=resident_bytes(peak=True),
         )
 
+    def _speculation(self, job: Job) -> dict[str, Any]:
+        """Arguments of the engine."""
+        if job.drafter not in self.drafters:
+            raise UsageError(f"vllm has no drafter {job.drafter!r} here; it has {', '.join(self.drafters)}")
+        own = self.drafters[job.drafter]
+        return {"speculative_config": own and {**own, "num_speculative_tokens": job.max_draft_tokens}}
+
     def _engine(self, job: Job) -> Any:
+        """One for each drafter, compiled; those of another batch size are ended, as they hold memory."""
         key = (job.drafter, job.batch)
+        for other in [other for other in self._engines if other[1] != job.batch]:
+            self._engines.pop(other).llm_engine.engine_core.shutdown()
         if key not in self._engines:
             from vllm import LLM
 
-            speculative = None
-            if job.drafter == "ngram":
-                speculative = {
-                    "method": "ngram", "num_speculative_tokens": job.max_draft_tokens,
-                    "prompt_lookup_min": 2, "prompt_lookup_max": 4,
-                }  # fmt: skip
-            elif job.drafter != "none":
-                raise UsageError(f"vllm has no drafter {job.drafter!r} here; it has none, ngram")
-            self._engines[key] = LLM(
-                str(self._model), max_num_seqs=job.batch, enable_prefix_caching=True, speculative_config=speculative,
-                max_model_len=1024, disable_log_stats=True,
+            from pipeline.engine.vllm.arguments import WORKER
+
+            arguments = self._speculation(job)
+            if arguments["speculative_config"]:
+                arguments["per_request_spec_decode_metrics"] = "summary"
+            engine = LLM(
+                str(self._model), max_num_seqs=job.batch, enable_prefix_caching=True, max_model_len=1024,
+                disable_log_stats=True, worker_extension_cls=WORKER, kv_cache_memory_bytes=VLLM_KV_BYTES, **arguments,
             )  # fmt: skip
+            engine.collective_rpc("rollahead_bind")
+            self._engines[key] = engine
         return self._engines[key]
 
 
+class RollaheadVLLM(VLLM):
+    """vLLM's engine with a drafter of ours in it."""
+
+    def _speculation(self, job: Job) -> dict[str, Any]:
+        from pipeline.engine.vllm.arguments import speculation
+
+        return speculation({"name": job.drafter}, {}, job.max_draft_tokens)
+
+
 SYSTEMS: dict[str, type[Rollahead] | type[Transformers] | type[VLLM]] = {
+    "rollahead-vllm": RollaheadVLLM,
     "rollahead": Rollahead,
     "transformers": Transformers,
     "vllm": VLLM,

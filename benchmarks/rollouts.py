@@ -7,6 +7,7 @@ Systems run in processes of their own, in turns, with the same prompts, sampling
 """
 
 import argparse
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -24,7 +25,9 @@ from benchmarks.rollout_systems import SYSTEMS, Job, Timing
 from pipeline.errors import RunFailed, UsageError
 from pipeline.models.config import ModelConfig
 
-PEER_DRAFTERS = {"transformers": ("none", "prompt-lookup"), "vllm": ("none", "ngram")}
+PEER_DRAFTERS = {"transformers": ("none", "prompt-lookup"), "vllm": ("none", "ngram", "suffix")}
+VLLM_SYSTEM = "rollahead-vllm"
+"""our drafters in vLLM's engine, beside the peer vllm"""
 Configuration = tuple[str, str]
 """system, drafter"""
 
@@ -39,7 +42,7 @@ def main(arguments: list[str]) -> int:
         _configurations(options, batch)  # refuse what is unknown before anything is measured
     prompts = _prompts(options, model)
     bandwidth = read_bandwidth()
-    systems = ["rollahead", *options.peers]
+    systems = ["rollahead", *options.peers, *([VLLM_SYSTEM] if "vllm" in options.peers else [])]
     rows: list[dict[str, Any]] = []
     workers = {system: _Worker(system, model, threads) for system in systems}
     try:
@@ -103,6 +106,10 @@ def _configurations(options: argparse.Namespace, batch: int) -> list[Configurati
             raise UsageError(f"--peers {peer} is unknown; known are {', '.join(PEER_DRAFTERS)}")
         # transformers looks drafts up for one sequence at a time
         found += [(peer, d) for d in PEER_DRAFTERS[peer] if d == "none" or peer != "transformers" or batch == 1]
+    if importlib.util.find_spec("arctic_inference") is None:
+        found = [c for c in found if c != ("vllm", "suffix")]  # vLLM's suffix decoding is that package
+    if "vllm" in options.peers:
+        found += [(VLLM_SYSTEM, drafter) for drafter in options.drafters if drafter != "none"]
     return found
 
 
@@ -137,12 +144,13 @@ def _rows(timings: dict[Configuration, list[Timing]], options: argparse.Namespac
         best[peer] = max((c for c in timings if c[0] == peer), key=lambda c: spread(speeds[c])["median"])
     rows = []
     for (system, drafter), found in timings.items():
-        mine, plain = speeds[system, drafter], speeds.get((system, "none"))
+        mine = speeds[system, drafter]
+        plain = speeds.get(("vllm" if system == VLLM_SYSTEM else system, "none"))
         drafted, last = sum(t.drafted for t in found), found[-1]
         verifications = sum(t.verifications for t in found)
         rows.append({
-            "system": system,
-            "generator": "native" if system == "rollahead" else system,
+            "system": "rollahead" if system == VLLM_SYSTEM else system,
+            "generator": {"rollahead": "native", VLLM_SYSTEM: "vllm"}.get(system, system),
             "drafter": drafter,
             "batch": batch,
             "temperature": options.temperature,

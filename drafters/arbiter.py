@@ -2,6 +2,9 @@
 
 Every drafter follows every sequence. Cheap ones propose in every step, dear ones where their usual gain is worth their
 time; `drafters.allocation` decides what of it is verified, from `drafters.acceptance` and `drafters.cost_model`.
+
+A draft that was drawn must be chosen and cut without regard to what was drawn: a token that is verified only where it,
+or what was drawn after it, looks good is not distributed as its probabilities say (`_blind`).
 """
 
 import functools
@@ -32,6 +35,7 @@ _TRIAL_EVERY = 24
 _REST_AFTER, _LONGEST_REST = 24, 7
 """After so many steps in which nothing paid, cheap drafters rest too, for up to so many steps at a time."""
 _RATE = 0.1
+_UNKNOWN = 1 << 40
 
 
 @dataclass(slots=True)
@@ -44,10 +48,14 @@ class _Step:
     """int64 [D, B, K]"""
     lengths: np.ndarray
     """int64 [D, B]"""
+    assumed: np.ndarray
+    """int64 [D, B], the same as far as it may be known in choosing"""
     matches: np.ndarray
     confidences: np.ndarray
     choice: np.ndarray
-    drafted: int
+    granted: np.ndarray
+    """int64 [B], tokens of the choice that were to be verified, if it has as many"""
+    drafted: int = 0
 
 
 @dataclass(slots=True)
@@ -138,6 +146,8 @@ class ArbiterDrafter(CompositeDrafter):
         """of deciding and observing, a step"""
         self._asked, self._rows = np.zeros(count, np.int64), np.ones(count, np.int64)
         """step at which each was asked last, and for how many sequences"""
+        self._widest = np.full(count, _UNKNOWN, np.int64)
+        """longest draft each has made"""
         self._gain = np.full(count, np.nan)
         """of dear ones: by how much asking raises tokens a second; not a number before it is known"""
         self._price, self._idle, self._rest, self._steps = 0.1, 0, 0, 0
@@ -185,11 +195,13 @@ class ArbiterDrafter(CompositeDrafter):
         asking = self._clock() - began
         step = self._stacked(request, proposals)
         urgency = self._groups.urgency(request.ids, self.options.urgency)
-        lengths, tokens, seconds = self._allocated(step, step.lengths, request, urgency, self._reasons)
+        granted, tokens, seconds = self._allocated(step, step.assumed, request, urgency, self._reasons)
         for index in asked:
             if self._dear(index, len(request.ids)):
                 self._judge(index, step, request, urgency, tokens / (seconds + self._seconds[index]))
-        step.drafted = int(lengths.sum())
+        rows = np.arange(len(granted))
+        lengths = np.where(step.choice >= 0, np.minimum(granted, step.lengths[step.choice, rows]), 0)
+        step.granted, step.drafted = granted, int(lengths.sum())
         self._step = step
         self._consider_rest(step.drafted)
         spent = self._clock() - began - asking
@@ -211,8 +223,10 @@ class ArbiterDrafter(CompositeDrafter):
         np.cumsum([len(tokens) for tokens in verified.emitted], out=borders[1:])
         lengths = step.lengths
         for index, proposal in enumerate(step.proposals):
-            if proposal.probabilities is not None:  # what was drawn but not verified teaches nothing
-                lengths[index, step.choice != index] = 0
+            # What was drawn but not verified teaches nothing. A draft that ended before what was granted teaches that
+            # it does: its missing tokens count as rejected.
+            drawn = _drawn(proposal)
+            lengths[index, drawn] = np.where(step.choice == index, step.granted, 0)[drawn]
         learn(
             self._counts, self._chances, step.tokens, lengths, step.matches, step.confidences,
             np.concatenate(verified.emitted).astype(np.int64, copy=False), borders,
@@ -256,7 +270,7 @@ class ArbiterDrafter(CompositeDrafter):
 
     def _judge(self, index: int, step: _Step, request: DraftRequest, urgency: np.ndarray, rate: float) -> None:
         """What asking a dear drafter brought, its time included, against deciding without it."""
-        drafts, choice, price = step.lengths.copy(), step.choice.copy(), self._price
+        drafts, choice, price = step.assumed.copy(), step.choice.copy(), self._price
         drafts[index] = 0
         _, tokens, seconds = self._allocated(step, drafts, request, urgency, np.zeros_like(self._reasons))
         step.choice[:], self._price = choice, price
@@ -267,17 +281,26 @@ class ArbiterDrafter(CompositeDrafter):
     def _stacked(self, request: DraftRequest, proposals: list[Proposal]) -> _Step:
         """The proposals side by side, padded to the widest."""
         rows, width = len(request.ids), max(p.token_ids.shape[1] for p in proposals)
+        width = max(width, int(request.budgets.max(initial=0)) if any(_drawn(p).any() for p in proposals) else 0)
         shape = (len(proposals), rows, width)
-        tokens, confidences = np.zeros(shape, np.int64), np.full(shape, -1.0, np.float32)
+        tokens, confidences = np.full(shape, -1, np.int64), np.full(shape, -1.0, np.float32)
         lengths, matches = np.zeros(shape[:2], np.int64), np.full(shape[:2], -1, np.int64)
         for index, proposal in enumerate(proposals):
             used = proposal.token_ids.shape[1]
-            tokens[index, :, :used], lengths[index] = proposal.token_ids, proposal.lengths
+            inside = np.arange(used) < proposal.lengths[:, None]
+            tokens[index, :, :used], lengths[index] = np.where(inside, proposal.token_ids, -1), proposal.lengths
             if proposal.matches is not None:
                 matches[index] = proposal.matches
             if proposal.confidences is not None:
                 confidences[index, :, :used] = proposal.confidences
-        return _Step(request.ids, proposals, tokens, lengths, matches, confidences, np.zeros(rows, np.int64), 0)
+        assumed = lengths.copy()
+        for index, proposal in enumerate(proposals):
+            _blind(proposal, np.minimum(request.budgets, self._widest[index]), assumed[index], confidences[index])
+            if proposal.token_ids.shape[1]:
+                seen = int(self._widest[index]) if self._widest[index] < _UNKNOWN else 0
+                self._widest[index] = max(seen, proposal.token_ids.shape[1])
+        none = np.zeros(rows, np.int64)
+        return _Step(request.ids, proposals, tokens, lengths, assumed, matches, confidences, none, none.copy())
 
     def _consider_rest(self, drafted: int) -> None:
         """Where nothing has paid for long, asking for drafts is a cost like another."""
@@ -289,6 +312,28 @@ class ArbiterDrafter(CompositeDrafter):
         """Sequence steps by what was decided and why, and what the drafters say."""
         decisions = {reason: int(count) for reason, count in zip(REASONS, self._reasons, strict=True)}
         return decisions | {"resting": self._resting, "not asked": self._not_asked} | super().counters()
+
+
+def _drawn(proposal: Proposal) -> np.ndarray:
+    """bool [B], rows whose draft was drawn from probabilities."""
+    if proposal.probabilities is None:
+        return np.zeros(len(proposal.lengths), np.bool_)
+    return proposal.lengths > 0 if proposal.sampled is None else proposal.sampled & (proposal.lengths > 0)
+
+
+def _blind(proposal: Proposal, usual: np.ndarray, lengths: np.ndarray, confidences: np.ndarray) -> None:
+    """Hides what depends on drawn tokens: how long a draft became, and every confidence but the first, which was known
+    before anything was drawn.
+
+    Args:
+        proposal: of a drafter, B rows.
+        usual: int64 [B], the length to assume instead.
+        lengths: int64 [B], changed.
+        confidences: float32 [B, K], changed.
+    """
+    drawn = _drawn(proposal)
+    lengths[drawn] = usual[drawn]
+    confidences[drawn] = confidences[drawn, :1]
 
 
 @functools.cache

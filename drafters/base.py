@@ -9,7 +9,7 @@ a batch they sit in. Life of a sequence: `begin`, then `propose` and `observe` b
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -50,9 +50,19 @@ class Target(Protocol):
     def tokenizer(self) -> Tokenizer | None:
         """None where the target is no checkpoint directory."""
 
-    def places(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Pages int64 [B, most of a live sequence] of live sequences, and how many tokens int64 [B] of each are cached:
-        all but the last one."""
+    def places(self, ids: Sequence[int]) -> "Places":
+        """Of live sequences; a draft begins behind them."""
+
+
+class Places(NamedTuple):
+    """Where the keys and values of B sequences are, of all tokens but the last one."""
+
+    tables: np.ndarray
+    """int64 [B, most], pages of each"""
+    held: np.ndarray
+    """int64 [B], tokens in them"""
+    evicted: np.ndarray | None = None
+    """int64 [B], tokens that were in them before their keys and values were dropped; None: no sequence has any"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ def measure_verifications(target: Decoder, seconds: float) -> dict[tuple[int, in
         for rows, per_row in SIZES:
             if time.perf_counter() > deadline - seconds / 3:
                 break
-            steps[rows, rows * per_row] = step = _step(target, rows, per_row, context)
+            steps[rows, rows * per_row] = step = verification_step(target, rows, per_row, context)
             step()  # the first of a size compiles, packs and allocates
         # In turns, so that a moment in which the machine is busy does not fall on one size alone; the least counts.
         while steps and time.perf_counter() < deadline:
@@ -43,7 +43,7 @@ def measure_verifications(target: Decoder, seconds: float) -> dict[tuple[int, in
     return measured
 
 
-def _step(target: Decoder, rows: int, per_row: int, context: int) -> Callable[[], None]:
+def verification_step(target: Decoder, rows: int, per_row: int, context: int) -> Callable[[], None]:
     """A function that verifies drafts of zeros for `rows` sequences of `context` tokens."""
     device, vocab_size = target.device, target.config.vocab_size
     pages = -(-(context + per_row) // PAGE)

@@ -142,7 +142,7 @@ class DraftModelDrafter(BaseDrafter):
             rows = drawing.rows
             if not len(rows):
                 return drawing.proposal()
-            hidden = own.step([ids[int(row)] for row in rows], tokens[going])
+            hidden = own.step([ids[row] for row in rows.tolist()], tokens[going])
 
     def counters(self) -> dict[str, float]:
         own = self._own

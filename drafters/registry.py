@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -35,6 +36,21 @@ class DrafterInfo:
 def available() -> list[DrafterInfo]:
     """Every installed drafter by name; one that cannot be imported is listed with its error."""
     return [_describe(point) for _, point in sorted(_installed().items())]
+
+
+def written(text: str) -> Drafter:
+    """The drafter that a command line names: a name, module:Class, or an inline table with name and options.
+
+    Raises:
+        UsageError: the table cannot be read, or as for `build`.
+    """
+    if not text.startswith("{"):
+        return build({"name": text})
+    try:
+        return build(tomllib.loads(f"drafter = {text}")["drafter"])
+    except tomllib.TOMLDecodeError as error:
+        example = '{name = "draft-model", path = "DIR"}'
+        raise UsageError(f"drafter {text} is no inline table of TOML ({error}); write {example}") from None
 
 
 def build(piece: Mapping[str, Any]) -> Drafter:

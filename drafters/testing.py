@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.base import Drafter, DraftRequest, Needs, Places, Proposal, SequenceStart, Verified
 from drafters.guard import CALL_SECONDS, Host, checked
 from pipeline.models.config import ModelConfig, RopeParameters
 from pipeline.models.decoder import Decoder
@@ -137,10 +137,10 @@ class Rehearsal:
     def tokenizer(self) -> Tokenizer | None:
         return None
 
-    def places(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def places(self, ids: Sequence[int]) -> Places:
         """As `drafters.base.Target` says."""
         texts = {text.start.id: text for text in self.live}
-        return _tables([texts[i] for i in ids]), np.array([texts[i].cached for i in ids], np.int64)
+        return Places(_tables([texts[i] for i in ids]), np.array([texts[i].cached for i in ids], np.int64))
 
     def begin(self, sequences: Sequence[SequenceStart], limit: int) -> None:
         texts = [_Text(start, limit) for start in sequences]

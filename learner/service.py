@@ -20,8 +20,9 @@ from msgspec import Struct
 
 from learner import checkpoint, ranks, replay
 from learner.audit import TrainedSamples
+from learner.co_training import HeadCoTraining
 from learner.collapse import CollapseWatch
-from learner.composition import build_objective
+from learner.composition import build_objective, uncorrected_sampler
 from learner.evaluation import evaluation_source
 from learner.followers import Begin, Leave, NoBatchYet, Publish, SaveCheckpoint, follow, tell, tell_batch
 from learner.hub import Hub, Limits
@@ -79,6 +80,8 @@ def run_learner(config: Config, *, evaluate_only: bool = False) -> int:
     if ranks.rank() > 0:
         return follow(config, objective)
     stop, log = StopSignal(), Log("learner")
+    if warning := uncorrected_sampler(objective, config):
+        log(warning)
     Log.structured = config.telemetry.log_format == "json"
     run = RunDirectory(Path(config.run.out))
     run.lock()
@@ -144,6 +147,9 @@ class Learner:
         if restored:
             objective.restore(restored.state.objective)
             log(f"resumed at step {self.step} from {restored.folder}")
+        self.draft_head = HeadCoTraining.from_config(config, model, self.model_folder)
+        if self.draft_head and restored and not self.draft_head.restore(run.draft_head, self.step):
+            log(f"{run.draft_head} has no draft head of step {self.step}; it is trained anew from where it began")
 
         self.publisher = FilesystemPublisher(run.weights, config.weights.keep, self.model_folder)
         self.publish_dtype = _publish_dtype(config, model_config)
@@ -194,6 +200,8 @@ class Learner:
             self.observer.enter("learning")
             measured = self.trainer.train(groups, self.publisher.version)
             self.step += 1
+            if self.draft_head:
+                measured |= self.draft_head.train(groups)
             for warning in self.collapse.look(measured):
                 self.log(f"warning: {warning}")
             failpoint("step.trained")
@@ -321,6 +329,8 @@ class Learner:
     def _publish(self) -> None:
         tell(Publish(str(self.publish_dtype).removeprefix("torch.")))
         tensors = gathered_state(self.trainer.model, self.publish_dtype)
+        if self.draft_head:
+            tensors |= self.draft_head.tensors(self.publish_dtype)
         publication = self._patiently(self.run.weights, lambda: self.publisher.publish(tensors, self.step))
         self.hub.publish(publication.version)
         self.publisher.retire(self.hub.oldest_loaded_version())
@@ -331,6 +341,9 @@ class Learner:
 
     def _checkpoint(self) -> None:
         ledger = self.hub.state()
+        if head := self.draft_head:
+            keep = self.config.learner.keep_checkpoints
+            self._patiently(self.run.draft_head, lambda: head.save(self.run.draft_head, self.step, keep))
         self._patiently(self.run.checkpoints, lambda: self._save(ledger))
         self.journal.drop_before(ledger.journal_offset)
         self.saved_step = self.step

@@ -2,7 +2,7 @@
 
 import torch
 
-from learner.ratios import effective_sample_fraction, k3
+from learner.ratios import effective_sample_fraction, importance_ratio, k3
 from learner.tokens import BatchTokens, GroupRewards, MicroBatchTokens
 from pipeline.messages import Sampler
 
@@ -50,6 +50,23 @@ def mismatch(logp: torch.Tensor, tokens: BatchTokens | MicroBatchTokens, kv_kept
     """
     same = (tokens.age == 0) & (tokens.sampler == int(Sampler.POLICY)) & ~kv_kept
     return k3(logp[same], tokens.logp_behaviour[same])
+
+
+def compressed_metrics(logp: torch.Tensor, tokens: BatchTokens) -> Metrics:
+    """Of tokens that were sampled from a compressed cache, where there are any: their share, and the ratio
+    xi = pi_old / mu of the dense policy to the sampler (Sparse-RL, arXiv 2601.10079) with its k3; staleness is part of
+    xi."""
+    compressed = tokens.sampler == int(Sampler.COMPRESSED_KV)
+    if not bool(compressed.any()):
+        return {}
+    ratio = importance_ratio(logp, tokens.logp_behaviour)[compressed].double()
+    return {
+        "compressed/fraction": mean(compressed),
+        "compressed/k3": mean(k3(logp, tokens.logp_behaviour)[compressed]),
+        "compressed/ratio_mean": mean(ratio),
+        "compressed/ratio_min": float(ratio.min()),
+        "compressed/ratio_max": float(ratio.max()),
+    }
 
 
 def age_metrics(logp: torch.Tensor, tokens: BatchTokens) -> Metrics:

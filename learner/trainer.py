@@ -21,7 +21,15 @@ from learner.packing import Pack, trained_positions
 from learner.policy import checkpoint_activations, load_policy
 from learner.schedule import learning_rate
 from learner.shares import evaluated, pack_for_ranks
-from learner.step_metrics import Metrics, age_metrics, mean, mismatch, off_policy_metrics, reward_metrics
+from learner.step_metrics import (
+    Metrics,
+    age_metrics,
+    compressed_metrics,
+    mean,
+    mismatch,
+    off_policy_metrics,
+    reward_metrics,
+)
 from learner.tokens import BatchTokens, GroupRewards, MicroBatchTokens, Needs, concatenated
 from pipeline.config.types import Config, LearnerSection
 from pipeline.errors import RunFailed, UsageError
@@ -333,6 +341,7 @@ def _old_policy_metrics(evaluated: Sequence[TokenValues] | None, batch: BatchTok
         "mismatch_k3": mean(mismatch(logp, batch, kv_kept[batch.sequence])),
         "entropy": mean(torch.cat([empty, *(values.entropy for values in evaluated)])),
         **age_metrics(logp, batch),
+        **compressed_metrics(logp, batch),
     }
 
 

@@ -17,6 +17,30 @@ examples:
   rollahead generate DIR --prompt "Question: 3 bags of 4?\\nAnswer:" --drafter suffix-automaton
 """
 
+COMMAND_EXAMPLES = {
+    "run": """\
+  rollahead run --out runs/demo
+  rollahead run c.toml --set learner.batch_size=128 --out runs/mine     the same command again resumes it
+  rollahead run c.toml --dry-run                                        check, and print every option
+""",
+    "learner": "  rollahead learner c.toml\n",
+    "engine": """\
+  rollahead engine c.toml
+  rollahead engine c.toml --connect tcp://10.0.0.1:5757 --set transport.keys=keys
+""",
+    "generate": """\
+  rollahead generate DIR --prompt "What is 12 + 34?" --samples 4
+  rollahead generate DIR --prompt "..." --drafter prompt-lookup --temperature 0
+""",
+    "export": "  rollahead export runs/mine --out final --dtype bfloat16\n",
+    "corpus": "  rollahead corpus build answers.jsonl --tokenizer DIR --out corpus\n",
+    "keygen": "  rollahead keygen keys --engine gpu-1 --engine gpu-2\n",
+    "bench": "  rollahead bench list\n  rollahead bench exactness --short\n  rollahead bench end-to-end --short\n",
+    "report": "  rollahead report runs/demo\n  rollahead report runs/bench-end-to-end --out end-to-end.html\n",
+    "completion": "  source <(rollahead completion bash)\n",
+}
+"""shown by `rollahead COMMAND --help`; a test parses each"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; exit codes: 0 done, 1 the run failed, 2 command or configuration wrong, 130 interrupted."""
@@ -69,7 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate = _command(commands, "generate", "sample from a model and show what drafting did", _generate)
     generate.add_argument("model", type=Path, help="Hugging Face checkpoint directory, or a folder weights/vN of a run")
     generate.add_argument("--prompt", required=True, help="text to continue")
-    generate.add_argument("--drafter", default="suffix-automaton", help="drafter by name or module:Class")
+    generate.add_argument(
+        "--drafter",
+        default="suffix-automaton",
+        help="drafter by name, module:Class, or a table {name = ..., option = ...}",
+    )
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     generate.add_argument("--seed", type=int, default=0)
@@ -87,6 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
 
+    train = _command(commands, "train-drafter", "fit a multi-token-prediction head to a frozen model", _train_drafter)
+    train.add_argument("config", nargs="?", type=Path, help="TOML file: model, task, sampling, engine, drafter, run")
+    _configuration_options(train)
+    train.add_argument("--out", help="folder of the head and its training (run.out); resumed where it holds one")
+
     corpus = _command(commands, "corpus", "build a memory of texts for the suffix automaton", _corpus)
     corpus.add_argument("action", choices=["build"])
     corpus.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".jsonl, a document a line, or a text")
@@ -97,6 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
     corpus.add_argument("--template", default="{text}", help="text of a line; {field} is replaced")
 
     _command(commands, "drafters", "list the drafters that are installed", _drafters)
+    _command(commands, "doctor", "what this machine can do for a run, and what to set", _doctor)
+
+    completion = _command(
+        commands, "completion", "a script that completes commands and options in a shell", _completion
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
 
     keys = _command(commands, "keygen", "make keys for engines on other machines, or add engines to them", _keygen)
     keys.add_argument("folder", type=Path, help="where the keys are kept (transport.keys)")
@@ -123,7 +162,14 @@ def _command(
     text: str,
     call: Callable[[argparse.Namespace], int],
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    shown = COMMAND_EXAMPLES.get(name, "")
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"examples:\n{shown}" if shown else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(call=call)
     return parser
 
@@ -225,6 +271,20 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train_drafter(options: argparse.Namespace) -> int:
+    from pipeline.config import load_config, render
+
+    config = load_config(options.config, options.set)
+    if options.out:
+        config.run.out = options.out
+    if options.dry_run:
+        sys.stdout.write(render(config))
+        return 0
+    from pipeline.drafter_training import train_drafter
+
+    return train_drafter(config)
+
+
 def _drafters(options: argparse.Namespace) -> int:
     from drafters.registry import available
 
@@ -255,6 +315,19 @@ def _keygen(options: argparse.Namespace) -> int:
     from pipeline.transport.keys import DEFAULT_ENGINE, keygen
 
     print("\n".join(keygen(options.folder, options.engine or [DEFAULT_ENGINE])))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pipeline.doctor import doctor
+
+    return doctor()
+
+
+def _completion(options: argparse.Namespace) -> int:
+    import shtab
+
+    print(shtab.complete(build_parser(), options.shell))
     return 0
 
 

@@ -32,6 +32,10 @@ def run(config: Config, demo: bool, *, evaluate_only: bool = False) -> int:
     """Run to the end; returns the exit code."""
     check_config(config)
     _check_objective(config)
+    if config.engine.generator == "vllm":
+        from pipeline.engine.vllm.install import require_vllm
+
+        require_vllm()
     # The processes share the cores: threads that spin while they wait for one another would take them from the others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _choose_address(config)

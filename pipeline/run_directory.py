@@ -29,6 +29,7 @@ class RunDirectory:
         self.metrics = root / "metrics.jsonl"
         self.checkpoints = root / "checkpoints"
         self.weights = root / "weights"
+        self.draft_head = root / "draft-head"
         self.spool = root / "spool"
         self.received = root / "received-weights"
         self.journal = root / "journal"

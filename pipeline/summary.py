@@ -58,6 +58,8 @@ def _drafting(config: Config, directory: RunDirectory, rows: list[dict[str, Any]
         return "  drafting   off (engine.drafter = none)"
     if not config.run.measure_drafting:
         return f"  drafting   {name}: not measured (run.measure_drafting = false)"
+    if config.engine.generator != "native":
+        return f"  drafting   {name}: not measured here; rollahead bench rollouts times engine.generator = vllm"
     try:
         measured = _measure(config, directory)
     except Exception as error:  # the run is done: whatever stops the clock must not make it look failed

@@ -1,6 +1,5 @@
-"""What the suite generates with: the native generator, or another that keeps the same protocol."""
+"""What the suite generates with in this process; `vllm` has its checks in a module of their own."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -8,7 +7,6 @@ from typing import Protocol
 from drafters.base import Drafter
 from pipeline.engine.generator import FinishedSample, Generator, GroupRequest
 from pipeline.engine.native.generator import NativeGenerator
-from pipeline.errors import UsageError
 
 
 def ignore(event: str) -> None:
@@ -43,24 +41,7 @@ def native(
     )  # fmt: skip
 
 
-def vllm(
-    folder: Path,
-    drafter: Drafter | None,
-    *,
-    max_draft_tokens: int = 3,
-    verification: str = "standard",
-    on_event: Callable[[str], None] = ignore,
-) -> Generator:
-    """
-    Raises:
-        UsageError: vLLM is not installed, or cannot be driven by this version.
-    """
-    if importlib.util.find_spec("vllm") is None:
-        raise UsageError("--generator vllm needs vLLM; install it with pip install 'rollahead[vllm]'")
-    raise UsageError("--generator vllm: this version has no vLLM generator; use --generator native")
-
-
-GENERATORS: dict[str, MakeGenerator] = {"native": native, "vllm": vllm}
+GENERATORS: dict[str, MakeGenerator] = {"native": native}
 
 
 def generate(generator: Generator, requests: Sequence[GroupRequest]) -> list[FinishedSample]:

@@ -11,11 +11,13 @@ STOP = 2
 """end-of-text id of the random models"""
 
 
-def random_checkpoint(folder: Path, vocabulary: int, *, sharpness: float, seed: int = 0) -> Path:
+def random_checkpoint(
+    folder: Path, vocabulary: int, *, sharpness: float, seed: int = 0, head_dim: int = 8, tied: bool = False
+) -> Path:
     """A two-layer Qwen3 checkpoint in float32; logits have about `sharpness` as standard deviation."""
     config = transformers.Qwen3Config(
         vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, tie_word_embeddings=False,
+        num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=256, tie_word_embeddings=tied,
         bos_token_id=1, eos_token_id=STOP,
     )  # fmt: skip
     with torch.random.fork_rng():

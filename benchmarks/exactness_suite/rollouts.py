@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ from benchmarks.exactness_suite.model import STOP, FreshForward, random_checkpoi
 from benchmarks.exactness_suite.scale import Scale
 from benchmarks.exactness_suite.settings import chosen
 from drafters.base import Drafter
+from drafters.registry import build as build_drafter
 from pipeline.engine.generator import FinishedSample, GroupRequest, TokenOrigin
 from pipeline.messages import SamplingParams
 from pipeline.sampling.exactness import Check, bound_check, chi_square_check, processed_law
@@ -99,6 +101,7 @@ def rollout_checks(
         seed += scale.rollouts
     yield bound_check(f"{name} was never switched off", len(events), 1, detail="; ".join(events))
     yield from hostile_checks(make, law, tiny, scale, seed)
+    yield from model_checks(make, law, tiny, scale, seed, folder)
     yield from history_checks(make, law, tiny, scale, seed)
     yield from recorded_checks(make, build, name, scale, seed, folder)
 
@@ -118,6 +121,8 @@ def hostile_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale,
         (drafters.future(texts), "standard"),
         (drafters.Drawn(VOCABULARY, seed), "standard"),
         (drafters.Drawn(VOCABULARY, seed, sharpness=3.0), "block"),
+        (drafters.random_head(tiny, seed), "standard"),
+        (drafters.random_head(tiny, seed + 1), "block"),
         (drafters.Mixed(VOCABULARY, seed), "standard"),
         (drafters.Mixed(VOCABULARY, seed), "block"),
     ]
@@ -127,6 +132,25 @@ def hostile_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale,
         new = asked if same else requests(params, scale.rollouts, seed + (index + 1) * scale.rollouts)
         found = generate(make(tiny, drafter, verification=rule), new)
         yield from joint_checks(f"hostile: {drafter.name}, {rule}", found, joint)
+
+
+def model_checks(
+    make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale, seed: int, folder: Path
+) -> Iterator[Check]:
+    """Drafts that a model draws: of another model, of the target without a layer, and chosen among these."""
+    other = random_checkpoint(folder / "draft", VOCABULARY, sharpness=0.6, seed=seed + 1)
+    own: dict[str, Any] = {"name": "draft-model", "path": str(other), "stop_below": 0.3}
+    skip: dict[str, Any] = {"name": "layer-skip", "stop_below": 0.3, "refresh_every": 4}
+    both: dict[str, Any] = {"name": "arbiter", "drafters": ["suffix-automaton", own, skip], "measure": False}
+    params = SamplingParams(temperature=0.8)
+    joint = law.joint(params)
+    for piece in (own, skip, both):
+        for rule in ("standard", "block") if scale.every_rule else ("standard",):
+            seed += scale.rollouts
+            name, events = f"models: {piece['name']}, {rule}", list[str]()
+            generator = make(tiny, build_drafter(piece), verification=rule, on_event=events.append)
+            yield from joint_checks(name, generate(generator, requests(params, scale.rollouts, seed)), joint)
+            yield bound_check(f"{name}, never switched off", len(events), 1, detail="; ".join(events))
 
 
 def history_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale, seed: int) -> Iterator[Check]:

@@ -1,19 +1,18 @@
 """Drafts of a multi-token-prediction head, reused for one token after another."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
+from drafters.drawing import Drawing
 from drafters.mtp.head import MTPHead, head_files, load_head
 from drafters.mtp.texts import Text, Texts
 from pipeline.errors import UsageError
-from pipeline.models.decoder import Decoder
-from pipeline.sampling.distribution import inverse_cdf
 
 
 class MTPDrafter(BaseDrafter):
@@ -28,15 +27,13 @@ class MTPDrafter(BaseDrafter):
 
     class Options(Struct, kw_only=True, forbid_unknown_fields=True):
         """`path` is the folder of the head; empty: the model's own. Drafts have up to `max_tokens` tokens, drawn from
-        the head's distribution at the sequence's temperature (`probabilistic`, verified with it) or its likeliest ones
-        (`greedy`); a greedy draft ends where the product of its probabilities falls below `stop_below`. `seed` is that
-        of the draws."""
+        the head's distribution at the sequence's temperature and verified with it, or, with `greedy`, its likeliest
+        ones; a draft ends with the first token that came from a distribution with a peak below `stop_below`."""
 
         path: str = ""
         max_tokens: Annotated[int, Meta(ge=1)] = 4
-        sampling: Literal["probabilistic", "greedy"] = "probabilistic"
+        greedy: bool = False
         stop_below: Annotated[float, Meta(ge=0, le=1)] = 0.0
-        seed: int = 0
 
     def __init__(self, options: Options | None = None, weights: Mapping[str, Tensor] | None = None) -> None:
         """
@@ -46,23 +43,21 @@ class MTPDrafter(BaseDrafter):
         """
         self.options = options or self.Options()
         self._weights = weights
-        self._generator = torch.Generator().manual_seed(self.options.seed)
-        self._greedy = self.options.sampling == "greedy"
         self._texts: Texts
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
-    def attach(self, target: object) -> None:
+    def attach(self, target: Target) -> None:
         """
         Raises:
             UsageError: there is no head, or it does not fit the target.
         """
-        assert isinstance(target, Decoder)
-        self._target, self._head = target, MTPHead(target)
+        self._target = target.decoder
+        self._head = MTPHead(self._target)
         if self._weights is not None:
             self._head.load(self._weights.__getitem__)
-        elif self.options.path or target.source:
-            load_head(self._head, self.options.path or str(target.source))
+        elif self.options.path or self._target.source:
+            load_head(self._head, self.options.path or str(self._target.source))
         else:
             raise UsageError("drafter mtp needs a head: give its folder as option path, or a model that holds one")
         self._texts = Texts(self._head)
@@ -105,80 +100,37 @@ class MTPDrafter(BaseDrafter):
         budgets = np.minimum(request.budgets, self.options.max_tokens)
         self._texts.catch_up([i for i, budget in zip(request.ids, budgets.tolist(), strict=True) if budget])
         # Nothing can be drafted after a prompt of a single token, whose successor no row predicts.
-        known = np.array([self._texts[i].last is not None for i in request.ids], np.bool_)
-        rows = np.flatnonzero((budgets > 0) & known)
-        if not len(rows):
+        budgets = budgets * np.array([self._texts[i].last is not None for i in request.ids], np.int64)
+        if not budgets.any():
             return Proposal.empty(len(request.ids))
-        return self._drafts(request, rows, budgets)
+        return self._drafts(request, budgets)
 
-    def _drafts(self, request: DraftRequest, rows: np.ndarray, budgets: np.ndarray) -> Proposal:
-        texts = [self._texts[request.ids[row]] for row in rows]
-        width = int(budgets[rows].max())
-        draft = _Draft(len(request.ids), width, request.temperatures, self._greedy, self._generator)
+    def _drafts(self, request: DraftRequest, budgets: np.ndarray) -> Proposal:
+        known = [self._texts[i] for i in request.ids]
+        drawing = Drawing(
+            request, budgets, np.array([text.seed for text in known], np.int64),
+            np.array([text.cached + 1 for text in known], np.int64), vocab_size=self._target.config.vocab_size,
+            greedy=self.options.greedy, stop_below=self.options.stop_below,
+        )  # fmt: skip
+        rows = drawing.rows
+        texts = [known[row] for row in rows]
         cached = np.array([text.cached for text in texts], np.int64)
         tables = self._texts.tables(texts, (cached + budgets[rows] - 1).tolist())
         hidden = torch.stack([_last(text) for text in texts])
         while True:
-            drawn = draft.extend(rows, self._head.logits(hidden))
-            on = (budgets[rows] > draft.depth) & (draft.survival[rows] >= self.options.stop_below)
-            if draft.depth == width or not on.any():
-                return draft.proposal()
-            if not on.all():
-                kept = torch.from_numpy(np.flatnonzero(on)).to(drawn.device)
-                drawn, hidden = drawn[kept], hidden[kept]
-                rows, tables, cached = rows[on], tables[on], cached[on]
-            plan = self._texts.cache.plan(tables, cached + draft.depth - 1, np.ones(len(rows), np.int64))
-            hidden = self._head.forward(drawn, hidden, plan, self._texts.cache)
+            drawn = drawing.draw(self._head.logits(hidden))
+            if not len(drawing.rows):
+                return drawing.proposal()
+            if len(drawing.rows) < len(rows):
+                on = np.isin(rows, drawing.rows)
+                rows, drawn, tables, cached = rows[on], drawn[on], tables[on], cached[on]
+                hidden = hidden[torch.from_numpy(np.flatnonzero(on)).to(hidden.device)]
+            plan = self._texts.cache.plan(tables, cached + drawing.depth - 1, np.ones(len(rows), np.int64))
+            tokens = torch.from_numpy(drawn).to(self._head.device)
+            hidden = self._head.forward(tokens, hidden, plan, self._texts.cache)
 
     def counters(self) -> dict[str, float]:
         return {"kv_bytes": self._texts.cache.bytes}
-
-
-class _Draft:
-    """Drafts of B rows as they grow, one depth after another."""
-
-    def __init__(
-        self, rows: int, width: int, temperatures: np.ndarray, greedy: bool, generator: torch.Generator
-    ) -> None:
-        self._generator, self._greedy = generator, greedy
-        self._temperatures = temperatures
-        self._sampled = np.zeros(rows, np.bool_) if greedy else temperatures > 0
-        self._width = width
-        self._tokens, self._lengths = np.zeros((rows, width), np.int64), np.zeros(rows, np.int64)
-        self._confidences = np.zeros((rows, width), np.float32)
-        self._q: Tensor | None = None
-        self.survival = np.ones(rows)
-        """of each row, the product of its tokens' probabilities; of drawn rows 1, since a draft that were to end by
-        what was drawn would no longer be drawn from the distribution it states"""
-        self.depth = 0
-
-    def extend(self, rows: np.ndarray, logits: Tensor) -> Tensor:
-        """The next token, int64 [A] on the device, of A rows by the head's logits [A, V]."""
-        device, temperatures = logits.device, self._temperatures[rows]
-        hot = torch.from_numpy(np.where(temperatures > 0, temperatures, 1.0)).to(device)
-        q = torch.softmax(logits / hot.unsqueeze(1), -1)
-        best, tokens = q.max(-1)
-        sampled = self._sampled[rows]
-        if sampled.any():
-            uniform = torch.rand(len(rows), generator=self._generator, dtype=torch.float64).to(device)
-            drawn = inverse_cdf(q, uniform)
-            tokens = drawn if sampled.all() else torch.where(torch.from_numpy(sampled).to(device), drawn, tokens)
-            if self._q is None:
-                self._q = q.new_zeros(len(self._lengths), self._width, q.shape[1])
-            self._q[torch.from_numpy(rows).to(device), self.depth] = q
-        confidences = best.cpu().numpy()
-        self.survival[rows] *= np.where(sampled, 1.0, confidences)
-        # What is known before anything is drawn: a choice by more would not leave the draft its distribution.
-        known = self._confidences[rows, 0] if self.depth else confidences
-        self._confidences[rows, self.depth] = np.where(sampled, known, confidences)
-        self._tokens[rows, self.depth] = tokens.cpu().numpy()
-        self.depth += 1
-        self._lengths[rows] = self.depth
-        return tokens
-
-    def proposal(self) -> Proposal:
-        sampled = self._sampled if self._q is not None else None
-        return Proposal(self._tokens, self._lengths, self._q, sampled=sampled, confidences=self._confidences)
 
 
 def _last(text: Text) -> Tensor:

@@ -3,7 +3,8 @@
 alpha = sum_v min(p_v, q_v) is the chance that a token drawn from q is accepted, and 1 - alpha their total variation.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,35 +58,43 @@ def expected_accepted(alphas: Tensor) -> Tensor:
     return alphas.cumprod(-1).mean(-1)
 
 
-def draft_loss(
-    name: str, logits: list[Tensor], p: Callable[[int], Tensor], tokens: list[Tensor], depth_decay: float
-) -> tuple[Tensor, Tensor]:
-    """Mean loss over N positions, and alphas [N, K], detached.
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A loss over drafts of K tokens. `e2e-tv` is 1 - (1/K) sum_j prod_{i<=j} alpha_i (Bebop, Eq. 13); the others are
+    means over depths, weighted by `depth_decay` to the power of depth - 1."""
 
-    `e2e-tv` is 1 - (1/K) sum_j prod_{i<=j} alpha_i (Bebop, Eq. 13); the others are means over depths weighted by
-    `depth_decay` to the power of depth - 1.
+    name: str
+    depth_decay: float = 0.8
 
-    Args:
-        name: one of `LOSSES`.
-        logits: [N, V] of each depth.
-        p: the target's distributions float32 [N, V] at a depth from 0.
-        tokens: int64 [N] of each depth, the tokens that follow in the text; for `ce`.
-        depth_decay: see above.
-    """
-    losses: list[Tensor] = []
-    alphas: list[Tensor] = []
-    for depth, z in enumerate(logits):
-        target = p(depth)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in ("ce", "kl")):
-            alpha = acceptance(z, target)
-        alphas.append(alpha)
-        losses.append(_one(name, z, target, tokens[depth], alpha))
-    stacked = torch.stack(alphas, -1)
-    if name == "e2e-tv":
-        return 1 - expected_accepted(stacked).mean(), stacked.detach()
-    weights = torch.tensor([depth_decay**d for d in range(len(losses))])
-    means = torch.stack([loss.mean() for loss in losses])
-    return (means * weights.to(means.device)).sum() / weights.sum(), stacked.detach()
+    def __call__(
+        self, logits: Sequence[Tensor], p: Sequence[Tensor], tokens: Sequence[Tensor], valid: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The part of N rows in the loss, and their alphas [N, K], detached; 0 where not valid.
+
+        Args:
+            logits: [N, V] of each depth.
+            p: float32 [N, V], the target's distributions at each depth.
+            tokens: int64 [N] of each depth: the text's own, for `ce`.
+            valid: bool [N, K], a prefix of each row.
+            counts: float32 [K], valid rows of each depth in the whole batch.
+        """
+        differentiable = self.name not in ("ce", "kl")
+        alphas: list[Tensor] = []
+        weights = self.depth_decay ** torch.arange(len(logits), device=valid.device)
+        weights = weights / weights.sum() / counts.clamp_min(1)
+        total = valid.new_zeros((), dtype=torch.float32)
+        for depth, z in enumerate(logits):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
+                alpha = acceptance(z, p[depth]).where(valid[:, depth], 0.0)
+            alphas.append(alpha)
+            if self.name != "e2e-tv":
+                losses = _one(self.name, z, p[depth], tokens[depth], alpha)
+                total = total + losses.where(valid[:, depth], 0.0).sum() * weights[depth]
+        stacked = torch.stack(alphas, -1)
+        if self.name == "e2e-tv":
+            # A text that ends within the draft has nothing to lose behind its end.
+            total = (valid.float().mean(-1) - expected_accepted(stacked)).sum() / counts[0].clamp_min(1)
+        return total, stacked.detach()
 
 
 def _one(name: str, logits: Tensor, p: Tensor, tokens: Tensor, alpha: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class Text:
     """A sequence of n tokens has n - 1 rows: at position t the target's hidden state there and token t + 1."""
 
     group: int
+    seed: int
     prompt_rows: int
     pages: list[int] = field(default_factory=list)
     cached: int = 0
@@ -77,7 +78,7 @@ class Texts:
             self._prompts.setdefault(start.group, _Prompt()).members += 1
         self.pause(start.id)
         tokens = np.concatenate([start.prompt_ids, start.response_ids]).astype(np.int64)[1:]
-        text = Text(start.group, len(start.prompt_ids) - 1)
+        text = Text(start.group, start.seed, len(start.prompt_ids) - 1)
         if len(tokens):
             text.tokens, text.hidden = [tokens], [start.hidden]
         self._texts[start.id] = text

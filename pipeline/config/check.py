@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from pipeline.config.check_vllm import check_vllm
 from pipeline.config.types import Config, SamplingSection
 from pipeline.errors import UsageError
 
@@ -35,11 +36,14 @@ def check_config(config: Config) -> None:
         )
     if sampling.temperature == 0:
         raise UsageError("sampling.temperature = 0 (greedy) gives nothing to learn from; use for example 1.0")
+    check_vllm(config)
     _check_replay(sampling)
     if task.kind == "jsonl" and not task.path:
         raise UsageError('task.kind = "jsonl" needs task.path, a file with one JSON object a line')
-    if task.kind == "jsonl" and not config.model.path:
-        raise UsageError('task.kind = "jsonl" needs model.path: the embedded model knows only the arithmetic task')
+    if task.kind == "datasets" and not task.path:
+        raise UsageError('task.kind = "datasets" needs task.path, a name on the hub or a folder')
+    if task.kind in ("jsonl", "datasets") and not config.model.path:
+        raise UsageError(f'task.kind = "{task.kind}" needs model.path: the embedded model knows only how to add')
     if 0 < learner.max_age <= learner.max_staleness:
         raise UsageError(
             f"learner.max_age = {learner.max_age} drops what learner.max_staleness = {learner.max_staleness} lets run "
@@ -109,8 +113,9 @@ def resolve_threads(wanted: int, config: Config) -> int:
 # What may differ between a run and its resumption: it does not change what is learnt from which samples.
 _FREE_TO_CHANGE = {
     "run": {"out", "steps", "engines", "restarts", "measure_drafting"},
-    "task": {"held_out_path", "reward_seconds", "reward_memory_mb", "reward_workers"},
+    "task": {"held_out_path", "held_out_split", "reward_seconds", "reward_memory_mb", "reward_workers"},
     "engine": None,
+    "drafter": None,
     "transport": None,
     "telemetry": None,
     "weights": {"keep", "transport"},

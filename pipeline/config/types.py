@@ -42,14 +42,20 @@ class ModelSection(Section):
 
 
 class TaskSection(Section):
-    kind: Annotated[Literal["arithmetic", "jsonl"], option("where prompts come from")] = "arithmetic"
+    kind: Annotated[
+        Annotated[str, Meta(pattern=r"^(arithmetic|jsonl|datasets|[\w.]+:\w+)$")],
+        option("where prompts come from: arithmetic, jsonl, datasets, or module:Class of your own"),
+    ] = "arithmetic"
     digits: Annotated[Annotated[int, Meta(ge=1, le=12)], option("arithmetic: digits of the largest operand")] = 2
     operands: Annotated[Annotated[int, Meta(ge=2, le=8)], option("arithmetic: numbers to add")] = 3
-    path: Annotated[str, option("jsonl: file of training samples, one object a line")] = ""
+    path: Annotated[str, option("jsonl: file of training samples, one object a line; datasets: name or folder")] = ""
     held_out_path: Annotated[str, option("jsonl: file of held-out samples")] = ""
-    question_field: Annotated[str, option("jsonl: field that holds the question")] = "question"
-    answer_field: Annotated[str, option("jsonl: field that holds the reference answer")] = "answer"
-    prompt_template: Annotated[str, option("jsonl: prompt text; {question} is replaced")] = (
+    subset: Annotated[str, option("datasets: configuration of the dataset, where it has several")] = ""
+    split: Annotated[str, option("datasets: split of training samples")] = "train"
+    held_out_split: Annotated[str, option("datasets: split of held-out samples; empty: none")] = ""
+    question_field: Annotated[str, option("jsonl, datasets: field that holds the question")] = "question"
+    answer_field: Annotated[str, option("jsonl, datasets: field of the reference answer; empty: none")] = "answer"
+    prompt_template: Annotated[str, option("jsonl, datasets: prompt text; {question} is replaced")] = (
         "Question: {question}\nAnswer:"
     )
     reward: Annotated[str, option("numeric-answer, or module:function with TRL's signature")] = "numeric-answer"
@@ -98,7 +104,10 @@ class KVCompressionSection(Section):
 
 
 class EngineSection(Section):
-    generator: Annotated[Literal["native"], option("what generates")] = "native"
+    generator: Annotated[Literal["native", "vllm"], option("what generates")] = "native"
+    vllm: Annotated[dict[str, Any], option("generator vllm: arguments of its engine, passed through")] = field(
+        default_factory=dict
+    )
     threads: Annotated[Count, option("torch threads of an engine; 0: chosen from the machine's cores")] = 0
     max_sequences: Annotated[PositiveInt, option("sequences generated at once by one engine")] = 64
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("compute type; auto: the checkpoint's")] = "auto"
@@ -245,6 +254,48 @@ class ObjectiveSection(Section):
     aggregation: Annotated[Piece, option("how the losses of tokens are added up")] = _piece("token-mean")
 
 
+DraftLoss = Literal["ce", "kl", "tv", "e2e-tv", "lk-alpha", "lk-lambda"]
+
+
+class DrafterSection(Section):
+    texts: Annotated[
+        list[str],
+        option("files to train a head on: text, .jsonl, rollouts.jsonl; empty: the policy's own responses to the task"),
+    ] = field(default_factory=list)
+    template: Annotated[str, option("text of a line of a .jsonl file; {field} is replaced")] = "{text}"
+    rollouts: Annotated[PositiveInt, option("responses that the policy generates to train a head on")] = 4096
+    held_out: Annotated[PositiveInt, option("texts kept for measuring acceptance, not trained on")] = 128
+    start: Annotated[
+        str, option("folder of the head to begin with; empty: the model's own, or one made of its last layer")
+    ] = ""
+    loss: Annotated[DraftLoss, option("what a head is trained for")] = "e2e-tv"
+    warm_up: Annotated[
+        Annotated[float, Meta(ge=0, le=1)], option("part of the steps that tv and e2e-tv are preceded by warm_up_loss")
+    ] = 0.5
+    warm_up_loss: Annotated[Literal["ce", "kl", "lk-alpha", "lk-lambda"], option("loss of that part")] = "lk-lambda"
+    depths: Annotated[Annotated[int, Meta(ge=1, le=16)], option("tokens ahead that a head is trained for")] = 3
+    depth_decay: Annotated[
+        Annotated[float, Meta(gt=0, le=1)], option("weight of each depth's loss against the one before; not of e2e-tv")
+    ] = 0.8
+    steps: Annotated[PositiveInt, option("optimiser steps")] = 1000
+    seconds: Annotated[
+        NonNegativeFloat, option("training ends after so many seconds of steps; 0: at the last step")
+    ] = 0
+    batch_tokens: Annotated[PositiveInt, option("tokens an optimiser step, with padding")] = 4096
+    learning_rate: Annotated[PositiveFloat, option("AdamW learning rate after warm-up")] = 1e-3
+    max_grad_norm: Annotated[PositiveFloat, option("gradient norm is clipped to this")] = 1.0
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], option("type of matrix products; auto: bfloat16 where that is fast")
+    ] = "auto"
+    eval_every: Annotated[PositiveInt, option("steps between measurements of acceptance on held-out texts")] = 100
+    co_train: Annotated[
+        bool,
+        option("the learner trains the head on fresh rollouts, apart from the policy, and publishes both together"),
+    ] = False
+    co_learning_rate: Annotated[PositiveFloat, option("AdamW learning rate of that; the loss is drafter.loss")] = 3.5e-5
+    checkpoint_every: Annotated[PositiveInt, option("steps between checkpoints")] = 100
+
+
 class Config(Section):
     """A whole run. Engine and learner read the same file; each uses its own tables."""
 
@@ -257,4 +308,5 @@ class Config(Section):
     weights: WeightsSection = field(default_factory=WeightsSection)
     learner: LearnerSection = field(default_factory=LearnerSection)
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    drafter: DrafterSection = field(default_factory=DrafterSection)
     telemetry: TelemetrySection = field(default_factory=TelemetrySection)

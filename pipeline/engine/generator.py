@@ -8,7 +8,12 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.errors import RunFailed
 from pipeline.messages import Capabilities, DraftCounts, SamplingParams
+
+
+class GeneratorLost(RunFailed):
+    """What generates has died, and with it all that was under way; another can be made from the newest weights."""
 
 
 class TokenOrigin(IntEnum):

@@ -125,4 +125,5 @@ class RewardWorker:
         completions = [self._decode(sample.token_ids.tolist()) for sample in group.samples]
         prompts = [group.lease.prompt] * len(completions)
         columns = {key: [value] * len(completions) for key, value in group.lease.columns.items()}
+        columns["completion_ids"] = [sample.token_ids.tolist() for sample in group.samples]  # as TRL gives them
         return scorer.score(prompts, completions, columns)

@@ -17,7 +17,7 @@ from msgspec import structs
 
 from pipeline.config import Config, check_config, resolve_threads
 from pipeline.digest import run_digest
-from pipeline.engine.generator import FinishedSample, Generator, GroupRequest
+from pipeline.engine.generator import FinishedSample, Generator, GeneratorLost, GroupRequest
 from pipeline.engine.link import Drained, Failed, Granted, Link, Revoked, VersionHint
 from pipeline.engine.observer import EngineObserver
 from pipeline.engine.rewarding import FinishedGroup, RewardWorker, ScoredGroup, Scorer, build_scorers
@@ -36,6 +36,8 @@ from pipeline.weights import FilesystemFollower, StreamFollower, WeightsError, W
 IDLE_SECONDS = 0.02
 FLUSH_SECONDS = 20.0
 WEIGHTS_RETRY_SECONDS = 1.0
+MOST_LOST = 3
+"""generators that may die in a row, without a finished sample between"""
 
 
 def run_engine(config: Config, connect: str | None, connect_timeout: float | None) -> int:
@@ -64,6 +66,8 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
         observer.close()
         watchdog.close()
         link.stop()
+        if engine.generator is not None:
+            engine.generator.close()
         if isinstance(follower, StreamFollower):
             follower.close()
         for scorer in scorers:
@@ -89,7 +93,7 @@ def _connect(
         ),
         spool,
         digest=run_digest(config),
-        capabilities=Capabilities(entropy=True, kept_ids=True),
+        capabilities=_capabilities(config),
         heartbeat_seconds=transport.heartbeat_seconds,
         connect_timeout=transport.connect_timeout if connect_timeout is None else connect_timeout,
         on_event=log,
@@ -149,6 +153,7 @@ class Engine:
         self.config, self.link, self.follower, self.stop, self.log = config, link, follower, stop, log
         self._scorers, self._beat, self.observer = scorers, beat, observer
         self._weights_due = 0.0
+        self._lost = 0
         self._rewards: RewardWorker | None = None
         self.generator: Generator | None = None
         self.work: dict[int, LeaseWork] = {}
@@ -164,9 +169,12 @@ class Engine:
             busy = self.generator is not None and self.generator.has_work()
             self.observer.enter("transport" if busy else "waiting for weights" if self.work else "waiting for leases")
             self._listen(0.0 if busy else IDLE_SECONDS)
-            self._follow_weights()
-            self._start_leases()
-            self._generate()
+            try:
+                self._follow_weights()
+                self._start_leases()
+                self._generate()
+            except GeneratorLost as error:
+                self._begin_again(error)
             self._deliver()
             self._report()
         self._leave()
@@ -212,6 +220,22 @@ class Engine:
         assert self.generator is not None
         self.generator.load_weights(folder, publication.version)
 
+    def _begin_again(self, error: GeneratorLost) -> None:
+        """Leases stay ours; what is not finished of them is generated anew, under the newest weights."""
+        self._lost += 1
+        if self.generator is not None:
+            self.generator.close()
+            self.generator = None
+        if self._lost > MOST_LOST:
+            raise RunFailed(
+                f"{error}, {self._lost} times without a sample between; its own lines above say why"
+            ) from error
+        self.log(f"{error}; starting it again")
+        for work in self.work.values():
+            if work.unfinished:
+                work.started = False
+                work.samples.clear()
+
     def _check_run(self) -> None:
         """The weights in our run directory must be the connected learner's."""
         found = RunDirectory(Path(self.config.run.out)).known_run_id()
@@ -227,7 +251,8 @@ class Engine:
 
         tokenizer = Tokenizer(folder)
         self.generator = build_generator(self.config, folder, self.log)
-        self._rewards = RewardWorker(self._scorers, tokenizer.decode)
+        if self._rewards is None:
+            self._rewards = RewardWorker(self._scorers, tokenizer.decode)
 
     def _start_leases(self) -> None:
         if self.generator is None:
@@ -255,6 +280,7 @@ class Engine:
             work = self.work.get(sample.group)
             if work is None:
                 continue
+            self._lost = 0
             work.samples[sample.sample] = sample
             if not work.unfinished:
                 assert self._rewards is not None
@@ -331,12 +357,30 @@ def _build_pieces(config: Config) -> None:
     from drafters.registry import build
     from pipeline.engine.native.compression import KVCompression
 
-    build(config.engine.drafter)
+    drafter = build(config.engine.drafter)
+    if config.engine.generator == "vllm":
+        from pipeline.engine.vllm.install import require_vllm
+        from pipeline.engine.vllm.proposer import check_needs
+
+        require_vllm()
+        check_needs(drafter)
     KVCompression.from_config(config.engine.kv_compression)
+
+
+def _capabilities(config: Config) -> Capabilities:
+    if config.engine.generator == "vllm":
+        from pipeline.engine.vllm.generator import CAPABILITIES
+
+        return CAPABILITIES
+    return Capabilities(entropy=True, kept_ids=True)
 
 
 def build_generator(config: Config, folder: Path, log: Log) -> Generator:
     """The generator of the configuration, on the model in `folder`."""
+    if config.engine.generator == "vllm":
+        from pipeline.engine.vllm.configured import vllm_generator
+
+        return vllm_generator(config, folder, log)
     import torch
 
     from drafters.registry import build

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from drafters.registry import build
+from drafters.registry import written
 from pipeline.engine.generator import FinishedSample, GroupRequest, TokenOrigin
 from pipeline.engine.native.compression import KVCompression
 from pipeline.engine.native.eviction import build as build_policy
@@ -56,7 +56,7 @@ def generate(
         raise UsageError(f"--samples {samples} must be at least 1")
     generator = NativeGenerator(
         folder,
-        drafter=build({"name": drafter}),
+        drafter=written(drafter),
         kv_compression=_compression(*kv_compression),
         max_sequences=min(samples, 64),
         max_length=len(prompt_ids) + max_new_tokens,

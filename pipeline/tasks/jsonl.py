@@ -36,33 +36,46 @@ class JsonlTask:
 
 def read_examples(path: Path, section: TaskSection) -> list[Example]:
     """All examples of a file; blank lines are passed over."""
-    fields = _template_fields(section.prompt_template)
+    fields = template_fields(section.prompt_template)
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UsageError(f"task file {str(path)!r} cannot be read ({error.strerror}); check the path") from error
-    examples = [
-        _example(line, f"{path}:{number}", fields, section) for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    examples = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            origin = f"{path}:{number}"
+            examples.append(example(_record(line, origin), origin, fields, section))
     if not examples:
         raise UsageError(f"task file {str(path)!r} is empty; it needs one JSON object a line")
     return examples
 
 
-def _example(line: bytes, origin: str, template_fields: list[str], section: TaskSection) -> Example:
+def _record(line: bytes, origin: str) -> dict[str, Any]:
     try:
-        record = _decoder.decode(line)
+        return _decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UsageError(f"{origin}: not a JSON object in UTF-8 ({error}); write one object a line") from error
+
+
+def example(record: dict[str, Any], origin: str, named_fields: list[str], section: TaskSection) -> Example:
+    """One line or row as a prompt and its columns.
+
+    Args:
+        named_fields: that the template names.
+
+    Raises:
+        UsageError: it lacks a field, or has one that cannot be used.
+    """
     question = _text(record, section.question_field, "task.question_field", origin)
-    reference = _text(record, section.answer_field, "task.answer_field", origin)
+    reference = _text(record, section.answer_field, "task.answer_field", origin) if section.answer_field else ""
     if section.reward == "numeric-answer" and reference_number(reference) is None:
         raise UsageError(
             f"{origin}: the answer {reference[-40:]!r} states no number; end it in '#### 42', "
             "or set task.reward to a function of your own"
         )
     named = {**record, "question": question}
-    for field in template_fields:
+    for field in named_fields:
         if field not in named:
             raise UsageError(
                 f"{origin}: task.prompt_template uses {{{field}}}, which this line lacks; it has {_names(record)}"
@@ -79,6 +92,8 @@ def _columns(record: dict[str, Any], reference: str, section: TaskSection, origi
         msgspec.msgpack.encode(record)
     except OverflowError as error:
         raise UsageError(f"{origin}: a field holds an integer beyond 64 bits; write it as text") from error
+    except TypeError as error:
+        raise UsageError(f"{origin}: a field cannot be sent to the reward ({error}); leave it out") from error
     return {**record, REFERENCE: reference}
 
 
@@ -91,7 +106,12 @@ def _text(record: dict[str, Any], field: str, option: str, origin: str) -> str:
     return str(value)
 
 
-def _template_fields(template: str) -> list[str]:
+def template_fields(template: str) -> list[str]:
+    """The fields that a prompt template names.
+
+    Raises:
+        UsageError: it is not one.
+    """
     try:
         parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:

@@ -68,7 +68,7 @@ def expected_logprobs(decoder, plan, prompt, response, temperature=1.0):
     found, dropped, compressed = [], [], False
     for position, token in enumerate(text[:-1]):
         attention.position = position
-        hidden = decoder.forward(torch.tensor([token]), None, None, attention)
+        hidden = decoder.forward(torch.tensor([token]), None, None, attention=attention)
         if position >= len(prompt) - 1:
             logits = decoder.logits(hidden)[0].double() / temperature
             found.append(float(logits.log_softmax(-1)[text[position + 1]]))

@@ -5,8 +5,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+from msgspec import Struct
 
 from drafters import acceptance, allocation
+from drafters import arbiter as arbiter_module
 from drafters.arbiter import ArbiterDrafter
 from drafters.base import BaseDrafter, Drafter, DraftRequest, Proposal, SequenceStart, Verified
 from drafters.composite import Ensemble
@@ -15,7 +18,7 @@ from drafters.none import NoDrafter
 from drafters.prompt_lookup import PromptLookupDrafter
 from drafters.replay import RecordedText, replay
 from drafters.suffix_automaton import SuffixAutomatonDrafter
-from drafters.testing import check_drafter
+from drafters.testing import VOCABULARY, check_distribution, check_drafter
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from tests.unit.generation import Sampled, finish, group, texts
@@ -385,6 +388,44 @@ def test_a_drafter_with_probabilities_is_one_among_others(tmp_path):
     done = finish(generator)
     assert generator.stats().drafter_failures == 0
     assert {name for s in done.values() for name in s.drafters} == {"suffix-automaton", "sampled"}
+
+
+class Telling(BaseDrafter):
+    """Draws tokens of which half let it go on, sure of itself, and the others make it stop."""
+
+    name = "telling"
+
+    class Options(Struct):
+        seed: int = 0
+
+    def __init__(self, options):
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.law = torch.full((VOCABULARY,), 0.1 / (VOCABULARY - 2))
+        self.law[[8, 15]] = 0.45  # what the target of the kit likes, too
+
+    def propose(self, request):
+        rows = len(request.ids)
+        drawn = torch.multinomial(self.law.expand(rows, -1), 3, replacement=True, generator=self.generator).numpy()
+        good = drawn[:, 0] == 8
+        lengths = np.minimum(request.budgets, np.where(good, 3, 1))
+        confidences = np.where(good[:, None] | (np.arange(3) == 0), 0.7, 0.1).astype(np.float32)
+        return Proposal(drawn, lengths, self.law.expand(rows, 3, -1), confidences=confidences)
+
+
+def test_choosing_among_drawn_drafts_leaves_the_distribution_as_it_is(monkeypatch):
+    """A choice by what was drawn would not: it verifies token 8 more often than it is drawn."""
+    pieces = [{"name": f"{__name__}:Telling", "seed": seed} for seed in range(3)]
+
+    def make():
+        options = ArbiterDrafter.Options(drafters=pieces)
+        drafter = ArbiterDrafter(options, CostModel.of(lambda rows, tokens: rows + 0.01 * tokens))
+        drafter._clock = lambda: 0.0
+        return drafter
+
+    check_distribution(make, 2000)
+    monkeypatch.setattr(arbiter_module, "_blind", lambda *arguments: None)
+    with pytest.raises(AssertionError, match="do not follow the target"):
+        check_distribution(make, 2000)
 
 
 def test_an_arbiter_without_drafters_is_refused():

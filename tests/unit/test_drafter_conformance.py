@@ -48,6 +48,14 @@ MAKERS = {
     "token-recycling": TokenRecyclingDrafter,
     "sampled": Sampled,
     "draft-model": lambda: build({"name": "draft-model", "path": draft_checkpoint()}),
+    "layer-skip": lambda: build({"name": "layer-skip", "stop_below": 0.3, "refresh_every": 5}),
+    "arbiter of models": lambda: build(
+        {
+            "name": "arbiter",
+            "measure": False,
+            "drafters": ["suffix-automaton", "layer-skip", {"name": "draft-model", "path": draft_checkpoint()}],
+        }
+    ),
     "suffix-automaton and draft-model": lambda: build(
         {
             "name": "suffix-automaton",

@@ -1,5 +1,7 @@
 """The multi-token-prediction head and the drafter that runs it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,7 @@ def module_logits(target, module, tokens, depths):
 
 def drafter_for(weights, target, **options):
     drafter = MTPDrafter(MTPDrafter.Options(**options), weights)
-    drafter.attach(target)
+    drafter.attach(SimpleNamespace(decoder=target))
     return drafter
 
 
@@ -90,7 +92,7 @@ def test_drafts_have_the_training_modules_distributions(target, weights):
 
 def test_groups_read_their_prompt_once_and_draft_as_alone(target, weights):
     prompt = [1, *([7, 3, 11] * 15)]
-    alone, shared = drafter_for(weights, target, sampling="greedy"), drafter_for(weights, target, sampling="greedy")
+    alone, shared = drafter_for(weights, target, greedy=True), drafter_for(weights, target, greedy=True)
     alone.begin([start(target, prompt)])
     shared.begin([start(target, prompt, id=i) for i in range(4)] + [start(target, [4, 4], id=4, group=1)])
     rows = []
@@ -124,7 +126,7 @@ def test_pages_are_given_back(target, weights):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sampling": "greedy", "stop_below": 0.3}, {"max_tokens": 1}],
+    [{}, {"greedy": True, "stop_below": 0.3}, {"max_tokens": 1}],
     ids=["probabilistic", "greedy", "one token"],
 )
 def test_mtp_keeps_to_the_protocol(weights, options):

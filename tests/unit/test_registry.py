@@ -6,7 +6,7 @@ from msgspec import Meta, Struct
 
 from drafters.base import BaseDrafter, Drafter
 from drafters.none import NoDrafter
-from drafters.registry import available, build
+from drafters.registry import available, build, written
 from drafters.suffix_automaton import SuffixAutomatonDrafter
 from pipeline.errors import UsageError
 
@@ -46,6 +46,13 @@ def test_drafters_are_built_by_entry_point_with_their_options():
 def test_a_strangers_class_is_built_by_module_and_name():
     drafter = build({"name": f"{__name__}:OwnDrafter", "depth": 7})
     assert isinstance(drafter, OwnDrafter) and drafter.options.depth == 7
+
+
+def test_a_command_line_can_give_options():
+    assert written('{name = "prompt-lookup", min_ngram = 3}').options.min_ngram == 3
+    assert written("none").name == "none"
+    with pytest.raises(UsageError, match="no inline table of TOML"):
+        written('{name = "prompt-lookup", min_ngram: 3}')
 
 
 @pytest.mark.parametrize(

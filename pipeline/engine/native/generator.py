@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.base import Drafter, DraftRequest, Needs, Places, Proposal, SequenceStart, Verified
 from drafters.none import NoDrafter
 from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds
 from pipeline.engine.native.compression import Compressor, KVCompression
@@ -26,6 +26,7 @@ from pipeline.models.checkpoint import load_decoder, load_weights_into
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import PAGE, KVCache
 from pipeline.models.tokenizer import Tokenizer
+from pipeline.sampling.plain import verify_plain
 from pipeline.sampling.processors import Processors
 from pipeline.sampling.uniforms import salted
 from pipeline.sampling.verification import TokenUniforms, VerifiedTokens, verify
@@ -249,11 +250,13 @@ class NativeGenerator:
             return None
         return self._load_tokenizer()
 
-    def places(self, ids: Items[int]) -> tuple[np.ndarray, np.ndarray]:
+    def places(self, ids: Items[int]) -> Places:
         """As `drafters.base.Target` says."""
         row_of = {s.id: row for row, s in enumerate(self._live)}
         rows = [row_of[i] for i in ids]
-        return self._tables[rows], np.array([self._live[row].cached for row in rows], np.int64)
+        held = np.array([self._live[row].held for row in rows], np.int64)
+        evicted = np.array([self._live[row].evicted for row in rows], np.int64) if self._compressor else None
+        return Places(self._tables[rows], held, evicted)
 
     def _new_memory(self) -> Memory:
         cache = KVCache(self.decoder.config, self.decoder.dtype, self.decoder.device, self._pages)
@@ -439,6 +442,11 @@ class NativeGenerator:
         self._salt = self._salt or probabilistic
         if self._salt:
             seeds = salted(seeds, np.array([s.id + 1 for s in self._live], np.int64))
+        temperatures = self._processors.temperatures(slots)
+        if not probabilistic and temperatures is not None and logits.device.type == "cpu":
+            return verify_plain(
+                logits, temperatures, proposal.token_ids, proposal.lengths, seeds, positions, self.capabilities.entropy
+            )
         target = self._processors.target(
             logits, slots, positions, proposal.token_ids, proposal.lengths, self.capabilities.entropy
         )

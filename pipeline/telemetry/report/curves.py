@@ -7,6 +7,8 @@ from typing import Any
 from pipeline.telemetry.report.page import Chart
 
 Row = Mapping[str, Any]
+WINDOW = 10
+"""steps of a running mean"""
 
 
 def run_charts(rows: Sequence[Row], config: Mapping[str, Any]) -> list[Chart]:
@@ -14,7 +16,7 @@ def run_charts(rows: Sequence[Row], config: Mapping[str, Any]) -> list[Chart]:
     steps = [row["step"] for row in rows]
     draw = _Curves(rows, steps)
     return [
-        draw.chart("reward", "Reward", ("reward_mean", "reward_mean_unfiltered", "eval_reward_mean")),
+        _reward(draw),
         _entropy(draw, config),
         draw.chart(
             "erc", "Entropy ratio clipping", ("entropy_ratio_kept", "extra.erc/below", "extra.erc/above"),
@@ -24,7 +26,7 @@ def run_charts(rows: Sequence[Row], config: Mapping[str, Any]) -> list[Chart]:
                    note="Publications between a token's policy and the newest."),
         draw.chart("importance", "Importance weights", ("importance_weight_mean", "importance_weight_ess"),
                    note="Effective sample size as a share of the tokens; 1 is on-policy."),
-        draw.chart("mismatch", "mismatch_k3", ("mismatch_k3",), yaxis={"type": "log"},
+        draw.chart("mismatch", "mismatch_k3", ("mismatch_k3",), yaxis={"type": "log", "exponentformat": "power"},
                    note="Learner against engine at equal weights: the first number to look at."),
         draw.chart("speed", "Tokens per second", ("tokens_per_second",)),
         draw.chart("verification", "Tokens a verification", ("tokens_per_verification",)),
@@ -60,6 +62,18 @@ class _Curves:
         sparse = sum(value is not None for value in values) < len(values)
         mode = "lines+markers" if sparse or len(values) < 40 else "lines"
         return {"x": self.steps, "y": values, "name": inner or outer, "mode": mode, "connectgaps": True}
+
+
+def _reward(draw: _Curves) -> Chart:
+    chart = draw.chart("reward", "Reward", ("reward_mean", "reward_mean_unfiltered", "eval_reward_mean"))
+    values = [row["reward_mean"] for row in draw.rows]
+    smooth = []
+    for end in range(1, len(values) + 1):
+        known = [value for value in values[max(0, end - WINDOW) : end] if value is not None]
+        smooth.append(statistics.fmean(known) if known else None)
+    name = f"mean of {WINDOW} steps"
+    chart.data.append({"x": draw.steps, "y": smooth, "name": name, "mode": "lines", "line": {"width": 3}})
+    return chart
 
 
 def _piece(config: Mapping[str, Any], kind: str, name: str) -> Mapping[str, Any] | None:

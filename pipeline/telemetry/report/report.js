@@ -2,8 +2,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)").matches;
 const base = {
-  margin: { l: 55, r: 15, t: 10, b: 40 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-  font: { color: dark ? "#e8e8e8" : "#1c1c1c", size: 12 }, hovermode: "x unified", legend: { orientation: "h", y: -0.2 },
+  margin: { l: 55, r: 15, t: 35, b: 40 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+  font: { color: dark ? "#e8e8e8" : "#1c1c1c", size: 12 }, hovermode: "x unified", legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
   colorway: ["#3b7dd8", "#e0863a", "#3aa66f", "#b05cc6", "#d3504e", "#7a8896", "#c2a83e", "#38a5b8"],
 };
 const grid = { gridcolor: dark ? "#3a3a3d" : "#e4e4e4", zerolinecolor: dark ? "#555" : "#ccc" };

@@ -1,0 +1,257 @@
+"""What drafters that run a model are worth: acceptance by layers skipped, fixed sets beside it, speed and prediction.
+
+    rollahead bench model-drafters --model DIR --prompts FILE --draft-model DIR --out DIR
+
+Parts: `sets` (acceptance of the program's set, against fixed sets of the same size: layers left out evenly, at the end,
+at the beginning, in the middle) and `speed` (against plain decoding, in turns, beside the speed that the measured costs
+of a verification, a layer and a head predict for the acceptance found).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.results import spread, write_results
+from drafters.base import Drafter, DraftRequest, Verified
+from drafters.calibration import verification_step
+from drafters.draft_model import DraftModelDrafter
+from drafters.drawing import Drawing
+from drafters.layer_skip import LayerSkipDrafter, Set
+from drafters.none import NoDrafter
+from pipeline.engine.generator import GroupRequest
+from pipeline.engine.native.generator import GeneratorStats, NativeGenerator
+from pipeline.errors import UsageError
+from pipeline.messages import SamplingParams
+from pipeline.models.checkpoint import load_decoder
+from pipeline.models.decoder import Decoder
+from pipeline.models.kv_cache import PAGE, KVCache
+from pipeline.models.tokenizer import Tokenizer
+
+Row = dict[str, Any]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the parts, prints a line a row, writes `results.json`; the exit code."""
+    options = _parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    known = {"sets": _sets, "speed": _speed}
+    rows: list[Row] = []
+    decoder = load_decoder(options.model, options.dtype)
+    prompts = _prompts(options)
+    for part in options.parts.split(","):
+        if part not in known:
+            raise UsageError(f"--parts {part} is unknown; there are {', '.join(known)}")
+        for row in known[part](decoder, prompts, options):
+            rows.append({"part": part, **row})
+            print(json.dumps(rows[-1]), flush=True)
+    path = write_results(
+        options.out, "model-drafters", rows, model=str(options.model), seed=options.seed, clock=options.clock
+    )
+    print(f"written {path}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rollahead bench model-drafters", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory of the target")
+    parser.add_argument("--prompts", type=Path, required=True, help=".jsonl with questions")
+    parser.add_argument("--draft-model", type=Path, help="checkpoint directory of a smaller one")
+    parser.add_argument("--parts", default="sets,speed")
+    parser.add_argument("--skips", default="", help="layers to leave out, comma between; default: six counts")
+    parser.add_argument("--batch", default="1", help="sequences at once, comma between")
+    parser.add_argument("--draft-tokens", type=int, default=6)
+    parser.add_argument("--stop-below", type=float, default=0.4)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--tokens", type=int, default=96, help="of each response")
+    parser.add_argument("--count", type=int, default=4, help="prompts a run, at least the batch")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it is")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-model-drafters"))
+    return parser
+
+
+def _prompts(options: argparse.Namespace) -> list[np.ndarray]:
+    tokenizer = Tokenizer(options.model)
+    try:
+        lines = options.prompts.read_text().splitlines()
+        questions = [json.loads(line)["question"] for line in lines]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--prompts {options.prompts} is no file of questions: {error!r}") from None
+    return [np.array(tokenizer.encode(f"Question: {q}\nAnswer:"), np.int64) for q in questions]
+
+
+def _run(
+    decoder: Decoder, drafter: Drafter, prompts: Sequence[np.ndarray], batch: int, options: argparse.Namespace
+) -> tuple[float, GeneratorStats]:
+    """Seconds and counts of a response to each prompt; drafting in the clock, start-up not."""
+    generator = NativeGenerator(
+        decoder, drafter=drafter, max_sequences=batch, max_draft_tokens=options.draft_tokens, max_length=512,
+        tokenizer=Tokenizer(options.model), stop_token_ids=(),
+    )  # fmt: skip
+    sampling = SamplingParams(temperature=options.temperature, max_new_tokens=options.tokens)
+    clock = CLOCKS[options.clock]
+    began = clock()
+    for i, prompt in enumerate(prompts[: max(batch, options.count)]):
+        generator.add(GroupRequest(i, prompt, sampling, (options.seed + i,)))
+    while generator.has_work():
+        generator.step()
+    seconds, stats = clock() - began, generator.stats()
+    generator.close()
+    return seconds, stats
+
+
+# ---- sets -----------------------------------------------------------------------------------------------------------
+
+
+class FixedSkip(LayerSkipDrafter):
+    """Leaves out the same layers always."""
+
+    def __init__(self, options: LayerSkipDrafter.Options, skipped: Set) -> None:
+        super().__init__(options)
+        self._fixed = skipped
+
+    def _refresh(self, verified: Verified, rows: list[int]) -> None:
+        self._shared = self._fixed
+
+
+def fixed_sets(layers: int, count: int) -> dict[str, Set]:
+    """Sets of a size that need no choosing. The first layer stays in an even one: it is what all others build on."""
+    sets = {
+        f"uniform {phase}": tuple(sorted({1 + int((i + phase / 3) * (layers - 1) / count) for i in range(count)}))
+        for phase in range(3)
+    }
+    return sets | {
+        "prefix kept": tuple(range(layers - count, layers)),
+        "suffix kept": tuple(range(count)),
+        "middle left out": tuple(range((layers - count) // 2, (layers - count) // 2 + count)),
+    }
+
+
+def _sets(decoder: Decoder, prompts: Sequence[np.ndarray], options: argparse.Namespace) -> list[Row]:
+    layers, rows = len(decoder.layers), []
+    for count in _counts(layers, options):
+        settings = LayerSkipDrafter.Options(skip=count / layers, max_tokens=options.draft_tokens, stop_below=0.0)
+        chosen = LayerSkipDrafter(settings)
+        seconds, stats = _run(decoder, chosen, prompts, 1, options)
+        fixed = {}
+        for name, skipped in fixed_sets(layers, count).items():
+            if len(skipped) == count:
+                _, other = _run(decoder, FixedSkip(settings, skipped), prompts, 1, options)
+                fixed[name] = other.accepted / max(1, other.drafted)
+        best = max(fixed, key=lambda name: fixed[name])
+        ours = stats.accepted / max(1, stats.drafted)
+        rows.append(
+            {
+                "layers": layers, "skipped": count, "acceptance": ours, "best_fixed": best, "fixed": fixed,
+                "points_over_best_fixed": 100 * (ours - fixed[best]),
+                "choosing_share": chosen.counters()["seconds_choosing"] / seconds, "last_set": chosen._shared,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _counts(layers: int, options: argparse.Namespace) -> list[int]:
+    if options.skips:
+        return [int(count) for count in options.skips.split(",")]
+    return sorted({max(1, round(layers * part)) for part in (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)})
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------------
+
+
+def _speed(decoder: Decoder, prompts: Sequence[np.ndarray], options: argparse.Namespace) -> list[Row]:
+    makers: dict[str, Callable[[], Drafter]] = {"none": NoDrafter}
+    steps: dict[str, Callable[[int], float]] = {}
+    layers = len(decoder.layers)
+    common = {"max_tokens": options.draft_tokens, "stop_below": options.stop_below}
+    for count in _counts(layers, options):
+        name = f"layer-skip {count}/{layers}"
+        settings = LayerSkipDrafter.Options(skip=count / layers, **common)
+        makers[name] = lambda settings=settings: LayerSkipDrafter(settings)  # type: ignore[misc]
+        steps[name] = lambda rows, left=layers - count: _draft_step(decoder, left, rows, options)  # type: ignore[misc]
+    if options.draft_model:
+        smaller = load_decoder(options.draft_model, decoder.dtype)
+        own = DraftModelDrafter.Options(path=str(options.draft_model), **common)
+        makers["draft-model"] = lambda: DraftModelDrafter(own)
+        steps["draft-model"] = lambda rows: _draft_step(smaller, len(smaller.layers), rows, options)
+    rows: list[Row] = []
+    for batch in map(int, options.batch.split(",")):
+        speeds: dict[str, list[float]] = {name: [] for name in makers}
+        last: dict[str, GeneratorStats] = {}
+        for repeat in range(options.repeats + 1):
+            for name in makers if repeat % 2 else reversed(makers):
+                seconds, last[name] = _run(decoder, makers[name](), prompts, batch, options)
+                if repeat:  # the first round warms up
+                    speeds[name].append(last[name].generated_tokens / seconds)
+        for name in makers:
+            ratios = [a / b for a, b in zip(speeds[name], speeds["none"], strict=True)]
+            row: Row = {
+                "drafter": name, "batch": batch, "temperature": options.temperature,
+                "tokens_per_second": statistics.median(speeds[name]), "ratio_to_plain": spread(ratios),
+            }  # fmt: skip
+            if name in steps:
+                row |= _predicted(decoder, last[name], batch, steps[name](batch), options)
+            rows.append(row)
+    return rows
+
+
+def _predicted(decoder: Decoder, stats: GeneratorStats, batch: int, step: float, options: argparse.Namespace) -> Row:
+    """E[L] t(B, 1) / (t(B, 1 + n) + n d): n tokens drafted a verification, d seconds a draft step."""
+    drafted, emitted = stats.drafted / stats.verifications, stats.generated_tokens / stats.verifications
+    plain, low = _verification(decoder, batch, 1, options), _verification(decoder, batch, 1 + int(drafted), options)
+    high = _verification(decoder, batch, 2 + int(drafted), options)
+    seconds = low + (drafted - int(drafted)) * (high - low) + drafted * step
+    return {
+        "acceptance_rate": stats.accepted / max(1, stats.drafted),
+        "tokens_per_verification": emitted,
+        "drafted_per_verification": drafted,
+        "draft_step_of_plain_step": step / plain,
+        "predicted_ratio": emitted * plain / seconds,
+    }
+
+
+def _verification(decoder: Decoder, rows: int, per_row: int, options: argparse.Namespace) -> float:
+    """t(B, n): least seconds of a verification."""
+    return _least(verification_step(decoder, rows, per_row, 128), options)
+
+
+def _least(step: Callable[[], None], options: argparse.Namespace) -> float:
+    clock, taken = CLOCKS[options.clock], []
+    for _ in range(30):
+        began = clock()
+        step()
+        taken.append(clock() - began)
+    return min(taken)
+
+
+@torch.no_grad()
+def _draft_step(decoder: Decoder, layers: int, rows: int, options: argparse.Namespace) -> float:
+    """Least seconds of a draft token for `rows` sequences of 128 tokens, through so many layers."""
+    cache = KVCache(decoder.config, decoder.dtype, decoder.device, rows * (128 // PAGE + 1))
+    tables = np.array(cache.take(cache.free), np.int64).reshape(rows, -1)
+    cached, ones = np.full(rows, 128, np.int64), np.ones(rows, np.int64)
+    temperatures = np.full(rows, options.temperature, np.float32)
+    request = DraftRequest(list(range(rows)), ones, temperatures)
+
+    def step() -> None:
+        x = decoder.embedding[torch.zeros(rows, dtype=torch.int64)]
+        plan = cache.plan(tables, cached, ones)
+        for index in range(layers):
+            x = decoder.block(index, x, plan, cache)
+        drawing = Drawing(request, ones, ones, ones, vocab_size=decoder.config.vocab_size)
+        drawing.draw(decoder.logits(decoder.attention.norm(x, decoder.final_norm)))
+        drawing.proposal()
+
+    return _least(step, options)

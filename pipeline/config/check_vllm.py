@@ -1,0 +1,71 @@
+"""What `engine.generator = "vllm"` cannot do, said before anything starts. Torch-free, and free of vLLM."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.config.types import Config
+from pipeline.errors import UsageError
+
+OURS = {
+    "model": "model.path",
+    "tokenizer": "model.path",
+    "dtype": "engine.dtype",
+    "max_num_seqs": "engine.max_sequences",
+    "max_model_len": "sampling.max_prompt_tokens and sampling.max_new_tokens",
+    "logprobs_mode": "nothing else: training needs processed_logprobs",
+    "worker_extension_cls": "the generator itself",
+    "skip_tokenizer_init": "the generator itself",
+}
+"""vLLM's engine arguments that follow from other options"""
+
+
+def drafts(drafter: Mapping[str, Any], options: Mapping[str, Any], max_draft_tokens: int) -> bool:
+    """Whether vLLM speculates: with a drafter of ours, or by `speculative_config` with one of its own."""
+    return "speculative_config" in options or (drafter.get("name") != "none" and max_draft_tokens > 0)
+
+
+def check_vllm(config: Config) -> None:
+    """
+    Raises:
+        UsageError: an option that this generator cannot follow, with the remedy.
+    """
+    engine, sampling = config.engine, config.sampling
+    if engine.generator != "vllm":
+        if engine.vllm:
+            raise UsageError(
+                f'engine.vllm is set and engine.generator = "{engine.generator}"; set engine.generator = "vllm", or '
+                "remove the table"
+            )
+        return
+    for key, home in OURS.items():
+        if key in engine.vllm:
+            raise UsageError(f"engine.vllm.{key} is decided by {home}; remove it")
+    speculative = engine.vllm.get("speculative_config")
+    if speculative is not None and engine.drafter.get("name") != "none":
+        raise UsageError(
+            f"engine.vllm.speculative_config and engine.drafter = {engine.drafter.get('name')!r} both draft; set "
+            'engine.drafter = "none" to use vLLM\'s own drafter'
+        )
+    if speculative is not None and not isinstance(speculative, dict):
+        raise UsageError(
+            f"engine.vllm.speculative_config = {speculative!r} is no table; write for example "
+            '{method = "ngram", prompt_lookup_max = 4}'
+        )
+    if engine.verification != "standard":
+        raise UsageError(
+            f'engine.verification = "{engine.verification}" is the native generator\'s; vLLM verifies token by token, '
+            'so leave it at "standard"'
+        )
+    for key in ("kv_compression",):
+        value, off = getattr(engine, key), getattr(type(engine)(), key)
+        if value != off:
+            raise UsageError(
+                f'engine.{key} = {value!r} is the native generator\'s; remove it, or use engine.generator = "native"'
+            )
+    for key in ("top_k", "top_p", "min_p"):
+        value, off = getattr(sampling, key), getattr(type(sampling)(), key)
+        if value != off:
+            raise UsageError(
+                f"sampling.{key} = {value} needs to know which tokens were left to draw from, which vLLM does not say; "
+                f'leave it at {off} for training, or use engine.generator = "native"'
+            )

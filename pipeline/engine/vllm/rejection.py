@@ -1,0 +1,155 @@
+"""vLLM's rejection sampler: what is wrong with it on a CPU is corrected, and the installed one is tested.
+
+In vLLM 0.32 on a CPU, `expand_batch_to_tokens` writes into a converted copy of its output, so that temperature, top-k
+and top-p of drafted positions are uninitialised memory and what is sampled follows the draft; and a draft of -1, which
+stands for "none", indexes in front of a row of probabilities.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.messages import SamplingParams
+from pipeline.sampling.exactness import chi_square_p_value, processed_law
+
+KNOWN_TO_NEED_IT = ("0.32.",)
+"""beginnings of versions whose CPU sampler needs the correction"""
+STOCK = "ROLLAHEAD_VLLM_STOCK_SAMPLER"
+"""environment variable that leaves the sampler as it is, to show what a guard is for"""
+CHECK_LEVEL = 1e-7
+"""p-value below which a sampler is refused; a right one is, once in ten million starts and setting"""
+
+
+def needs_correction(found: str, device: str) -> bool:
+    """Whether vLLM `found` on a device of this type is known to sample wrongly where it drafts."""
+    return device == "cpu" and found.startswith(KNOWN_TO_NEED_IT)
+
+
+def correct(sampler: Any) -> None:
+    """Puts the corrections into `vllm.v1.sample.rejection_sampler`; twice is as good as once."""
+    if sampler.expand_batch_to_tokens is not expand_batch_to_tokens:
+        sampler.expand_batch_to_tokens = expand_batch_to_tokens
+        sampler.rejection_sample = without_missing_drafts(sampler.rejection_sample)
+
+
+def expand_batch_to_tokens(
+    x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Tensor:
+    """x[b] once for each of row b's tokens.
+
+    Args:
+        x: [B].
+        cu_num_tokens: [B], tokens of the rows up to and including each.
+        num_tokens: of all rows.
+        replace_from: value that becomes `replace_to`.
+        replace_to: the value instead.
+    """
+    if replace_from != replace_to:
+        x = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    return x.repeat_interleave(counts.long(), output_size=num_tokens)
+
+
+def without_missing_drafts(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`rejection_sample` in which a draft of -1 is a token of its own that the target never samples: it is rejected,
+    and what is drawn in its place follows the target."""
+
+    def rejection_sample(
+        draft_token_ids: Tensor,
+        num_draft_tokens: list[int],
+        max_spec_len: int,
+        cu_num_draft_tokens: Tensor,
+        draft_probs: Tensor | None,
+        target_logits: Tensor,
+        *rest: Any,
+        **named: Any,
+    ) -> Tensor:
+        missing = draft_token_ids < 0
+        if bool(missing.any()):
+            draft_token_ids = draft_token_ids.masked_fill(missing, target_logits.shape[1])
+            target_logits = torch.nn.functional.pad(target_logits, (0, 1), value=float("-inf"))
+            if draft_probs is not None:
+                draft_probs = torch.nn.functional.pad(draft_probs.masked_fill(missing[:, None], 0.0), (0, 1))
+        return stock(
+            draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits,
+            *rest, **named,
+        )  # fmt: skip
+
+    return rejection_sample
+
+
+# ---- the test ----------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "temperature 0.6": SamplingParams(temperature=0.6),
+    "temperature 1": SamplingParams(),
+    "top-k 3": SamplingParams(temperature=0.8, top_k=3),
+    "top-p 0.8": SamplingParams(top_p=0.8),
+}
+"""what a sampler is tested with"""
+LOGITS = (1.5, 1.0, 0.5, 0.0, -0.5, -1.0)
+
+
+def prepare() -> None:
+    """What a worker does before its first step, for a process that tests the sampler without an engine."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    current_platform.register_triton_kernel_overrides()
+
+
+def check(device: torch.device, rows: int = 20_000, missing: bool = False) -> dict[str, float]:
+    """Chi-square p-values of the first token that vLLM's rejection sampler emits for one drafted token, by setting.
+
+    The draft is the least likely token that can be drawn, so that a sampler which follows it fails by much. A sampler
+    that raises has p-value 0.
+
+    Args:
+        device: where to sample.
+        rows: sequences in the batch.
+        missing: whether the drafts are -1, which stands for none.
+    """
+    found = {}
+    for name, params in SETTINGS.items():
+        law = processed_law(np.array(LOGITS), params, (), (), ())
+        draft = -1 if missing else int(np.where(law > 0, law, 2.0).argmin())
+        tokens = _sampled(params, draft, rows, device)
+        if tokens is None or tokens.min() < 0 or tokens.max() >= len(law):
+            found[name] = 0.0
+        else:
+            found[name] = chi_square_p_value(np.bincount(tokens, minlength=len(law)), law * rows)
+    return found
+
+
+def _sampled(params: SamplingParams, draft: int, rows: int, device: torch.device) -> np.ndarray | None:
+    """Tokens int64 [rows]; None: the sampler raised."""
+    from vllm.v1.sample import rejection_sampler
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
+
+    def each(value: float, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((rows,), value, dtype=kind, device=device)
+
+    cumulative, none = torch.arange(1, rows + 1, dtype=torch.int32, device=device), each(0.0)
+    metadata = SamplingMetadata(
+        temperature=each(params.temperature), all_greedy=False, all_random=True,
+        top_p=each(params.top_p) if params.top_p < 1 else None,
+        top_k=each(params.top_k, torch.int32) if params.top_k else None,
+        generators={}, max_num_logprobs=None, no_penalties=True, prompt_token_ids=None, frequency_penalties=none,
+        presence_penalties=none, repetition_penalties=none, output_token_ids=[], allowed_token_ids_mask=None,
+        bad_words_token_ids={}, logitsprocs=LogitsProcessors(),
+    )  # fmt: skip
+    logits = torch.tensor(LOGITS, device=device).repeat(rows, 1)
+    bonus = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+    try:
+        target = rejection_sampler.apply_sampling_constraints(logits, cumulative, metadata)
+        emitted = rejection_sampler.rejection_sample(
+            each(draft, torch.int32), [1] * rows, 1, cumulative, None, target, bonus, metadata
+        )
+    except RuntimeError:  # uninitialised memory makes some settings raise
+        return None
+    tokens: np.ndarray = emitted[:, 0].long().cpu().numpy()
+    return tokens

@@ -1,0 +1,90 @@
+"""Our sampling parameters as vLLM's."""
+
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+
+from pipeline.errors import UsageError
+from pipeline.messages import SamplingParams
+
+PENALTY, BIAS = 2.0, 100.0
+"""vLLM takes presence and frequency penalties, and logit biases, no larger than these"""
+
+
+def refusal(params: SamplingParams, speculating: bool) -> str | None:
+    """Why vLLM cannot sample so, in one sentence; None when it can."""
+    if speculating and params.min_p > 0:
+        return (
+            f"sampling.min_p = {params.min_p} does not work together with drafting in vLLM; set engine.drafter = "
+            '"none" or sampling.min_p = 0'
+        )
+    if speculating and params.logit_bias:
+        return (
+            'sampling.logit_bias does not work together with drafting in vLLM; set engine.drafter = "none" or remove it'
+        )
+    if any(abs(value) > BIAS for _, value in params.logit_bias):
+        return f"sampling.logit_bias has a value beyond ±{BIAS:g}, which vLLM would clip; choose a smaller one"
+    for key in ("presence_penalty", "frequency_penalty"):
+        if abs(value := getattr(params, key)) > PENALTY:
+            return f"sampling.{key} = {value} is beyond ±{PENALTY:g}, the most that vLLM takes; choose a smaller one"
+    return None
+
+
+def translated(
+    params: SamplingParams,
+    *,
+    seed: int,
+    temperature: float,
+    max_tokens: int,
+    stop: Collection[int],
+    vocab_size: int,
+    speculating: bool,
+    extra: dict[str, Any],
+) -> Any:
+    """`vllm.SamplingParams` of one sample.
+
+    Args:
+        params: of the group.
+        seed, temperature: of the sample.
+        max_tokens: longest response.
+        stop: ids that end it, all of them.
+        vocab_size: of the model.
+        speculating: whether vLLM drafts.
+        extra: for the drafter.
+
+    Raises:
+        UsageError: settings that vLLM does not have.
+    """
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    if (why := refusal(params, speculating)) is not None:
+        raise UsageError(why)
+    allowed = set(params.allowed_token_ids)
+    if params.bad_token_ids:
+        allowed = (allowed or set(range(vocab_size))) - set(params.bad_token_ids)
+    try:
+        return vllm.SamplingParams(
+            temperature=temperature,
+            max_tokens=max_tokens,
+            min_tokens=min(params.min_new_tokens, max_tokens),
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=dict(params.logit_bias) or None,
+            allowed_token_ids=sorted(allowed) or None,
+            stop_token_ids=sorted(stop),
+            ignore_eos=True,
+            stop=list(params.stop_strings) or None,
+            detokenize=bool(params.stop_strings),
+            seed=seed % (1 << 63),
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=extra,
+        )
+    except ValueError as error:
+        raise UsageError(f"vLLM does not take sampling = {msgspec.to_builtins(params)}: {error}") from error

@@ -1,0 +1,80 @@
+"""What runs inside vLLM's worker processes: a mixin of its worker class, called by name over its collective RPC.
+
+Importing this module in a worker corrects the rejection sampler where the installed version is known to need it.
+"""
+
+import os
+from typing import Any
+
+import torch
+
+from pipeline.engine.vllm import rejection
+from pipeline.engine.vllm.install import installed_version
+from pipeline.engine.vllm.proposer import DrafterProposer
+
+
+def _correct() -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+
+    if rejection.needs_correction(installed_version() or "", current_platform.device_type):
+        rejection.correct(rejection_sampler)
+
+
+if not os.environ.get(rejection.STOCK):
+    _correct()
+
+
+def refresh_tied_head(model: torch.nn.Module, tied: bool) -> None:
+    """After a reload: vLLM 0.32 leaves a tied output layer, which no checkpoint has weights for, with its old ones; on
+    a CPU that is a packed copy of them."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    tables = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+    heads = [table for table in tables if isinstance(table, ParallelLMHead)]
+    inputs = [table for table in tables if not isinstance(table, ParallelLMHead)]
+    if tied and inputs:
+        for head in heads:
+            head.tie_weights(inputs[0])
+            head.quant_method.process_weights_after_loading(head)
+
+
+class RollaheadWorker:
+    """Methods carry our name: a mixin of vLLM's must not hide one of the worker's own."""
+
+    model_runner: Any
+    device: torch.device
+
+    def rollahead_bind(self) -> bool:
+        """After loading; whether a drafter of ours is at work here."""
+        proposer = self._rollahead_proposer()
+        if proposer is not None:
+            proposer.bind(self.model_runner)
+        return proposer is not None
+
+    def rollahead_check_sampler(self) -> dict[str, float]:
+        """p-values of the sampler in this very process, by setting."""
+        return rejection.check(torch.device(self.device))
+
+    def rollahead_load_weights(self, folder: str, version: int) -> None:
+        """A checkpoint's weights in place of those loaded; between steps, while generation is paused."""
+        runner = self.model_runner
+        runner.reload_weights(weights_path=folder)
+        tied = getattr(runner.model_config.hf_text_config, "tie_word_embeddings", False)
+        refresh_tied_head(runner.get_model(), bool(tied))
+        proposer = self._rollahead_proposer()
+        if proposer is not None:
+            proposer.weights_changed(version)
+
+    def rollahead_drafter(self) -> tuple[list[str], dict[str, float]]:
+        """What the drafter has said since the last call, and its figures."""
+        proposer = self._rollahead_proposer()
+        if proposer is None:
+            return [], {}
+        events = list(proposer.events)
+        proposer.events.clear()
+        return events, proposer.counters()
+
+    def _rollahead_proposer(self) -> DrafterProposer | None:
+        proposer = getattr(self.model_runner, "drafter", None)
+        return proposer if isinstance(proposer, DrafterProposer) else None

@@ -1,0 +1,112 @@
+"""A draft head trained beside the policy: nothing of it reaches the policy, and both are published together."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from drafters.mtp.module import MTPModule
+from drafters.registry import build
+from learner.co_training import HeadCoTraining
+from learner.policy import policy_state
+from pipeline.config.types import DrafterSection
+from pipeline.engine.native.generator import NativeGenerator
+from pipeline.errors import UsageError
+from pipeline.models.config import ModelConfig
+from pipeline.weights.filesystem import FilesystemFollower, FilesystemPublisher, save_tensors
+from tests.unit.generation import finish, group
+from tests.unit.learner_samples import batch, tiny_folder, tiny_policy
+from tests.unit.test_trainer import parameters_of, trainer_of
+
+SECTION = DrafterSection(co_train=True, depths=2, co_learning_rate=1e-3, batch_tokens=200)
+
+
+def head_for(folder, model, **options):
+    return HeadCoTraining(model, ModelConfig.from_folder(folder), SECTION, [], 0, **options)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_policy_and_its_gradients_are_bitwise_those_without_a_head(tmp_path, compute):
+    folder = tiny_folder(tmp_path / "model")
+    alone, beside = tiny_policy(tmp_path / "a"), tiny_policy(tmp_path / "b")
+    head = head_for(folder, beside, compute=compute)
+    begun = copy.deepcopy(head.training.module.weights())
+    trainers = trainer_of(alone), trainer_of(beside)
+    for step in range(3):
+        groups = batch(np.random.default_rng(step))
+        expected = trainers[0].train(groups, step)
+        state = torch.get_rng_state()
+        # gradients that are there at the time stay as they are
+        kept = [torch.full_like(p, 7.0) for p in beside.parameters()]
+        for p, g in zip(beside.parameters(), kept, strict=True):
+            p.grad = g.clone()
+        metrics = head.train(groups)
+        assert all(torch.equal(p.grad, g) for p, g in zip(beside.parameters(), kept, strict=True))
+        assert torch.equal(torch.get_rng_state(), state)
+        beside.zero_grad(set_to_none=True)
+        assert metrics["draft_head_loss"] > 0 and 0 < metrics["draft_head_acceptance_1"] < 1
+        found = trainers[1].train(groups, step)
+        assert found["grad_norm"] == expected["grad_norm"] and found["loss"] == expected["loss"]
+        for (name, a), b in zip(parameters_of(alone).items(), parameters_of(beside).values(), strict=True):
+            assert torch.equal(a, b), name
+    changed = [not torch.equal(begun[n], w) for n, w in head.training.module.weights().items()]
+    assert all(changed)
+
+
+def test_head_learns_from_the_batch_and_goes_on_from_a_checkpoint(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    model = tiny_policy(tmp_path / "a")
+    groups = batch(np.random.default_rng(0))
+    head = head_for(folder, model)
+    losses = [head.train(groups)["draft_head_loss"] for _ in range(12)]
+    assert losses[-1] < losses[0]
+    again = head_for(folder, model)
+    for _ in range(5):
+        again.train(groups)
+    again.save(tmp_path / "draft-head", 5, keep=1)
+    resumed = head_for(folder, model)
+    assert not resumed.restore(tmp_path / "draft-head", 4) and resumed.restore(tmp_path / "draft-head", 5)
+    assert [resumed.train(groups)["draft_head_loss"] for _ in range(7)] == losses[5:]
+    for step in (6, 7, 8):
+        again.save(tmp_path / "draft-head", step, keep=1)
+    assert {path.name for path in (tmp_path / "draft-head").iterdir()} == {"step-7", "step-8"}
+
+
+def test_publication_brings_policy_and_head_together(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    model = tiny_policy(tmp_path / "model")
+    head = head_for(folder, model)
+    publisher = FilesystemPublisher(tmp_path / "weights", 3, folder)
+
+    def publish(step):
+        tensors = {n: t.contiguous().clone() for n, t in policy_state(model).items()}
+        return publisher.publish(tensors | head.tensors(torch.float32), step)
+
+    publish(0)
+    follower = FilesystemFollower(tmp_path / "weights")
+    first, _ = follower.fetch(0)
+    generator = NativeGenerator(first, drafter=build({"name": "mtp"}), max_sequences=4, stop_token_ids=(), version=0,
+                                dtype="float32", device="cpu")  # fmt: skip
+    generator.add(group(samples=4, max_new_tokens=40))
+    for _ in range(3):
+        generator.step()
+    head.train(batch(np.random.default_rng(1)))
+    publish(1)
+    generator.load_weights(*reversed((1, follower.fetch(1)[0])))
+    drafter = generator._drafting._drafter
+    torch.testing.assert_close(drafter._head.final_norm, head.training.module.norm.weight.detach())
+    finish(generator)
+    assert generator.stats().drafter_failures == 0 and generator.stats().drafted > 0
+    assert isinstance(first, Path)
+
+
+def test_head_of_another_shape_is_refused(tmp_path):
+    folder, model = tiny_folder(tmp_path / "model"), tiny_policy(tmp_path / "model")
+    config = ModelConfig.from_folder(folder)
+    other = MTPModule(ModelConfig.from_folder(tiny_folder(tmp_path / "other", tied=False))).weights()
+    other["mtp.fc.weight"] = other["mtp.fc.weight"][:, :8].contiguous()
+    save_tensors(other, tmp_path / "mtp.safetensors")
+    with pytest.raises(UsageError, match=r"does not fit the policy: mtp\..* train one for it"):
+        HeadCoTraining(model, config, SECTION, [tmp_path / "mtp.safetensors"], 0)

@@ -1,0 +1,57 @@
+"""`rollahead doctor`, shell completion, and the configuration reference."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pipeline import doctor
+from pipeline.cli import main
+from pipeline.config import Config
+from pipeline.config.reference import reference
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_doctor_says_what_the_machine_is_and_ends_well(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr(doctor, "PRODUCT", 64)
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for word in ("processor", "threads", "GFLOP/s", "GB/s", "GiB", "CUDA", "vllm", "open files", "ZeroMQ"):
+        assert word in said
+
+
+def test_too_many_threads_are_named(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
+    assert "more threads than cores" in doctor.check_threads()[0].advice
+
+
+@pytest.mark.parametrize(("ratio", "advice"), [(2.0, 'learner.dtype = "bfloat16"'), (0.5, 'learner.dtype = "float32"')])
+def test_the_faster_type_is_advised(ratio, advice, monkeypatch):
+    times = iter((ratio, 1.0))
+    monkeypatch.setattr(doctor, "_best", lambda work: next(times))
+    assert advice in doctor.check_types()[0].advice
+
+
+def test_completion_knows_commands_and_options(capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert "train-drafter" in script or "report" in script
+    assert "--dry-run" in script
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_reference_names_every_option_and_the_file_in_docs_is_up_to_date():
+    text = reference()
+    for section in msgspec.structs.fields(Config):
+        for option in msgspec.structs.fields(section.type):
+            assert f"| `{option.name}` |" in text
+    assert "integer, at least 1, at most 12" in text
+    written = (ROOT / "docs/configuration.md").read_text()
+    assert written == text, f"run {Path(sys.executable).name} -m pipeline.config.reference > docs/configuration.md"

@@ -1,0 +1,133 @@
+"""Fitting a head to a frozen policy, from the command line to the head that drafts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from drafters.mtp.data import Rollout, TrainingTexts
+from drafters.mtp.losses import Objective
+from drafters.mtp.training import FrozenHead, batch_backward
+from drafters.testing import tiny_target
+from pipeline.cli import main
+from tests.unit.test_mtp import hidden_states, module_for, module_logits
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+TEXTS = [Rollout([1, 5, 9, 5, 9, 3, 8, 8, 2], 3), Rollout([1, 7, 3], 0), Rollout([1, 4, 4, 17, 20, 6], 5)]
+
+
+def test_batches_hold_what_the_target_says_of_each_text(target, tmp_path):
+    texts = TrainingTexts(target, TEXTS, tmp_path)
+    assert not list(tmp_path.iterdir()) and texts.tokens == 18
+    batch = texts.batch([0, 1, 2], 3)
+    for b, text in enumerate(TEXTS):
+        torch.testing.assert_close(batch.hidden[b, : len(text.token_ids)], hidden_states(target, text.token_ids))
+    # rows whose next drafted token x_{t+2} is a token of the response
+    assert batch.rows.tolist() == [1, 2, 3, 4, 5, 6, 9, 18 + 3]
+    assert batch.valid.sum(-1).tolist() == [3, 3, 3, 3, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["ce", "e2e-tv", "lk-lambda"])
+def test_batch_loss_and_gradient_are_those_of_whole_logits(target, tmp_path, monkeypatch, name):
+    """Row by row from texts computed alone, and without parts."""
+    monkeypatch.setattr("drafters.mtp.training._ELEMENTS", 3 * 24)
+    module, texts = module_for(target.config), TrainingTexts(target, TEXTS, tmp_path)
+    frozen = FrozenHead.of(target, target.tensors(), torch.float32)
+    batch = texts.batch([0, 1, 2], 3)
+    loss, alphas, entropies = batch_backward(module, frozen, batch, Objective(name), 3)
+    logits, p, tokens = [[] for _ in range(3)], [[] for _ in range(3)], [[] for _ in range(3)]
+    for text in TEXTS:
+        ids = text.token_ids
+        hidden = hidden_states(target, ids)
+        embedded = frozen.embedding[torch.tensor(ids[1:])]
+        drafted = [frozen.logits(h[0]) for h in module(embedded[None], hidden[None, :-1], 3)]
+        torch.testing.assert_close(torch.stack(drafted), module_logits(target, module, ids, 3))
+        for t in range(max(0, text.prompt_tokens - 2), len(ids) - 2):
+            for d in range(3):
+                at = min(t + 1 + d, len(ids) - 2)
+                logits[d].append(drafted[d][t])
+                p[d].append(torch.softmax(frozen.logits(hidden[at]), -1))
+                tokens[d].append(ids[at + 1])
+    stacked = [[torch.stack(x) for x in logits], [torch.stack(x) for x in p], [torch.tensor(x) for x in tokens]]
+    expected, expected_alphas = Objective(name)(*stacked, batch.valid, batch.valid.float().sum(0))
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(alphas, expected_alphas.detach(), rtol=1e-4, atol=1e-5)
+    q = stacked[1][0]
+    torch.testing.assert_close(entropies[:, 0], -(q * q.log()).sum(-1), rtol=1e-4, atol=1e-5)
+    found = {n: w.grad.clone() for n, w in module.named_parameters()}
+    module.zero_grad()
+    expected.backward()
+    for n, w in module.named_parameters():
+        torch.testing.assert_close(found[n], w.grad, rtol=1e-3, atol=1e-5)
+
+
+SETTINGS = (
+    "task.digits=1", "task.operands=2", "sampling.max_new_tokens=12", "drafter.rollouts=48", "drafter.held_out=8",
+    "drafter.batch_tokens=300", "drafter.eval_every=5", "drafter.checkpoint_every=5", "drafter.dtype=float32",
+    "sampling.max_prompt_tokens=40", "drafter.learning_rate=0.01",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """A small character-level model of the arithmetic task."""
+    from learner.embedded import Architecture, build_model, save_model
+
+    folder = tmp_path_factory.mktemp("model") / "model"
+    torch.manual_seed(0)
+    model = build_model(Architecture())
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(4)
+    save_model(model, folder)
+    return folder
+
+
+def train(embedded, out, *settings):
+    arguments = [f"model.path={embedded}", *SETTINGS, *settings]
+    return main(["train-drafter", "--out", str(out), *(x for s in arguments for x in ("--set", s))])
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_training_from_the_command_line_raises_acceptance_and_resumes(embedded, tmp_path, capfd):
+    assert train(embedded, tmp_path / "a", "drafter.steps=20") == 0
+    said = capfd.readouterr().err
+    assert "48 responses" in said and "step 20/20" in said
+    whole = rows(tmp_path / "a")
+    assert [r["objective"] for r in whole] == ["lk-lambda"] * 10 + ["e2e-tv"] * 10
+    measured = [r for r in whole if "held_out_by_depth" in r]
+    assert [r["step"] for r in measured] == [5, 10, 15, 20]
+    assert measured[-1]["held_out_by_depth"][0] > measured[0]["held_out_by_depth"][0]
+    # cut off after 10 steps' worth of files, it goes on to the same numbers
+    assert train(embedded, tmp_path / "b", "drafter.steps=20", "drafter.seconds=1e-9") == 0
+    assert rows(tmp_path / "b")[-1]["step"] == 1
+    assert train(embedded, tmp_path / "b", "drafter.steps=20") == 0
+    again = rows(tmp_path / "b")
+    assert [r["step"] for r in again] == list(range(1, 21))
+    np.testing.assert_allclose([r["loss"] for r in again], [r["loss"] for r in whole], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["model.path="], "train-drafter needs model.path"),
+        (["drafter.loss=tvv"], "drafter.loss = 'tvv' is not valid"),
+        (['drafter.texts=["nowhere.txt"]'], "nowhere.txt cannot be read"),
+        (["drafter.start=/nowhere"], "/nowhere does not exist"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_a_sentence(embedded, tmp_path, capfd, settings, said):
+    settings = [*settings, f'drafter.texts=["{embedded / "tokenizer.json"}"]'] if "start" in settings[0] else settings
+    assert train(embedded, tmp_path / "out", "drafter.held_out=1", *settings) == 2
+    assert said in capfd.readouterr().err

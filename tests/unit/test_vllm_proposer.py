@@ -1,0 +1,145 @@
+"""Our drafters behind vLLM's proposer contract, driven by a batch whose rows move, pause, return and vanish."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from drafters.base import BaseDrafter, Needs
+from drafters.registry import build
+from pipeline.engine.vllm.proposer import KEY, DrafterProposer, check_needs
+from pipeline.errors import UsageError
+
+K, LENGTH, VOCABULARY, ROWS = 4, 96, 40, 6
+STOP = 7
+
+
+class Batch:
+    """vLLM's model runner as far as a proposer sees it, over texts that are known from the beginning."""
+
+    def __init__(self, proposer: DrafterProposer, requests: int, seed: int) -> None:
+        self.rng, self.proposer = np.random.default_rng(seed), proposer
+        self.requests: dict[str, SimpleNamespace] = {}
+        self.input_batch = SimpleNamespace(req_ids=[])
+        self.texts: dict[str, np.ndarray] = {}
+        self.waiting = [f"request-{n}" for n in range(requests)]
+        self.paused: list[str] = []
+        self.drafts: dict[str, list[int]] = {}
+        self.accepted = self.drafted = 0
+        proposer.bind(self)
+
+    def start(self, name: str) -> None:
+        group = int(name.split("-")[1]) // 4
+        of_group = np.random.default_rng(group)
+        prompt = of_group.integers(8, VOCABULARY, 5 + group)
+        text = np.tile(of_group.integers(8, VOCABULARY, 9), 6)[: self.rng.integers(1, 50)]
+        if self.rng.random() < 0.5:
+            text[-1] = STOP
+        self.texts[name] = np.concatenate([prompt, text])
+        params = SimpleNamespace(
+            extra_args={KEY: [group, 5]}, temperature=1.0, max_tokens=len(text), stop_token_ids=[STOP]
+        )
+        self.requests[name] = SimpleNamespace(
+            prompt_token_ids=prompt.tolist(), output_token_ids=[], sampling_params=params
+        )
+
+    def reschedule(self) -> None:
+        """Finished rows leave, some pause, some come back or start, all move."""
+        rows = self.input_batch.req_ids
+        for name in list(rows):
+            request = self.requests[name]
+            if len(request.prompt_token_ids) + len(request.output_token_ids) >= len(self.texts[name]):
+                rows.remove(name)
+                del self.requests[name]
+            elif self.rng.random() < 0.1:
+                rows.remove(name)
+                if self.rng.random() < 0.3:  # aborted
+                    del self.requests[name]
+                else:
+                    self.paused.append(name)
+        while len(rows) < ROWS and (self.waiting or self.paused):
+            if self.paused and (not self.waiting or self.rng.random() < 0.5):
+                rows.append(self.paused.pop(0))
+            else:
+                rows.append(self.waiting.pop(0))
+                self.start(rows[-1])
+        self.rng.shuffle(rows)
+
+    def step(self) -> None:
+        rows = self.input_batch.req_ids
+        tokens, counts = np.zeros((ROWS, LENGTH), np.int32), np.zeros(ROWS, np.int32)
+        sampled: list[list[int]] = []
+        for row, name in enumerate(rows):
+            request, text = self.requests[name], self.texts[name]
+            have = len(request.prompt_token_ids) + len(request.output_token_ids)
+            incomplete = not request.output_token_ids and self.rng.random() < 0.2  # its prompt is not computed yet
+            new = [] if incomplete else self.emit(name, text, have)
+            request.output_token_ids += new
+            sampled.append(new)
+            whole = np.array(request.prompt_token_ids + request.output_token_ids)
+            tokens[row, : len(whole)], counts[row] = whole, len(whole)
+        drafts = self.proposer.propose(sampled, counts, tokens)
+        assert len(drafts) == len(rows)
+        for row, name in enumerate(rows):
+            assert len(drafts[row]) <= K and (sampled[row] or not drafts[row])
+            room = len(self.texts[name]) - int(counts[row])
+            assert len(drafts[row]) < max(1, room), "a draft where no token is left"
+            self.drafts[name] = drafts[row]
+
+    def emit(self, name: str, text: np.ndarray, have: int) -> list[int]:
+        draft = self.drafts.pop(name, [])
+        self.drafted += len(draft)
+        good = 0
+        while good < len(draft) and have + good < len(text) and draft[good] == text[have + good]:
+            good += 1
+        self.accepted += good
+        return text[have : have + good + 1].tolist()
+
+
+def proposer(drafter: str) -> DrafterProposer:
+    return DrafterProposer(
+        SimpleNamespace(
+            additional_config={KEY: {"drafter": {"name": drafter}}},
+            model_config=SimpleNamespace(max_model_len=LENGTH, get_vocab_size=lambda: VOCABULARY),
+            speculative_config=SimpleNamespace(num_speculative_tokens=K),
+        )
+    )
+
+
+@pytest.mark.parametrize("drafter", ["tests.vllm.watching:Watching", "arbiter", "prompt-lookup"])
+def test_a_drafter_follows_requests_whatever_the_batch_does(drafter):
+    made = proposer(drafter)
+    batch = Batch(made, requests=60, seed=3)
+    while batch.waiting or batch.paused or batch.input_batch.req_ids:
+        batch.reschedule()
+        batch.step()
+        assert not made.events, made.events
+    if drafter.endswith("Watching"):
+        seen = made.counters()
+        assert seen["begun"] > 40 and seen["ended"] >= seen["begun"] - ROWS
+        assert seen["preempted"] > 0 and seen["restored"] > 0
+        # texts of a group repeat: what its members said before is what is drafted
+        assert batch.accepted > 0.5 * batch.drafted > 100
+
+
+def test_before_the_first_request_nothing_is_drafted():
+    drafts = proposer("suffix-automaton").propose([[1], [2]], np.ones(2, np.int32), np.zeros((2, 4), np.int32))
+    assert drafts == [[], []]
+
+
+def test_drafters_that_vllm_cannot_serve_are_refused_wherever_they_hide():
+    check_needs(build({"name": "arbiter"}))
+    check_needs(build({"name": "suffix-automaton"}))
+    for piece in (
+        {"name": "token-recycling"},
+        {"name": "suffix-automaton", "auxiliary": "token-recycling"},
+        {"name": "arbiter", "drafters": ["suffix-automaton", "token-recycling"]},
+    ):
+        with pytest.raises(UsageError, match=r'token-recycling needs .*logits.*engine\.generator = "native"'):
+            check_needs(build(piece))
+
+    class Wants(BaseDrafter):
+        name, needs = "wants", Needs.HIDDEN_STATES | Needs.TARGET_LAYERS
+
+    with pytest.raises(UsageError, match="hidden states, target layers"):
+        check_needs(Wants())

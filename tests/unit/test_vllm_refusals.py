@@ -1,0 +1,82 @@
+"""What the vLLM generator cannot do is said in one sentence before anything starts; none of it needs vLLM."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import check_config
+from pipeline.config.load import load_config
+from pipeline.engine.vllm import install, rejection
+from pipeline.engine.vllm.sampling import refusal
+from pipeline.errors import UsageError
+from pipeline.messages import SamplingParams
+
+VLLM = 'engine.generator="vllm"'
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["engine.vllm.enforce_eager=true"], "engine.generator"),
+        ([VLLM, 'engine.vllm.model="x"'], r"engine\.vllm\.model is decided by model\.path"),
+        ([VLLM, "engine.vllm.max_num_seqs=3"], r"engine\.max_sequences"),
+        ([VLLM, 'engine.vllm.speculative_config={method = "ngram"}'], "both draft"),
+        ([VLLM, "engine.drafter=none", 'engine.vllm.speculative_config="ngram"'], "no table"),
+        ([VLLM, 'engine.verification="block"'], "token by token"),
+        ([VLLM, "sampling.top_p=0.9"], r"sampling\.top_p = 0\.9 .*native"),
+        ([VLLM, 'engine.generator="vlm"'], "engine.generator"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(overrides, said):
+    with pytest.raises(UsageError, match=said):
+        check_config(load_config(None, overrides))
+
+
+def test_a_configuration_for_vllm_is_taken():
+    check_config(load_config(None, [VLLM, "engine.vllm.enforce_eager=true", "engine.vllm.tensor_parallel_size=2"]))
+    check_config(load_config(None, [VLLM, "engine.drafter=none", 'engine.vllm.speculative_config={method = "ngram"}']))
+
+
+def test_a_missing_or_another_vllm_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"rollahead\[vllm\]"):
+        install.require_vllm()
+    monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(install, "installed_version", lambda: "0.11.0")
+    with pytest.raises(UsageError, match=r"vLLM 0\.11\.0 is installed"):
+        install.require_vllm()
+
+
+@pytest.mark.parametrize(
+    ("params", "speculating", "said"),
+    [
+        (SamplingParams(min_p=0.1), True, "min_p = 0.1"),
+        (SamplingParams(min_p=0.1), False, None),
+        (SamplingParams(logit_bias=((3, 1.0),)), True, "logit_bias"),
+        (SamplingParams(logit_bias=((3, 1.0),)), False, None),
+        (SamplingParams(logit_bias=((3, 200.0),)), False, "clip"),
+        (SamplingParams(frequency_penalty=-2.5), False, "frequency_penalty"),
+        (SamplingParams(top_k=5, top_p=0.9, repetition_penalty=1.2, min_new_tokens=3), True, None),
+    ],
+)
+def test_sampling_settings_that_vllm_does_not_have_are_named(params, speculating, said):
+    why = refusal(params, speculating)
+    assert why is None if said is None else said in (why or "")
+
+
+def test_the_base_install_imports_no_vllm():
+    code = "import sys, pipeline.engine.service, pipeline.engine.vllm.generator; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_expanding_rows_is_repeating_them():
+    x, counts = torch.tensor([0.0, 0.5, 2.0]), [2, 0, 3]
+    cumulative = torch.tensor(counts).cumsum(0).int()
+    expected = [0.0, 0.0, 2.0, 2.0, 2.0]
+    assert rejection.expand_batch_to_tokens(x, cumulative, 5).tolist() == expected
+    assert rejection.expand_batch_to_tokens(x, cumulative, 5, 0, 1).tolist() == [1.0, 1.0, 2.0, 2.0, 2.0]
+    assert rejection.needs_correction("0.32.0", "cpu") and not rejection.needs_correction("0.32.0", "cuda")
+    assert not rejection.needs_correction("0.33.1", "cpu")
