@@ -1,7 +1,8 @@
 """Layers that keep less for the backward pass, with the values of those modules of transformers that they replace.
 
 Eager autograd keeps every step's input: of a gated MLP four tensors of its inner width a token where two suffice, of a
-root-mean-square norm three where one does.
+root-mean-square norm three where one does. Of an embedding it makes a gradient as large as the vocabulary for every
+micro-batch, beside the one that it is then added to.
 """
 
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from learner import ranks
 
 _PROBE_TOKENS = 3
 
@@ -51,6 +54,40 @@ class _SwiGLU(torch.autograd.Function):
         return of_gate, F.silu(gate).mul_(gradient)
 
 
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    """Where a parameter's gradient accumulates; zeros at first."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of a weight, whose gradient is added to `weight.grad` in place."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
+        ctx.save_for_backward(ids, weight)
+        ctx.padding = padding
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
+        ids, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2).to(weight.dtype)
+        rows = torch.where(ids.flatten()[:, None] == ctx.padding, 0.0, rows)  # as torch's, which never trains this row
+        gradient_of(weight).index_add_(0, ids.flatten(), rows)
+        return None, None, None
+
+
+class Embedding(nn.Embedding):
+    """An embedding of torch that makes no gradient of the whole vocabulary."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        y: torch.Tensor = _Embedding.apply(input, self.weight, padding)
+        return y
+
+
 class RMSNorm(nn.Module):
     """A norm of transformers, in one step."""
 
@@ -77,6 +114,9 @@ class GatedMLP(nn.Module):
 def keep_less(model: nn.Module) -> int:
     """Replace the norms and MLPs of a model that are of these forms, by what they compute and not by their names: one
     that gives other values on a random input stays as it is. Returns how many were replaced."""
+    for module in model.modules() if ranks.world_size() == 1 else ():  # FSDP takes gradients from autograd
+        if type(module) is nn.Embedding and not (module.max_norm or module.scale_grad_by_freq or module.sparse):
+            module.__class__ = Embedding
     return sum(_replaced(module) for module in model.modules())
 
 

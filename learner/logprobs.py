@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from learner import ranks
 from learner.attention import attention_entropies, segment_arguments
+from learner.lean import gradient_of
 from learner.linear import times_transposed
 from learner.packing import Kept, Pack
 
@@ -84,6 +85,7 @@ def _pack_logprobs(
         head.bias,
         wanted=wanted,
         gradient_products=compute,
+        accumulate=ranks.world_size() == 1,  # FSDP takes gradients from autograd
         kept=pack.kept,
     )
     if wanted.attention_entropy:
@@ -101,6 +103,7 @@ def token_logprobs(
     wanted: Wanted = Wanted(),  # noqa: B008 - immutable
     chunk_tokens: int | None = None,
     gradient_products: torch.dtype | None = None,
+    accumulate: bool = False,
     kept: Kept | None = None,
 ) -> TokenValues:
     """log softmax(hidden W^T / temperature) of the targets, the entropy of that distribution, and what else is wanted.
@@ -114,6 +117,8 @@ def token_logprobs(
     Args:
         gradient_products: type of the two products of the backward pass that make the gradients of hidden states and
             weight, and that no value depends on; default: that of `hidden_TH`.
+        accumulate: add the weight's gradient to `weight_VH.grad` in place of handing it to autograd, which would hold
+            one more tensor of the weight's size.
     """
     tokens, chunk = len(target_T), chunk_tokens or max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // weight_VH.shape[0])
     empty = hidden_TH.new_zeros(0, dtype=torch.float32)
@@ -126,7 +131,7 @@ def token_logprobs(
     temperature_T1 = temperature_T1.expand(tokens)[:, None]
     with torch.autocast(hidden_TH.device.type, enabled=False):
         logp, entropy, score = _FullVocabulary.apply(
-            hidden_TH, weight_VH, bias_V, target_T, temperature_T1, wanted, chunk, gradient_products
+            hidden_TH, weight_VH, bias_V, target_T, temperature_T1, wanted, chunk, gradient_products, accumulate
         )
         head = weight_VH, bias_V
         nucleus = [
@@ -169,6 +174,7 @@ class _FullVocabulary(torch.autograd.Function):
         wanted: Wanted,
         chunk: int,
         gradient_products: torch.dtype | None,
+        accumulate: bool,
     ) -> tuple[torch.Tensor, ...]:
         logp_T, entropy_T = hidden_TH.new_empty(len(target_T)), hidden_TH.new_empty(len(target_T))
         score_T = hidden_TH.new_empty(len(target_T) if wanted.expected_score else 0)
@@ -184,7 +190,7 @@ class _FullVocabulary(torch.autograd.Function):
             if wanted.expected_score:
                 score_T[part] = square_CV.mul_(logprobs_CV.add_(entropy_T[part, None])).sum(-1)
         ctx.save_for_backward(hidden_TH, weight_VH, bias_V, target_T, temperature_T1, entropy_T)
-        ctx.chunk, ctx.gradient_products = chunk, gradient_products
+        ctx.chunk, ctx.gradient_products, ctx.accumulate = chunk, gradient_products, accumulate
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*([score_T] if wanted.entropy_gradient else [entropy_T, score_T]))
         return logp_T, entropy_T, score_T
@@ -197,7 +203,9 @@ class _FullVocabulary(torch.autograd.Function):
         gradients = [g for g in (of_logp_T, of_entropy_T) if g is not None]
         active_T = torch.stack([g != 0 for g in gradients]).any(0) if gradients else target_T < 0
         of_hidden_TH = torch.zeros_like(hidden_TH) if ctx.needs_input_grad[0] else None
-        of_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+        of_weight_VH = None
+        if ctx.needs_input_grad[1]:
+            of_weight_VH = gradient_of(weight_VH) if ctx.accumulate else torch.zeros_like(weight_VH)
         of_bias_V = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         dtype = ctx.gradient_products or hidden_TH.dtype
         weight = weight_VH.to(dtype)
@@ -221,7 +229,8 @@ class _FullVocabulary(torch.autograd.Function):
             if of_weight_VH is not None:
                 for vocabulary in _parts(len(weight_VH), WEIGHT_ROWS):
                     of_weight_VH[vocabulary] += times_transposed(g[:, vocabulary].t(), hidden.t())
-        return of_hidden_TH, of_weight_VH, of_bias_V, None, None, None, None, None
+        handed_VH = None if ctx.accumulate else of_weight_VH
+        return of_hidden_TH, handed_VH, of_bias_V, None, None, None, None, None, None
 
 
 def _logits(

@@ -176,3 +176,26 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(tmp_path):
     assert kept[1] < 0.5 * kept[0]
     for (name, a), b in zip(plain.named_parameters(), frugal.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_embedding_and_head_accumulate_in_place_and_equal_autograds(tmp_path, tied):
+    """Two micro-batches, one token id repeated and one that the embedding never trains."""
+    model = tiny_policy(tmp_path / "model", tied=tied)
+    stock = transformers_class(tied).from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for each in (model, stock):
+        each.get_input_embeddings().padding_idx = 3
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    held = []
+    for seed in (0, 1):
+        ids = torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(seed))
+        ids[0, :6] = torch.tensor([3, 5, 5, 5, 3, 5])
+        hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[0]
+        token_logprobs(hidden, head, ids[0, 1:], 1.0, accumulate=True).logp.square().sum().backward()
+        logits = stock(input_ids=ids[:, :-1]).logits[0]
+        logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].square().sum().backward()
+        held.append((embedding.grad, head.grad))
+    assert all(a is b for a, b in zip(*held, strict=True))
+    names = dict(stock.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, names[name].grad, rtol=1e-4, atol=1e-4, msg=name)
