@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     with left_out(model, set(added)):
         without = loss_of(model, held_out)
     print(f"after: loss {loss_of(model, held_out):.3f}, without the added layers {without:.3f}", flush=True)
-    model.to(torch.bfloat16).save_pretrained(options.out)
+    model.bfloat16().save_pretrained(options.out)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(options.base / name, options.out / name)
     return 0

@@ -1,7 +1,7 @@
 """Training with rollouts of an exact age in one process: no transport, and nothing that depends on who was faster."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,15 @@ from pipeline.telemetry import Log
 from pipeline.weights import FilesystemPublisher
 
 
-def train(config: Config, folder: Path, staleness: int) -> Iterator[Metrics]:
+def train(
+    config: Config, folder: Path, staleness: int, finished: Callable[[Path], None] | None = None
+) -> Iterator[Metrics]:
     """Metrics of each of `run.steps` batches; batch t is sampled by the policy after `max(0, t - staleness)` batches.
 
     Args:
         folder: Hugging Face checkpoint to start from.
         staleness: in batches; the first ones are younger, as there is no older policy.
+        finished: told of the folder with the weights after the last batch, while it exists.
     """
     objective = build_objective(config)
     reference = load_policy(folder) if Needs.REFERENCE in objective.needs else None
@@ -48,6 +51,9 @@ def train(config: Config, folder: Path, staleness: int) -> Iterator[Metrics]:
             version = max(0, step - staleness)
             groups = rollouts.batch(Path(temporary) / f"v{version}", version)
             yield trainer.train(groups, publication=step)
+        if finished:
+            publisher.publish({n: t.contiguous() for n, t in policy_state(trainer.model).items()}, config.run.steps)
+            finished(Path(temporary) / f"v{config.run.steps}")
 
 
 class Rollouts:

@@ -34,6 +34,18 @@ def check_composition(objective: Objective, config: Config) -> None:
                 )
 
 
+def uncorrected_sampler(objective: Objective, config: Config) -> str | None:
+    """A sentence for the log where engines sample from something else than the policy and nothing looks at it."""
+    policy = config.engine.kv_compression.policy["name"]
+    looks = objective.proximal != "recompute" or Needs.BEHAVIOUR_LOGPROBS in objective.needs
+    if policy == "none" or looks:
+        return None
+    return (
+        f"WARNING: engine.kv_compression.policy = {policy} changes what is sampled, and no piece of the objective "
+        "looks at the sampler's log-probs; add corrections, for example objective.recipe = sparse-rl"
+    )
+
+
 def _check_importance_weights(objective: Objective) -> None:
     """pi_old / mu may enter the loss once."""
     weighing = [piece.name for piece in objective.corrections if trait(piece, "weighs")]

@@ -22,7 +22,7 @@ from learner import checkpoint, ranks, replay
 from learner.audit import TrainedSamples
 from learner.co_training import HeadCoTraining
 from learner.collapse import CollapseWatch
-from learner.composition import build_objective
+from learner.composition import build_objective, uncorrected_sampler
 from learner.evaluation import evaluation_source
 from learner.followers import Begin, Leave, NoBatchYet, Publish, SaveCheckpoint, follow, tell, tell_batch
 from learner.hub import Hub, Limits
@@ -80,6 +80,8 @@ def run_learner(config: Config, *, evaluate_only: bool = False) -> int:
     if ranks.rank() > 0:
         return follow(config, objective)
     stop, log = StopSignal(), Log("learner")
+    if warning := uncorrected_sampler(objective, config):
+        log(warning)
     Log.structured = config.telemetry.log_format == "json"
     run = RunDirectory(Path(config.run.out))
     run.lock()

@@ -21,7 +21,16 @@ from learner.packing import Pack, trained_positions
 from learner.policy import checkpoint_activations, load_policy
 from learner.schedule import learning_rate
 from learner.shares import evaluated, pack_for_ranks
-from learner.step_metrics import Metrics, age_metrics, mean, mismatch, off_policy_metrics, reward_metrics
+from learner.step_metrics import (
+    Metrics,
+    age_metrics,
+    compressed_metrics,
+    mean,
+    mismatch,
+    off_policy_metrics,
+    reward_metrics,
+    sampler_metrics,
+)
 from learner.tokens import BatchTokens, GroupRewards, MicroBatchTokens, Needs, concatenated
 from pipeline.config.types import Config, LearnerSection
 from pipeline.errors import RunFailed, UsageError
@@ -41,6 +50,8 @@ class StepSums:
     grad_norms: list[float] = field(default_factory=list)
     weights: list[torch.Tensor] = field(default_factory=list)
     """the corrections' weights, as used"""
+    samplers: list[torch.Tensor] = field(default_factory=list)
+    """of the same tokens"""
     mismatches: list[torch.Tensor] = field(default_factory=list)
     """`mismatch` of the first mini-batch, where the policy was not evaluated before it"""
     metrics: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -145,6 +156,9 @@ class Trainer:
         return {
             **reward_metrics(prepared.samples),
             **off_policy_metrics(prepared.batch.age, torch.cat([prepared.batch.age.new_zeros(0), *sums.weights])),
+            **sampler_metrics(
+                *(torch.cat([prepared.batch.age[:0], *parts]) for parts in (sums.weights, sums.samplers))
+            ),
             "entropy": sums.entropy / sums.tokens if sums.tokens else None,
             "entropy_ratio_kept": None,
             "clip_fraction": None,
@@ -297,6 +311,7 @@ class Trainer:
         for key, value in metrics.items():
             sums.metrics[key] += float(value)
         sums.weights.append(tokens.weight)
+        sums.samplers.append(tokens.sampler)
         sums.entropy += float(values.entropy.detach().double().sum())
         return values.logp.detach(), float(loss.detach())
 
@@ -333,6 +348,7 @@ def _old_policy_metrics(evaluated: Sequence[TokenValues] | None, batch: BatchTok
         "mismatch_k3": mean(mismatch(logp, batch, kv_kept[batch.sequence])),
         "entropy": mean(torch.cat([empty, *(values.entropy for values in evaluated)])),
         **age_metrics(logp, batch),
+        **compressed_metrics(logp, batch),
     }
 
 

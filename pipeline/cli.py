@@ -17,6 +17,30 @@ examples:
   rollahead generate DIR --prompt "Question: 3 bags of 4?\\nAnswer:" --drafter suffix-automaton
 """
 
+COMMAND_EXAMPLES = {
+    "run": """\
+  rollahead run --out runs/demo
+  rollahead run c.toml --set learner.batch_size=128 --out runs/mine     the same command again resumes it
+  rollahead run c.toml --dry-run                                        check, and print every option
+""",
+    "learner": "  rollahead learner c.toml\n",
+    "engine": """\
+  rollahead engine c.toml
+  rollahead engine c.toml --connect tcp://10.0.0.1:5757 --set transport.keys=keys
+""",
+    "generate": """\
+  rollahead generate DIR --prompt "What is 12 + 34?" --samples 4
+  rollahead generate DIR --prompt "..." --drafter prompt-lookup --temperature 0
+""",
+    "export": "  rollahead export runs/mine --out final --dtype bfloat16\n",
+    "corpus": "  rollahead corpus build answers.jsonl --tokenizer DIR --out corpus\n",
+    "keygen": "  rollahead keygen keys --engine gpu-1 --engine gpu-2\n",
+    "bench": "  rollahead bench list\n  rollahead bench exactness --short\n  rollahead bench end-to-end --short\n",
+    "report": "  rollahead report runs/demo\n  rollahead report runs/bench-end-to-end --out end-to-end.html\n",
+    "completion": "  source <(rollahead completion bash)\n",
+}
+"""shown by `rollahead COMMAND --help`; a test parses each"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; exit codes: 0 done, 1 the run failed, 2 command or configuration wrong, 130 interrupted."""
@@ -73,6 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--drafter",
         default="suffix-automaton",
         help="drafter by name, module:Class, or a table {name = ..., option = ...}",
+    )
+    generate.add_argument("--small-model", type=Path, metavar="DIR", help="samples where entropy is low")
+    generate.add_argument(
+        "--threshold", type=float, default=0.1, metavar="H", help="of the mean entropy, in nats (with --small-model)"
     )
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
@@ -138,7 +166,14 @@ def _command(
     text: str,
     call: Callable[[argparse.Namespace], int],
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    shown = COMMAND_EXAMPLES.get(name, "")
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"examples:\n{shown}" if shown else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(call=call)
     return parser
 
@@ -229,6 +264,8 @@ def _generate(options: argparse.Namespace) -> int:
         sampling=vars(options),
         seed=options.seed,
         samples=options.samples,
+        small_model=options.small_model,
+        threshold=options.threshold,
         kv_compression=(options.kv_compression, options.kv_budget, options.kv_every),
     )
 
@@ -326,12 +363,10 @@ def _dry_run(config: object, parts: tuple[str, ...]) -> int:
 
         build_objective(config)
     if "engine" in parts:
-        from drafters.registry import build
-        from pipeline.engine.native.compression import KVCompression
+        from pipeline.engine.service import check_pieces
         from pipeline.tasks.rewards import load_reward
 
-        build(config.engine.drafter)
-        KVCompression.from_config(config.engine.kv_compression)
+        check_pieces(config)
         load_reward(config.task.reward)
     sys.stdout.write(render(config))
     return 0

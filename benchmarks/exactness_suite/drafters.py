@@ -1,11 +1,15 @@
 """Drafters that do their worst: whatever they draft, the distribution must not move."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from drafters.base import BaseDrafter, DraftRequest, Proposal, SequenceStart, Verified
+from drafters.mtp.drafter import MTPDrafter
+from drafters.mtp.module import MTPModule
+from pipeline.models.config import ModelConfig
 
 Guess = Callable[[SequenceStart, list[int], int], Sequence[int]]
 """(start, tokens so far, budget) -> draft"""
@@ -105,6 +109,17 @@ class Drawn(Tracking):
     def law(self, request: DraftRequest, depth: int) -> torch.Tensor:
         """[B, depth, V]"""
         return self._law[:depth].expand(len(request.ids), -1, -1)
+
+
+def random_head(folder: Path, seed: int) -> MTPDrafter:
+    """A multi-token-prediction head of random weights for the checkpoint in `folder`, with distributions of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    module = MTPModule(ModelConfig.from_folder(folder))
+    with torch.no_grad():
+        for weight in module.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, weight.shape[1] ** -0.5, generator=generator)
+    return MTPDrafter(weights=module.weights())
 
 
 class Mixed(Drawn):

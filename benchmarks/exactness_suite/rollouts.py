@@ -121,6 +121,8 @@ def hostile_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale,
         (drafters.future(texts), "standard"),
         (drafters.Drawn(VOCABULARY, seed), "standard"),
         (drafters.Drawn(VOCABULARY, seed, sharpness=3.0), "block"),
+        (drafters.random_head(tiny, seed), "standard"),
+        (drafters.random_head(tiny, seed + 1), "block"),
         (drafters.Mixed(VOCABULARY, seed), "standard"),
         (drafters.Mixed(VOCABULARY, seed), "block"),
     ]

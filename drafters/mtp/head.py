@@ -3,10 +3,11 @@
 After DeepSeek-V3 (arXiv 2412.19437, section 2.2) and Bebop (arXiv 2606.12370). With h_t the target's final-norm hidden
 state at position t and x_{t+1} the known token after it,
 
-    z = W_fc [norm_e(embed(x_{t+1})), norm_h(h_t)],   h'_t = norm(block(z)),   q(x_{t+2}) = softmax(head(h'_t)),
+    z = W_fc [norm_e(embed(x_{t+1})), norm_h(h_t)],   h'_t = block(z),   q(x_{t+2}) = softmax(head(norm(h'_t))),
 
 embedding and output head being the target's. Further tokens come from the same block: h'_t takes the place of
-h_{t+1}, the draft that of x_{t+2}. The embedding counts as zero at position 0, as in the published families.
+h_{t+1}, the draft that of x_{t+2}. Details are those of GLM-4.5's head as vLLM runs it, whose block is that of a dense
+Qwen3 or Llama: h' goes round before the final norm, and the embedding counts as zero at position 0.
 """
 
 from dataclasses import replace
@@ -59,11 +60,11 @@ class MTPHead(LayerWeights):
         if not plan.cached.all():
             embedded[plan.positions == 0] = 0
         joined = torch.cat([norm(embedded, self.norm_embedding), norm(hidden, self.norm_hidden)], 1)
-        return norm(self.through(0, self.layer, self.fc(joined), plan, cache, self.attention), self.final_norm)
+        return self.through(0, self.layer, self.fc(joined), plan, cache, self.attention)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [N, V] of h' [N, H]."""
-        return self._target.logits(hidden)
+        return self._target.logits(self.attention.norm(hidden, self.final_norm))
 
 
 def head_files(folder: Path | str) -> list[Path]:

@@ -93,7 +93,7 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, embedded: Tensor, hidden: Tensor, depths: int) -> Iterator[Tensor]:
-        """h' [B, T, H] of depths 1 to `depths`; row t is the chain that begins at t.
+        """norm(h') [B, T, H] of depths 1 to `depths`, for the output head; row t is the chain that begins at t.
 
         Args:
             embedded: [B, T, H], embedding of the token after each row's position.
@@ -111,9 +111,8 @@ class MTPModule(nn.Module):
             keys.append(k)
             values.append(v)
             x = x + layer.self_attn.o_proj(_attend(q, keys, values).transpose(1, 2).flatten(2))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-            hidden = self.norm(x)
-            yield hidden
+            hidden = x + layer.mlp(layer.post_attention_layernorm(x))
+            yield self.norm(hidden)
             embedded = F.pad(embedded[:, 1:], (0, 0, 0, 1))
 
     def weights(self) -> dict[str, Tensor]:

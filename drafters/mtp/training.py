@@ -84,7 +84,7 @@ def batch_backward(
     outputs = [h.flatten(0, 1) for h in module(embedded, batch.hidden[:, :-1], depths)]
     leaves = [h.detach().requires_grad_(backward) for h in outputs]
     length = batch.tokens.shape[1]
-    # rows count places of texts of T tokens; h' has T - 1 rows a text
+    # rows count places of texts of T tokens; the head's outputs have T - 1 rows a text
     place = batch.rows - batch.rows // length
     hidden, tokens = batch.hidden.flatten(0, 1), batch.tokens.flatten()
     counts = batch.valid.float().sum(0)

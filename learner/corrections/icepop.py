@@ -44,5 +44,7 @@ class IcePop(Piece):
         return weight, {
             "below_fraction": float(below.float().mean()),
             "above_fraction": float(above.float().mean()),
+            "ratio_mean": float(ratio.double().mean()),
+            "ratio_min": float(ratio.min()),
             "ratio_max": float(ratio.max()),
         }

@@ -6,7 +6,7 @@ import torch
 
 from learner.pieces import Piece
 from learner.ratios import log_ratio
-from learner.segments import sequence_any
+from learner.segments import positions, sequence_any
 from learner.tokens import BatchMetrics, BatchTokens, Needs
 from pipeline.config.types import NonNegativeFloat, PositiveFloat, Section, option
 
@@ -36,7 +36,10 @@ class Veto(Piece):
         if not vetoed.numel():
             return weight, {}
         samples = batch.sequence.unique().numel()
-        return weight, {
+        metrics = {
             "tokens_kept": float((~vetoed).float().mean()),
             "vetoed_samples": batch.sequence[vetoed].unique().numel() / samples,
         }
+        if bool(outlier.any()):
+            metrics["outlier_position"] = float(positions(batch.sequence)[outlier].double().mean())
+        return weight, metrics

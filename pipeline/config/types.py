@@ -94,6 +94,24 @@ class SamplingSection(Section):
     max_new_tokens: Annotated[PositiveInt, option("longest response, in tokens")] = 512
 
 
+class SwitchingSection(Section):
+    small_model: Annotated[
+        str, option("smaller checkpoint of the same tokenizer that samples where entropy is low; empty: none")
+    ] = ""
+    threshold: Annotated[
+        NonNegativeFloat, option("the policy samples while the rolling mean of entropies is above this")
+    ] = 0.1
+    unit: Annotated[Literal["nats", "bits"], option("of the threshold")] = "nats"
+    window: Annotated[PositiveInt, option("tokens of the rolling mean")] = 5
+    min_run: Annotated[PositiveInt, option("tokens from one switch to the next, at least")] = 10
+    policy_share: Annotated[
+        Annotated[float, Meta(ge=0, lt=1)],
+        option("share of tokens the policy is to sample; an engine finds the threshold when it starts; 0: it is given"),
+    ] = 0.0
+    calibration_prompts: Annotated[PositiveInt, option("training prompts the calibration generates from")] = 32
+    evaluation: Annotated[bool, option("switch in evaluations, too")] = False
+
+
 class KVCompressionSection(Section):
     policy: Annotated[Piece, option("what stays: none (all), sinks-window, snapkv, r-kv or module:Class")] = field(
         default_factory=lambda: {"name": "none"}
@@ -127,6 +145,7 @@ class EngineSection(Section):
     drafter: Annotated[Piece, option("drafter by name or module:Class, with its options")] = field(
         default_factory=lambda: {"name": "arbiter", "drafters": ["suffix-automaton"]}
     )
+    switching: SwitchingSection = field(default_factory=SwitchingSection)
     stagger: Annotated[bool, option("of more samples than run at once, one of each group goes ahead of the others")] = (
         True
     )

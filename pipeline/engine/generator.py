@@ -42,6 +42,8 @@ class GroupRequest:
     """one a sample, in place of the sampling parameters'; empty: theirs for all"""
     full_cache: bool = False
     """sample with all keys and values, also where the generator compresses"""
+    policy_only: bool = False
+    """the policy samples every token, also where the generator switches between models"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
     stop, log = StopSignal(), Log("engine")
     Log.structured = config.telemetry.log_format == "json"
     scorers = build_scorers(config.task)
-    _build_pieces(config)  # refuse wrong ones before anything waits
+    check_pieces(config)  # before anything waits
     link, follower = _connect(config, connect, connect_timeout, log)
     watchdog = Watchdog(config.transport.stall_seconds, lambda why, where: _stalled(link, why, where))
     observer = EngineObserver(config, log)
@@ -262,10 +262,20 @@ class Engine:
             if not work.started and lease.version <= self.generator.version:
                 work.started = True
                 prompt_ids = np.asarray(lease.prompt_ids, np.int64)
-                full = lease.kind == "eval" and not self.config.engine.kv_compression.evaluation
-                self.generator.add(
-                    GroupRequest(lease.id, prompt_ids, lease.sampling, lease.seeds, lease.temperatures, full)
-                )
+                self.generator.add(self._request(lease, prompt_ids))
+
+    def _request(self, lease: Lease, prompt_ids: np.ndarray) -> GroupRequest:
+        """The lease's group; evaluations are of the policy as it is, unless the configuration asks otherwise."""
+        evaluates, engine = lease.kind == "eval", self.config.engine
+        return GroupRequest(
+            lease.id,
+            prompt_ids,
+            lease.sampling,
+            lease.seeds,
+            lease.temperatures,
+            full_cache=evaluates and not engine.kv_compression.evaluation,
+            policy_only=evaluates and not engine.switching.evaluation,
+        )
 
     def _generate(self) -> None:
         if self.generator is None or not self.generator.has_work():
@@ -353,9 +363,11 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
     )
 
 
-def _build_pieces(config: Config) -> None:
+def check_pieces(config: Config) -> None:
+    """Refuse a drafter, a cache compression or a small model that does not exist, or that do not go together."""
     from drafters.registry import build
     from pipeline.engine.native.compression import KVCompression
+    from pipeline.engine.native.small_model import check_switching
 
     drafter = build(config.engine.drafter)
     if config.engine.generator == "vllm":
@@ -365,6 +377,7 @@ def _build_pieces(config: Config) -> None:
         require_vllm()
         check_needs(drafter)
     KVCompression.from_config(config.engine.kv_compression)
+    check_switching(config, drafter)
 
 
 def _capabilities(config: Config) -> Capabilities:
@@ -384,11 +397,14 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
     import torch
 
     from drafters.registry import build
+    from pipeline.engine.native.calibration import calibrate_for_run
     from pipeline.engine.native.compression import KVCompression
     from pipeline.engine.native.generator import NativeGenerator
+    from pipeline.engine.native.switching import SwitchingRule
 
     torch.set_num_threads(resolve_threads(config.engine.threads, config))
-    return NativeGenerator(
+    switching = config.engine.switching
+    generator = NativeGenerator(
         folder,
         drafter=build(config.engine.drafter),
         max_sequences=config.engine.max_sequences,
@@ -402,5 +418,10 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         kv_compression=KVCompression.from_config(config.engine.kv_compression),
         prefill_tokens=config.engine.prefill_tokens,
         recompute_on_update=config.engine.update_kv == "recompute",
+        small_model=switching.small_model or None,
+        switching=SwitchingRule.from_config(switching),
         on_event=log,
     )
+    if switching.small_model and switching.policy_share:
+        calibrate_for_run(generator, config, folder, log)
+    return generator

@@ -15,6 +15,7 @@ from pipeline.engine.generator import FinishedSample, GroupRequest, TokenOrigin
 from pipeline.engine.native.compression import KVCompression
 from pipeline.engine.native.eviction import build as build_policy
 from pipeline.engine.native.generator import NativeGenerator
+from pipeline.engine.native.switching import SwitchingRule
 from pipeline.errors import UsageError
 from pipeline.messages import Sampler, SamplingParams
 from pipeline.models.config import ModelConfig
@@ -33,6 +34,8 @@ def generate(
     sampling: Mapping[str, Any],
     seed: int,
     samples: int = 1,
+    small_model: Path | None = None,
+    threshold: float = 0.1,
     kv_compression: tuple[str | None, int, int] = (None, 512, 128),
 ) -> int:
     """Sample from the checkpoint in `folder` and print the responses; returns the exit code.
@@ -40,6 +43,8 @@ def generate(
     Args:
         sampling: fields of `SamplingParams`, those that are not None; other keys are not read.
         seed: of the first response; the others have the seeds that follow.
+        small_model: checkpoint that samples where entropy is low.
+        threshold: nats, of the rolling mean that is low.
         kv_compression: policy (None: none), budget and tokens between two compressions.
     """
     tokenizer = Tokenizer(folder)
@@ -60,6 +65,8 @@ def generate(
         kv_compression=_compression(*kv_compression),
         max_sequences=min(samples, 64),
         max_length=len(prompt_ids) + max_new_tokens,
+        small_model=small_model,
+        switching=SwitchingRule(threshold) if small_model else None,
     )
     seeds = tuple(range(seed, seed + samples))
     generator.add(GroupRequest(0, np.asarray(prompt_ids, np.int64), params, seeds))
@@ -115,17 +122,20 @@ def _bias(text: str) -> tuple[int, float]:
 
 def _print(sample: FinishedSample, tokenizer: Tokenizer) -> None:
     """Accepted drafts have their drafter's colour on a terminal and stand in ‹ › elsewhere, with its number where there
-    are several."""
+    are several. What a small model sampled is underlined on a terminal and stands in ⟨ ⟩ elsewhere."""
     console = Console(highlight=False, soft_wrap=True)
     nothing = np.zeros(len(sample.token_ids), np.uint8)
     origins = sample.origins if sample.origins is not None else nothing
     sources = sample.draft_sources if sample.draft_sources is not None else nothing
     several = len(sample.drafters) > 1
     text = Text()
-    for begin, end in _stretches(origins.astype(np.int64) * 256 + sources):
+    small = sample.samplers == Sampler.SWITCHED_MODEL
+    for begin, end in _stretches((origins.astype(np.int64) * 2 + small) * 256 + sources):
         piece = tokenizer.decode(sample.token_ids[begin:end].tolist())
         source = int(sources[begin])
-        if not source:
+        if small[begin]:
+            text.append(piece if console.is_terminal else f"⟨{piece}⟩", style="underline")
+        elif not source:
             text.append(piece, style=BONUS if origins[begin] == TokenOrigin.BONUS else "")
         elif console.is_terminal:
             text.append(piece, style=_colour(source))
@@ -143,6 +153,7 @@ def _print(sample: FinishedSample, tokenizer: Tokenizer) -> None:
             f"{len(sample.token_ids)} tokens in {sample.verifications} verifications "
             f"({len(sample.token_ids) / max(1, sample.verifications):.2f} each); ",
             drafts if sample.drafters else "nothing drafted",
+            f"; the small model sampled {int(small.sum())} tokens" if small.any() else "",
             f"; log-prob {float(sample.logprobs.sum()):.2f} nats; ended by {sample.finish_reason}",
         )
     )

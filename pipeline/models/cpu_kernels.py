@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from pipeline.models.cpu_tiles import fetch_tile, page_dots, page_sums
 from pipeline.models.openmp import pointer, take_number, team
 
-_FAST = {"contract", "reassoc", "nsz"}
+FAST = {"contract", "reassoc", "nsz"}
 """Sums may be reordered; infinities and NaN keep their meaning."""
 
 
@@ -62,8 +62,8 @@ def _power_of_two(context: Any, n: Any) -> Any:
     return types.float32(types.int32), build
 
 
-@njit(fastmath=_FAST, inline="always")
-def _exp(x: float) -> float:
+@njit(fastmath=FAST, inline="always")
+def exponential(x: float) -> float:
     """e^x for x <= 0 to 2e-7 relative, without a call, so that a loop over it becomes vector instructions:
     x = n ln 2 + r and the Taylor polynomial of e^r, degree 7, |r| <= ln(2) / 2."""
     low = x if x > np.float32(-87.0) else np.float32(-87.0)
@@ -81,7 +81,7 @@ def _exp(x: float) -> float:
     return p * _power_of_two(np.int32(n))
 
 
-@njit(fastmath=_FAST, cache=True)
+@njit(fastmath=FAST, cache=True)
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.ndarray) -> None:
     """Rows of `x` [N, H] over their root mean square, times `weight` float32 [H] (Zhang and Sennrich, 2019)."""
     rows, width = x.shape
@@ -95,7 +95,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.ndarray)
             out[n, i] = _narrow(_widen(x[n, i]) * scale * weight[i], x[n, i])
 
 
-@njit(fastmath=_FAST, cache=True)
+@njit(fastmath=FAST, cache=True)
 def prepare_attention(
     qkv: np.ndarray,
     norm: np.ndarray,
@@ -151,7 +151,7 @@ def prepare_attention(
                 values[page, head, place, d] = qkv[n, heads + kv_heads + head, d]
 
 
-@njit(fastmath=_FAST, cache=True)
+@njit(fastmath=FAST, cache=True)
 def attend(
     queries: np.ndarray,
     keys: np.ndarray,
@@ -200,7 +200,7 @@ def attend(
         item = take_number(number)
 
 
-@njit(fastmath=_FAST, cache=True)
+@njit(fastmath=FAST, cache=True)
 def _attend_one(
     queries: np.ndarray,
     keys: np.ndarray,
@@ -243,7 +243,7 @@ def _attend_one(
             out[start + r // group, kv * group + r % group, d] = _narrow(result[r, d], queries[0, 0, 0])
 
 
-@njit(fastmath=_FAST, inline="always")
+@njit(fastmath=FAST, inline="always")
 def _softmax(weights: np.ndarray, r: int, begin: int, end: int) -> None:
     """In place over weights[r, begin:end]; the rest of the row becomes 0.
 
@@ -256,7 +256,7 @@ def _softmax(weights: np.ndarray, r: int, begin: int, end: int) -> None:
         greatest = max(greatest, weights[r, k])
     total = np.float32(0)
     for k in range(end):
-        weights[r, k] = _exp(weights[r, k] - greatest)
+        weights[r, k] = exponential(weights[r, k] - greatest)
         total += weights[r, k]
     inverse = np.float32(1) / total
     for k in range(end):

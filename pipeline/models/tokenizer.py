@@ -106,6 +106,25 @@ class TextStream:
         return self._stream.step(self._tokenizer, token) or ""
 
 
+def check_same_tokenizer(folder: Path, other: Path, option: str) -> None:
+    """Two models that take turns at a text must mean the same by every token id.
+
+    Args:
+        folder: the policy's checkpoint.
+        other: the other model's, which `option` names.
+
+    Raises:
+        UsageError: they differ, and where first; or one has no tokenizer.
+    """
+    one, two = Tokenizer(folder), Tokenizer(other)
+    id = one.first_difference(two)
+    if id is not None:
+        raise UsageError(
+            f"{option} = {str(other)!r} has another tokenizer than {folder}: token id {id} is {two.token(id)!r} there "
+            f"and {one.token(id)!r} here; give a model that was trained with the same tokenizer"
+        )
+
+
 def _tokenizer_config(path: Path) -> dict[str, Any]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])

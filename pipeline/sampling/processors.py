@@ -92,6 +92,12 @@ class Processors:
         )  # fmt: skip
         return slot
 
+    def temperatures(self, slots: np.ndarray) -> np.ndarray | None:
+        """float32 [B] of the sequences in `slots` where none has another setting; else None."""
+        settings = self._settings[slots]
+        plain = (settings["bias"] < 0) & (settings["counts"] < 0) & ~settings["truncates"]
+        return settings["temperature"].astype(np.float32) if plain.all() else None
+
     def observe(self, slots: np.ndarray, emitted: Sequence[np.ndarray]) -> None:
         """The responses in `slots` [B] grew by these tokens."""
         rows = self._settings["counts"][slots]

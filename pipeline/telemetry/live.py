@@ -56,6 +56,8 @@ class RunView:
         self._names: list[str] = []
         self._progress: Progress = bar(self._screen.console, "training")
         self._task = self._progress.add_task("training", total=steps, completed=done)
+        if self._screen.live:
+            self._screen.draw(Group(Text("waiting for the first step", style="dim"), self._progress))
 
     def show(self, row: Mapping[str, Any]) -> None:
         """One finished step."""

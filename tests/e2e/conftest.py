@@ -22,6 +22,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder in which the small warm start has been done."""
     folder = tmp_path_factory.mktemp("cache")
     out = tmp_path_factory.mktemp("warm") / "run"
-    done = rollahead("run", *settings(**SMALL, run__steps=1), "--out", str(out), cache=folder)
+    done = rollahead("run", *settings(**SMALL, run__steps=1), "--out", str(out), cache=folder, timeout=900)
     assert done.returncode == 0, done.stderr
     return folder

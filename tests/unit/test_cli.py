@@ -1,9 +1,9 @@
 """The command line is a contract: what it offers, and how it fails."""
 
 import argparse
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 
 import pytest
@@ -16,9 +16,9 @@ COMMAND_LINE = {
     "keygen": ["folder", "--engine"],
     "engine": ["config", "--connect", "--connect-timeout", "--set", "--dry-run"],
     "generate": [
-        "model", "--prompt", "--drafter", "--max-new-tokens", "--temperature", "--seed", "--samples", "--top-k",
-        "--kv-compression", "--kv-budget", "--kv-every",
-        "--top-p", "--min-p", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logit-bias",
+        "model", "--prompt", "--drafter", "--small-model", "--threshold", "--max-new-tokens", "--temperature", "--seed",
+        "--samples", "--top-k", "--kv-compression", "--kv-budget", "--kv-every", "--top-p", "--min-p",
+        "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logit-bias",
         "--allowed-token-ids", "--bad-token-ids", "--stop-token-ids", "--stop-strings", "--min-new-tokens",
     ],
     "corpus": ["action", "files", "--out", "--tokenizer", "--template"],
@@ -85,10 +85,16 @@ def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(arguments, said, cap
 def test_help_is_quick_because_it_imports_nothing_heavy():
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = _children_seconds()
         done = subprocess.run(
             [sys.executable, "-m", "pipeline.cli", "--help"], capture_output=True, text=True, check=True
         )
-        seconds.append(time.perf_counter() - began)
+        seconds.append(_children_seconds() - began)
         assert "examples:" in done.stdout
-    assert min(seconds) < 1.0
+    assert min(seconds) < 0.3
+
+
+def _children_seconds() -> float:
+    """Of processor time: what other programs do meanwhile does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -41,6 +41,8 @@ def test_a_piece_may_be_given_by_its_name_alone():
         ("learner.beta1=1.5", ["learner.beta1", "1.5", "< 1"]),
         ("learner.learning_rate=nan", ["learner.learning_rate", "nan"]),
         ("task.kind=chess", ["task.kind", "chess"]),
+        ("engine.switching.treshold=1", ["engine.switching.treshold", "did you mean threshold"]),
+        ("engine.switching.window=0", ["engine.switching.window", "= 0", "rolling mean"]),
         ("batch_size=3", ["section.key=value"]),
         ("learner.batch_size", ["section.key=value"]),
     ],

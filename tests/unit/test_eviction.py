@@ -58,9 +58,11 @@ def test_snapkv_adds_up_the_attention_of_the_latest_queries(scene):
             assert np.allclose(scores[row, kv], pooled(votes, 3, np.mean), atol=1e-5)
 
 
-def test_r_kv_weighs_importance_against_redundancy(scene):
+@pytest.mark.parametrize("spared", [0, 1, 2])
+def test_r_kv_weighs_importance_against_redundancy(scene, spared):
     keys, queries = scene
-    policy = build({"name": "r-kv", "window": WINDOW, "kernel": 5, "importance": 0.3, "threshold": 0.6})
+    options = {"window": WINDOW, "kernel": 5, "importance": 0.3, "threshold": 0.3, "spared": spared}
+    policy = build({"name": "r-kv", **options})
     scores = policy.scores(keys, queries)
     for row in range(2):
         for kv in range(KV_HEADS):
@@ -72,9 +74,8 @@ def test_r_kv_weighs_importance_against_redundancy(scene):
             for i in range(TOKENS):
                 for j in range(TOKENS):
                     similarity[i, j] = unit[i] @ unit[j] if i != j else 0.0
-                alike = [j for j in range(TOKENS) if similarity[i, j] > 0.6]
-                if alike:
-                    similarity[i, alike[-1]] = 0.0
+                alike = [j for j in range(TOKENS) if similarity[i, j] > 0.3]
+                similarity[i, alike[len(alike) - spared :] if spared <= len(alike) else alike] = 0.0
             expected = 0.3 * importance - 0.7 * softmax(similarity.mean(0))
             assert np.allclose(scores[row, kv], expected, atol=1e-5)
 

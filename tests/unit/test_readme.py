@@ -1,44 +1,70 @@
-"""What the README shows is what runs."""
+"""What README and docs show is what runs."""
 
 import re
 import shlex
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from drafters.base import Needs
 from drafters.registry import build
-from pipeline.cli import build_parser
+from learner.testing import check_piece
+from pipeline.bench import available
+from pipeline.cli import COMMAND_EXAMPLES, EXAMPLES, build_parser, main
+from pipeline.config.types import TaskSection
 from pipeline.engine.native.generator import NativeGenerator
+from pipeline.engine.vllm.proposer import check_needs
+from pipeline.tasks import load_task
 from pipeline.tasks.rewards import load_reward, score_group
 from tests.unit.generation import finish, group, texts
 from tests.unit.tiny_models import save_tiny
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = DOCUMENTS["README.md"]
+PYTHON_BLOCK = re.compile(r"```python\n# (\w+)\.py\n(.*?)```", re.DOTALL)
+
+
+def commands(text):
+    """The `rollahead` lines of a text, without comments, ellipses and the brackets of what may be left out."""
+    joined = re.sub(r" *\\\n\s*", " ", text)
+    for line in re.findall(r"^ {2,4}(rollahead .*?)(?:\s{2,}.*)?$", joined, re.MULTILINE):
+        words = shlex.split(line, comments=True)[1:]
+        yield [word.strip("[]") if word.startswith(("[--", "[-")) else word.rstrip("]") if word.isupper() or
+               re.fullmatch(r"[A-Z]+\]", word) else word for word in words if word != "..."]  # fmt: skip
+
+
+SHOWN = [(name, words) for name, text in DOCUMENTS.items() for words in commands(text)]
+SHOWN += [("help", words) for text in (EXAMPLES, *COMMAND_EXAMPLES.values()) for words in commands(text)]
 
 
 @pytest.fixture
-def example(tmp_path, monkeypatch):
-    """Writes a Python block of the README, found by its first line, where it can be imported."""
+def examples(tmp_path, monkeypatch):
+    """Every Python file that the documents show, where it can be imported."""
+    for text in DOCUMENTS.values():
+        for name, block in PYTHON_BLOCK.findall(text):
+            (tmp_path / f"{name}.py").write_text(block)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "c.toml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
-    def write(name):
-        (block,) = re.findall(rf"```python\n# {name}\.py\n(.*?)```", README, re.DOTALL)
-        (tmp_path / f"{name}.py").write_text(block)
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.delitem(sys.modules, name, raising=False)
 
-    return write
+def test_the_examples_are_short():
+    for name, block in PYTHON_BLOCK.findall(README):
+        assert len(block.splitlines()) < 40, name
 
 
-def test_reward_example_scores_a_group(example):
-    example("my_rewards")
+def test_reward_example_scores_a_group(examples):
     scored = score_group(load_reward("my_rewards:brevity"), ["p"] * 2, ["a", "abc"], {"reference": ["1", "1"]})
     assert [score.reward for score in scored] == [0.5, 0.25]
 
 
-def test_drafter_example_drafts_and_changes_nothing(example, tmp_path):
-    example("my_drafter")
-    folder = save_tiny(tmp_path / "model", sharpness=6.0)
+def test_drafter_example_drafts_and_changes_nothing(examples):
+    folder = save_tiny(examples / "model", sharpness=6.0)
     outcomes = {}
     for name in ("none", "my_drafter:RepeatLast"):
         generator = NativeGenerator(folder, drafter=build({"name": name}), max_sequences=3)
@@ -49,9 +75,70 @@ def test_drafter_example_drafts_and_changes_nothing(example, tmp_path):
     assert drafted > 0 and failures == 0
 
 
+def test_task_example_has_prompts_that_the_built_in_reward_scores(examples):
+    task = load_task(TaskSection(kind="my_task:Doubling"), seed=0)
+    assert task.train[21].prompt == "What is 21 + 21?\n" and len(task.held_out) == 50
+    assert not {e.prompt for e in task.train} & {e.prompt for e in task.held_out}
+    assert all(len(e.prompt) <= len(task.longest_prompt) for e in (*task.train, *task.held_out))
+    columns = {key: [value] for key, value in task.train[21].columns.items()}
+    assert score_group(load_reward("numeric-answer"), ["p"], ["#### 42"], columns)[0].reward == 1.0
+
+
+def test_objective_example_keeps_to_the_contract(examples):
+    piece = check_piece("gate", {"name": "my_objective:certain_tokens", "nats": 0.3})
+    assert piece.name == "certain_tokens"
+
+
+def test_there_are_commands_in_readme_docs_and_help():
+    assert len([name for name, _ in SHOWN if name == "README.md"]) >= 12
+    assert len(SHOWN) >= 40 and {"help", "benchmarks.md", "reliability.md"} <= {name for name, _ in SHOWN}
+
+
+@pytest.mark.parametrize(("document", "words"), SHOWN, ids=[" ".join(words)[:70] for _, words in SHOWN])
+def test_every_command_shown_is_one_that_is_understood(document, words, examples, monkeypatch, capsys):
+    options = build_parser().parse_args(words)
+    if options.command in ("run", "learner", "engine"):
+        if getattr(options, "eval_only", False):
+            words = [word for word in words if word != "--eval-only"]
+        assert main([*words, "--dry-run"]) == 0, capsys.readouterr().err
+    elif options.command == "bench" and options.what != "list":
+        assert options.what in available()
+        source = (ROOT / "benchmarks" / f"{options.what.replace('-', '_')}.py").read_text()
+        for word in options.arguments:
+            if word.startswith("--") and word != "--help":
+                assert f'"{word}"' in source, f"{document}: {options.what} has no {word}"
+    elif options.command in ("drafters", "keygen"):
+        assert main(words) == 0
+
+
+def test_every_document_is_found_from_the_readme():
+    for name in DOCUMENTS.keys() - {"README.md"}:
+        assert f"docs/{name}" in README, name
+
+
+def test_what_a_run_directory_holds_is_what_the_readme_says():
+    from pipeline.run_directory import RunDirectory
+
+    directory = RunDirectory(Path("run"))
+    for path in vars(directory).values():
+        if isinstance(path, Path) and path.name in ("metrics.jsonl", "samples.jsonl", "trained.jsonl", "report.html"):
+            assert path.name in README
+    assert np.all([word in README for word in ("tensorboard/", "trace/", "checkpoints/step-N/")])
+
+
 def test_every_command_shown_is_one_the_parser_knows():
     shown = re.findall(r"^    (rollahead .*?)(?:\s{2,}#.*)?$", README, re.MULTILINE)
     assert len(shown) >= 5
     for line in shown:
         arguments = [word for word in shlex.split(line)[1:] if word != "..."]
         build_parser().parse_args(arguments)
+
+
+def test_the_table_of_drafters_and_generators_is_true():
+    rows = dict(re.findall(r"^\| `([a-z-]+)`[^|]*\| yes \| (yes|no)[^|]*\|$", README, re.MULTILINE))
+    assert {"none", "suffix-automaton", "prompt-lookup", "arbiter", "token-recycling", "mtp"} <= rows.keys()
+    kinds = {point.name: point.load() for point in entry_points(group="rollahead.drafters")}
+    for name, in_vllm in rows.items():
+        needs = Needs.NOTHING if name == "arbiter" else kinds[name].needs  # an arbiter's are those of its drafters
+        assert (in_vllm == "yes") == (not needs), name
+    check_needs(build({"name": "arbiter"}))

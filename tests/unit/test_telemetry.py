@@ -184,6 +184,23 @@ def test_tensorboard_files_hold_the_numbers(tmp_path):
     assert found["drafters/prompt-lookup/accepted"] == (3, 1.0)
 
 
+@pytest.mark.slow
+def test_weights_and_biases_get_the_numbers_also_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs wandb (pip install rollahead[wandb])")
+    from pipeline.telemetry.wandb import WandbSink
+
+    for key, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_CONFIG_DIR", str(tmp_path))):
+        monkeypatch.setenv(key, value)
+    sink = WandbSink("project", "run1", str(tmp_path), {"learner": {"batch_size": 8}}, 0)
+    sink.write(ROW)
+    sink.close()
+    (file,) = tmp_path.rglob("*.wandb")
+    deadline = time.monotonic() + 30  # a process of its own writes it
+    while b"reward_mean" not in (written := file.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert b"reward_mean" in written and b"drafters/suffix-automaton/accepted" in written and b"1234" in written
+
+
 def test_a_sink_that_fails_is_left_out_with_one_warning():
     class Broken:
         def write(self, row):

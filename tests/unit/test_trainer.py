@@ -11,6 +11,7 @@ from learner.schedule import learning_rate
 from learner.trainer import Trainer
 from pipeline.config.types import LearnerSection, ObjectiveSection
 from pipeline.errors import RunFailed, UsageError
+from pipeline.messages import Sampler
 from tests.unit.learner_samples import batch, tiny_folder, tiny_policy, trajectory, transformers_class
 
 
@@ -183,6 +184,29 @@ def test_mismatch_looks_only_at_the_current_publication_and_staleness_counts_pub
     assert metrics["mismatch_k3"] > 0
     assert metrics["staleness_max"] == 2
     assert metrics["staleness_mean"] == pytest.approx(sum(expected_ages) / len(expected_ages))
+
+
+def test_tokens_of_another_sampler_are_no_mismatch_and_have_their_own_metrics(tmp_path):
+    model = tiny_policy(tmp_path / "model")
+    groups = batch(groups=2, version=3)
+    expected = {name: [] for name in Sampler}
+    for sample in (sample for group in groups for sample in group):
+        sample.roles[:] = 0
+        exact = np.array([d.log_prob(t).item() for d, t, _ in distributions(model, sample)], np.float32)
+        sample.samplers = (np.arange(len(exact)) % 3 == 1).astype(np.uint8)
+        sample.logprobs = np.where(sample.samplers == 1, exact - 0.5, exact).astype(np.float32)
+        for sampler, ratio in zip(sample.samplers, np.exp(exact - sample.logprobs), strict=True):
+            expected[Sampler(sampler)].append(min(float(ratio), 2.0))
+    metrics = trainer_of(model).train(groups, publication=3)
+    assert metrics["mismatch_k3"] < 1e-9
+    assert metrics["k3/age_0"] < 1e-9
+    assert metrics["k3/other_samplers"] == pytest.approx(math.exp(0.5) - 1 - 0.5, rel=1e-3)
+    own, other = expected[Sampler.POLICY], expected[Sampler.SWITCHED_MODEL]
+    assert metrics["sampler/switched-model/share"] == pytest.approx(len(other) / len(own + other))
+    assert metrics["sampler/switched-model/mass"] == pytest.approx(sum(other) / sum(own + other), rel=1e-4)
+    assert metrics["sampler/policy/mass"] + metrics["sampler/switched-model/mass"] == pytest.approx(1)
+    assert metrics["sampler/policy/ess"] == pytest.approx(1, abs=1e-5)
+    assert "sampler/compressed-kv/share" not in metrics
 
 
 def test_metrics_describe_the_batch(tmp_path):

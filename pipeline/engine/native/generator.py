@@ -19,13 +19,16 @@ from pipeline.engine.native.memory import Memory, page_budget
 from pipeline.engine.native.prefill import prefill
 from pipeline.engine.native.scheduler import Scheduler
 from pipeline.engine.native.sequence import Emission, Sequence
+from pipeline.engine.native.small_model import SmallModel, check_together, on_small, together
 from pipeline.engine.native.stop_strings import StopStrings
+from pipeline.engine.native.switching import SwitchingRule
 from pipeline.errors import RunFailed, UsageError
-from pipeline.messages import Capabilities
+from pipeline.messages import Capabilities, Sampler
 from pipeline.models.checkpoint import load_decoder, load_weights_into
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import PAGE, KVCache
 from pipeline.models.tokenizer import Tokenizer
+from pipeline.sampling.plain import verify_plain
 from pipeline.sampling.processors import Processors
 from pipeline.sampling.uniforms import salted
 from pipeline.sampling.verification import TokenUniforms, VerifiedTokens, verify
@@ -78,6 +81,8 @@ class NativeGenerator:
         prefill_tokens: int = 2048,
         recompute_on_update: bool = False,
         stagger: bool = False,
+        small_model: str | Path | Decoder | None = None,
+        switching: SwitchingRule | None = None,
         version: int = -1,
         on_event: Callable[[str], None] | None = None,
     ) -> None:
@@ -99,12 +104,14 @@ class NativeGenerator:
             recompute_on_update: whether new weights compute the keys and values of sequences under way anew.
             stagger: whether, of more samples than run at once, one of each group goes ahead, so that the others' drafts
                 can follow it; groups finish later then.
+            small_model: of the same tokenizer, samples where the policy's entropy is low; both caches share `kv_bytes`.
+            switching: when it does; with `small_model`.
             version: publication that `model` is.
             on_event: told in one sentence when the drafter is switched off or stuck; None: `warnings.warn`.
 
         Raises:
-            UsageError: the checkpoint cannot be used, `max_length` is over what the model was made for, or `kv_bytes`
-                does not hold one sequence of `max_length`.
+            UsageError: the checkpoint cannot be used, `max_length` is over what the model was made for, `kv_bytes` does
+                not hold one sequence of `max_length`, or the small model or the drafter does not fit the policy.
         """
         self.decoder = model if isinstance(model, Decoder) else load_decoder(model, dtype, device)
         config = self.decoder.config
@@ -119,8 +126,22 @@ class NativeGenerator:
             )
         self._stop = frozenset(config.eos_token_ids if stop_token_ids is None else stop_token_ids)
         self._prefill_tokens, self._recompute = prefill_tokens, recompute_on_update
+        self._tokenizer, self._folder = tokenizer, None if isinstance(model, Decoder) else Path(model)
+        self.small: SmallModel | None = None
+        if (small_model is None) != (switching is None):
+            raise UsageError("a small model needs a switching rule, and a rule a small model; give both, or none")
+        if small_model is not None and switching is not None:
+            check_together(drafter or NoDrafter(), kv_compression is not None)
+            self.small = SmallModel(small_model, switching, self.decoder, self._folder, self.max_length)
         self._pages = page_budget(
-            config, self.decoder.dtype, self.decoder.device, kv_bytes, max_sequences, self.max_length, kv_compression
+            config,
+            self.decoder.dtype,
+            self.decoder.device,
+            kv_bytes,
+            max_sequences,
+            self.max_length,
+            kv_compression,
+            self.small.page_bytes if self.small else 0,
         )
         self._compressor = None
         if kv_compression:
@@ -140,7 +161,6 @@ class NativeGenerator:
             raise UsageError(f"verification {verification!r} is unknown; use standard or block")
         self._block = verification == "block"
         self._processors = Processors(config.vocab_size, self.decoder.device)
-        self._tokenizer, self._folder = tokenizer, None if isinstance(model, Decoder) else Path(model)
         self._salt = False
         """whether numbers depend on the sequence beside the seed: from the first drafts with probabilities on"""
         self._drafting = Drafting(drafter or NoDrafter(), self, on_event)
@@ -163,7 +183,7 @@ class NativeGenerator:
             self._drafting.preempt([s.id for s in self._live])
             again, self._live = again + self._live, []
         for sequence in sorted(again, key=lambda s: s.id, reverse=True):
-            self._memory.free(sequence)
+            self._free(sequence)
             self._scheduler.put_back(sequence)
         for sequence in self._live:
             sequence.kv_kept = sequence.kv_kept or sequence.cached > 0
@@ -202,11 +222,13 @@ class NativeGenerator:
         stopped = self._scheduler.cancel(group)
         for sequence in [s for s in self._starting if s.group == group]:
             self._starting.remove(sequence)
-            self._memory.free(sequence)
+            self._free(sequence)
             stopped.append(sequence)
         self._end([s for s in stopped if s.begun])
         self._release([row for row, s in enumerate(self._live) if s.group == group])
         self._memory.forget_prompt(group)
+        if self.small:
+            self.small.memory.forget_prompt(group)
 
     def _load_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -230,7 +252,7 @@ class NativeGenerator:
     @property
     def kv_bytes(self) -> int:
         """Memory of keys and values that was ever in use."""
-        return self._memory.cache.bytes
+        return self._memory.cache.bytes + (self.small.memory.cache.bytes if self.small else 0)
 
     def stats(self) -> GeneratorStats:
         """Totals so far; the object is the caller's."""
@@ -258,6 +280,8 @@ class NativeGenerator:
         return Places(self._tables[rows], held, evicted)
 
     def _new_memory(self) -> Memory:
+        if self.small:
+            self.small.set_pages(self._pages)
         cache = KVCache(self.decoder.config, self.decoder.dtype, self.decoder.device, self._pages)
         return Memory(cache, self._compressor)
 
@@ -277,23 +301,25 @@ class NativeGenerator:
         self._mark = time.perf_counter()
         self._admit()
         self._start()
+        self._catch_up()
         budgets = self._make_room()
         if not self._live:
             return []
+        small_logits = self._forward_small()
         temperatures = np.array([s.temperature for s in self._live], np.float32)
         proposal = self._propose(budgets, temperatures)
         began = self._mark
+        samplers = [Sampler.SWITCHED_MODEL if on_small(s) else Sampler.POLICY for s in self._live]
         states: list[Tensor] | None = [] if Needs.LAYER_STATES in self._drafting.needs else None
-        hidden = self._forward(proposal, states)
-        logits = self.decoder.logits(hidden)
+        hidden, logits = self._forward(proposal, states, small_logits)
         self._lap("forward_seconds")
         verified = self._verify(logits, proposal)
-        emissions = self._emissions(verified, proposal)
+        emissions = self._emissions(verified, proposal, logits)
         self._lap("sampling_seconds")
         seconds = self._mark - began
         drafters = proposal.drafted_by or [self._drafting.name] * len(emissions)
-        for sequence, emission, drafter in zip(self._live, emissions, drafters, strict=True):
-            sequence.append(emission, self.version, drafter)
+        for sequence, emission, drafter, sampler in zip(self._live, emissions, drafters, samplers, strict=True):
+            sequence.append(emission, self.version, drafter, sampler)
         slots = np.array([s.slot for s in self._live], np.int64)
         self._processors.observe(slots, [e.token_ids for e in emissions])
         self._count(emissions)
@@ -352,6 +378,8 @@ class NativeGenerator:
         """Its settings take effect; they stay over preemption until `_end`."""
         params, sequence.begun = sequence.sampling, True
         sequence.slot = self._processors.add(params, sequence.stop, sequence.request.prompt_ids)
+        if self.small:
+            self.small.begin(sequence, self.capabilities.entropy)
         if params.stop_strings:
             stream = self._load_tokenizer().stream()
             sequence.stop_strings = StopStrings(params.stop_strings, stream, params.min_new_tokens)
@@ -367,6 +395,18 @@ class NativeGenerator:
         if not self._scheduler.waits(group) and not any(s.group == group for s in self._starting):
             self._memory.forget_prompt(group)
 
+    def _catch_up(self) -> None:
+        """The models that take over compute what they missed; preempts where there is no memory for that."""
+        while self.small:
+            done, rows = self.small.catch_up(self._live, self.decoder, self._memory)
+            for row in rows:
+                self._tables[row, : len(self._live[row].pages)] = self._live[row].pages
+                self._last_member_started(self._live[row].group)
+            if done:
+                break
+            self._preempt()
+        self._lap("forward_seconds")
+
     def _make_room(self) -> np.ndarray:
         """Longest draft of each live sequence, int64 [B], for which it now has pages; preempts where even the next
         token of one has none."""
@@ -375,6 +415,14 @@ class NativeGenerator:
         row = 0
         while row < len(self._live):
             sequence = self._live[row]
+            if self.small and sequence.copy is not None and on_small(sequence):
+                if not self.small.memory.grow(sequence.copy, sequence.copy.cached + 1):
+                    self._preempt()
+                    row, budgets = 0, []
+                    continue
+                budgets.append(0)
+                row += 1
+                continue
             wanted = min(self.max_draft_tokens, self._memory.draft_room(sequence))
             pages = len(sequence.pages)
             if not self._memory.grow(sequence, sequence.held + 1 + wanted):
@@ -399,7 +447,7 @@ class NativeGenerator:
 
     def _preempt(self) -> None:
         """Takes the memory of prompts kept for later, else of the sequence that holds memory for the shortest time."""
-        if self._memory.forget_prompts():
+        if self._memory.forget_prompts() or (self.small and self.small.free_idle(self._live, self._memory)):
             return
         if self._starting:
             victim = self._starting.pop()
@@ -408,9 +456,14 @@ class NativeGenerator:
             victim = self._live[row]
             self._take_out(row)
             self._drafting.preempt([victim.id])
-        self._memory.free(victim)
+        self._free(victim)
         self._scheduler.put_back(victim)
         self._stats.preemptions += 1
+
+    def _free(self, sequence: Sequence) -> None:
+        self._memory.free(sequence)
+        if self.small:
+            self.small.free(sequence)
 
     def _propose(self, budgets: np.ndarray, temperatures: np.ndarray) -> Proposal:
         self._lap("other_seconds")
@@ -418,18 +471,36 @@ class NativeGenerator:
         self._lap("drafter_seconds")
         return proposal
 
-    def _forward(self, proposal: Proposal, states: list[Tensor] | None) -> Tensor:
-        """Hidden states [N, H] after each sequence's last token and after each of its draft tokens; `states` as for
-        `Decoder.forward`."""
-        counts = proposal.lengths + 1
-        held = np.array([s.held for s in self._live], np.int64)
-        evicted = np.array([s.evicted for s in self._live], np.int64) if self._compressor else None
-        last = np.array([s.last_token for s in self._live], np.int64)
-        columns = np.arange(proposal.token_ids.shape[1] + 1)
-        tokens = np.concatenate([last[:, None], proposal.token_ids], axis=1)[columns < counts[:, None]]
-        plan = self._memory.cache.plan(self._tables[: len(self._live)], held, counts, evicted)
+    def _forward_small(self) -> Tensor | None:
+        """Logits [rows, V] of the sequences that the small model samples; None where there are none."""
+        sequences = [s for s in self._live if on_small(s)]
+        if self.small is None or not sequences:
+            return None
+        logits = self.small.forward(sequences)
+        self._lap("forward_seconds")
+        return logits
+
+    def _forward(
+        self, proposal: Proposal, states: list[Tensor] | None, small_logits: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, H] after each sequence's last token and after each of its draft tokens, and their logits
+        [N, V]; `states` as for `Decoder.forward`. Where the small model samples, there are logits alone."""
+        live, counts = self._live, proposal.lengths + 1
+        rows = np.flatnonzero([small_logits is None or not on_small(s) for s in live])
+        if small_logits is not None and not len(rows):
+            return small_logits[:, :0], small_logits
+        held = np.array([s.held for s in live], np.int64)[rows]
+        evicted = np.array([s.evicted for s in live], np.int64)[rows] if self._compressor else None
+        last = np.array([s.last_token for s in live], np.int64)
+        used = np.arange(proposal.token_ids.shape[1] + 1) < counts[:, None]
+        tokens = np.concatenate([last[:, None], proposal.token_ids], axis=1)[rows][used[rows]]
+        plan = self._memory.cache.plan(self._tables[rows], held, counts[rows], evicted)
         packed = torch.from_numpy(tokens).to(self.decoder.device)
-        return self.decoder.forward(packed, plan, self._memory.cache, states)
+        hidden = self.decoder.forward(packed, plan, self._memory.cache, states)
+        logits = self.decoder.logits(hidden)
+        if small_logits is not None:
+            logits = together(rows, counts, logits, small_logits)
+        return hidden, logits
 
     def _verify(self, logits: Tensor, proposal: Proposal) -> VerifiedTokens:
         seeds = np.array([s.seed for s in self._live], np.int64)
@@ -441,6 +512,11 @@ class NativeGenerator:
         self._salt = self._salt or probabilistic
         if self._salt:
             seeds = salted(seeds, np.array([s.id + 1 for s in self._live], np.int64))
+        temperatures = self._processors.temperatures(slots)
+        if not probabilistic and temperatures is not None and logits.device.type == "cpu":
+            return verify_plain(
+                logits, temperatures, proposal.token_ids, proposal.lengths, seeds, positions, self.capabilities.entropy
+            )
         target = self._processors.target(
             logits, slots, positions, proposal.token_ids, proposal.lengths, self.capabilities.entropy
         )
@@ -454,13 +530,14 @@ class NativeGenerator:
             self._block,
         )
 
-    def _emissions(self, verified: VerifiedTokens, proposal: Proposal) -> list[Emission]:
+    def _emissions(self, verified: VerifiedTokens, proposal: Proposal, logits: Tensor) -> list[Emission]:
         accepted, logprobs = verified.accepted.cpu().numpy(), verified.logprobs.cpu().numpy()
         if not np.isfinite(logprobs).all():
             raise RunFailed(f"publication {self.version} gives log-probs that are not numbers; its weights are broken")
         tokens = verified.tokens.cpu().numpy()
         entropies = None if verified.entropies is None else verified.entropies.cpu().numpy()
         emissions, kept = [], _kept_by_row(verified)
+        starts = np.cumsum(proposal.lengths + 1) - (proposal.lengths + 1)
         for row, sequence in enumerate(self._live):
             n = int(accepted[row])
             emission = Emission(
@@ -471,6 +548,8 @@ class NativeGenerator:
                 n,
                 kept[row].first(n + 1) if sequence.request.sampling.truncates else None,
             )
+            if self.small:
+                emission = self.small.cut(sequence, emission, logits[starts[row] :])
             emissions.append(sequence.cut_at_stop(emission))
         return emissions
 
@@ -505,6 +584,8 @@ class NativeGenerator:
             self._groups[sample.group] -= 1
             if not self._groups[sample.group]:
                 del self._groups[sample.group]
+                if self.small:
+                    self.small.memory.forget_prompt(sample.group)
         self._lap("other_seconds")
         return done
 
@@ -512,7 +593,7 @@ class NativeGenerator:
         """Ends live sequences."""
         self._end([self._live[row] for row in rows])
         for row in sorted(rows, reverse=True):
-            self._memory.free(self._live[row])
+            self._free(self._live[row])
             self._take_out(row)
 
     def _take_out(self, row: int) -> None:

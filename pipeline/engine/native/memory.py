@@ -174,6 +174,7 @@ def page_budget(
     sequences: int,
     length: int,
     compression: KVCompression | None = None,
+    beside: int = 0,
 ) -> int:
     """How many pages the cache may have.
 
@@ -185,13 +186,14 @@ def page_budget(
         sequences: most at once.
         length: longest one, in tokens.
         compression: what bounds the cached tokens of most sequences.
+        beside: bytes of a page of another model's cache that shares the budget, with as many pages.
 
     Raises:
         UsageError: the budget does not hold one sequence of that length (a compressed one, too, begins with its whole
             prompt).
     """
     one = _pages(length)
-    size = page_bytes(config, dtype)
+    size = page_bytes(config, dtype) + beside
     each = one + 1 if compression is None else _pages(min(length, compression.limit)) + 1
     wanted = max(sequences * each, one + 1)
     budget = kv_bytes or min(wanted * size, _free_memory(device) // 2)

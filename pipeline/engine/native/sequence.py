@@ -1,6 +1,7 @@
 """One response under way: its tokens and what is recorded of each."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -9,6 +10,9 @@ from torch import Tensor
 from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds, TokenOrigin
 from pipeline.engine.native.stop_strings import StopStrings
 from pipeline.messages import DEEPEST, DraftCounts, Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from pipeline.engine.native.small_model import Copy
 
 
 @dataclass(slots=True)
@@ -46,8 +50,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "begun", "cached", "count", "depths", "drafts", "entropies", "evicted", "hidden", "id", "kept", "kv_kept",
-        "limit", "logprobs", "origins", "pages", "request", "sample", "samplers", "slot", "sources", "stop",
+        "begun", "cached", "copy", "count", "depths", "drafts", "entropies", "evicted", "hidden", "id", "kept",
+        "kv_kept", "limit", "logprobs", "origins", "pages", "request", "sample", "samplers", "slot", "sources", "stop",
         "stop_strings", "string_completed", "token_ids", "verifications", "versions",
     )  # fmt: skip
 
@@ -76,6 +80,8 @@ class Sequence:
         """of the cache, in order"""
         self.hidden: list[Tensor] = []
         """hidden states of the cached tokens, until the drafter has them; empty where it asks for none"""
+        self.copy: Copy | None = None
+        """what a small model beside the policy holds of it; None where there is none"""
         self.slot = -1
         """of its settings in the generator's `Processors`; -1 before it begins"""
         self.stop_strings: StopStrings | None = None
@@ -142,8 +148,8 @@ class Sequence:
             n = end or n
         return emission if n == len(tokens) else emission.first(n)
 
-    def append(self, emission: Emission, version: int, drafter: str) -> None:
-        """Records an emission that was sampled by publication `version` after a draft of `drafter`."""
+    def append(self, emission: Emission, version: int, drafter: str, sampler: Sampler = Sampler.POLICY) -> None:
+        """Records an emission of `sampler`, under publication `version` and after a draft of `drafter`."""
         start, end = self.count, self.count + len(emission.token_ids)
         self.token_ids[start:end] = emission.token_ids
         self.logprobs[start:end] = emission.logprobs
@@ -152,14 +158,15 @@ class Sequence:
         if emission.kept is not None:
             self.kept.append(emission.kept)
         self.versions[start:end] = version
-        if self.evicted:
-            self.samplers[start:end] = Sampler.COMPRESSED_KV
+        self.samplers[start:end] = Sampler.COMPRESSED_KV if self.evicted else sampler
         self.origins[start : start + emission.accepted] = TokenOrigin.ACCEPTED
         if emission.accepted < end - start:
             whole = TokenOrigin.BONUS if emission.drafted else TokenOrigin.SAMPLED
             self.origins[end - 1] = whole if emission.accepted == emission.drafted else TokenOrigin.RESIDUAL
         self.count = end
-        self.cached = self.target  # the pass that sampled the last token computed all before it
+        # The pass that sampled the last token computed all before it.
+        holder = self.copy if sampler == Sampler.SWITCHED_MODEL and self.copy is not None else self
+        holder.cached = self.target
         self.verifications += 1
         if emission.drafted:
             drafted, accepted = self.drafts.get(drafter, (0, 0))

@@ -117,8 +117,10 @@ def check(device: torch.device, rows: int = 20_000, missing: bool = False) -> di
         law = processed_law(np.array(LOGITS), params, (), (), ())
         draft = -1 if missing else int(np.where(law > 0, law, 2.0).argmin())
         tokens = _sampled(params, draft, rows, device)
-        possible = tokens is not None and tokens.min() >= 0 and tokens.max() < len(law)
-        found[name] = chi_square_p_value(np.bincount(tokens, minlength=len(law)), law * rows) if possible else 0.0
+        if tokens is None or tokens.min() < 0 or tokens.max() >= len(law):
+            found[name] = 0.0
+        else:
+            found[name] = chi_square_p_value(np.bincount(tokens, minlength=len(law)), law * rows)
     return found
 
 

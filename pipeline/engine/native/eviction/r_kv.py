@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import torch
 import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor
@@ -50,10 +51,17 @@ class RKV(EvictionPolicy):
 
     def redundancy(self, keys: Tensor) -> Tensor:
         """R, float32 [B, kv_heads, T]"""
+        tokens, spared = keys.shape[2], self.options.spared
         unit = F.normalize(keys.float(), dim=-1)
-        similarity = unit @ unit.transpose(-1, -2)
-        similarity.diagonal(dim1=-2, dim2=-1).zero_()
-        alike = similarity > self.options.threshold
-        newest_first = alike.flip(-1).cumsum(-1).flip(-1)
-        spared = alike & (newest_first <= self.options.spared)
-        return similarity.masked_fill(spared, 0.0).mean(-2).softmax(-1)
+        total = (unit * (unit.sum(-2, True) - unit)).sum(-1)  # with all others, without the matrix of all pairs
+        if spared:
+            similarity = unit @ unit.transpose(-1, -2)
+            similarity.diagonal(dim1=-2, dim2=-1).zero_()
+            # 0 where two keys are not alike, else 1 + the place of the second: the greatest are the newest
+            order = torch.arange(1, tokens + 1, dtype=torch.int32, device=keys.device)
+            places = (similarity > self.options.threshold) * order
+            newest = places.amax(-1, True) if spared == 1 else places.topk(min(spared, tokens)).values
+            columns = (newest.long() - 1).clamp(min=0)
+            excess = similarity.gather(-1, columns) * (newest > 0)
+            total = total.scatter_add(-1, columns.flatten(-2), -excess.flatten(-2))
+        return (total / tokens).softmax(-1)

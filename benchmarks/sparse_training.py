@@ -1,0 +1,161 @@
+"""Training on compressed rollouts, corrected and not, against the full cache: held-out reward after equal steps.
+
+Every arm has the recipe `sparse-rl`; "uncorrected" leaves out its corrections. The policy is evaluated with the full
+cache. What counts as equivalent is `--margin`, stated before anything runs.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from benchmarks.held_out import HeldOut
+from benchmarks.results import write_results
+from benchmarks.sparse import held_out_settings
+from benchmarks.stale_training import train
+from pipeline.config import Config, check_config, load_config
+from pipeline.engine.native.generator import NativeGenerator
+from pipeline.errors import UsageError
+
+KEPT = (
+    "reward_mean", "entropy", "grad_norm", "importance_weight_ess", "compressed/k3", "compressed/fraction",
+    "icepop/below_fraction", "icepop/above_fraction", "veto/vetoed_samples",
+)  # fmt: skip
+CONFIDENCE = 0.9
+"""of the intervals: two one-sided tests at 5% each"""
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Trains every arm with every seed, prints verdicts, writes `results.json` and a plot; the exit code."""
+    if options.seeds < 2:
+        raise UsageError(f"--seeds {options.seeds} gives no interval; use at least 2")
+    print(f"equivalent: {CONFIDENCE:.0%} interval of the difference of held-out rewards within {options.margin}")
+    arms = [("full", "", 0)]
+    arms += [
+        (kind, policy, budget)
+        for policy in options.policies
+        for budget in options.budgets
+        for kind in ("corrected", "uncorrected")
+    ]
+    rows: list[dict[str, Any]] = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        for kind, policy, budget in arms:
+            rows.append(_run(options, kind, policy, budget, seed))
+            row = rows[-1]
+            print(
+                f"seed {seed}  {kind:<12} {policy:<13} {budget:>4}  held-out reward {row['held_out_before']:.3f} ->"
+                f" {row['held_out_after']:.3f}  {row['seconds']:.0f} s",
+                flush=True,
+            )
+    verdicts = [line for _, policy, budget in arms[1::2] for line in verdicts_of(rows, policy, budget, options.margin)]
+    path = write_results(
+        options.out, "sparse-training", rows, model=str(options.model), seed=options.seed, verdicts=verdicts,
+        margin=options.margin, confidence=CONFIDENCE, steps=options.steps,
+    )  # fmt: skip
+    plot = _plot(rows, options.out)
+    print("\n".join(["", *verdicts, "", f"written {path}" + (f" and {plot}" if plot else "")]))
+    return 0
+
+
+def _run_config(options: argparse.Namespace, kind: str, policy: str, budget: int, seed: int) -> Config:
+    settings = [
+        *held_out_settings(options), f"run.steps={options.steps}", f"run.seed={seed}", "objective.recipe=sparse-rl",
+        f"learner.learning_rate={options.learning_rate}", f"learner.batch_size={options.batch_size}",
+        f"engine.max_sequences={options.batch_size}", "engine.drafter=none",
+    ]  # fmt: skip
+    if kind == "uncorrected":
+        settings.append("objective.corrections=[]")
+    if policy:
+        settings += [
+            f"engine.kv_compression.policy={policy}",
+            f"engine.kv_compression.budget={budget}",
+            f"engine.kv_compression.every={options.every}",
+        ]
+    config = load_config(None, settings)
+    check_config(config)
+    return config
+
+
+def _run(options: argparse.Namespace, kind: str, policy: str, budget: int, seed: int) -> dict[str, Any]:
+    config = _run_config(options, kind, policy, budget, seed)
+    held_out = HeldOut(_run_config(options, "full", "", 0, options.seed), options.model)
+    found: list[float] = []
+
+    def evaluate(weights: Path) -> None:
+        scored = held_out.sample(NativeGenerator(weights, max_sequences=options.batch_size))
+        found.append(statistics.fmean(reward for _, _, reward in scored))
+
+    evaluate(options.model)
+    began = time.perf_counter()
+    curve = list(train(config, options.model, options.staleness, evaluate))
+    return {
+        "arm": kind, "policy": policy, "budget": budget, "seed": seed, "steps": len(curve),
+        "held_out_before": found[0], "held_out_after": found[1], "seconds": time.perf_counter() - began,
+        "curves": {key: [row.get(key) for row in curve] for key in KEPT},
+    }  # fmt: skip
+
+
+def verdicts_of(rows: Sequence[dict[str, Any]], policy: str, budget: int, margin: float) -> list[str]:
+    """What holds at one budget: corrected against the full cache, and against uncorrected, seed by seed."""
+
+    def after(arm: str, policy: str, budget: int) -> list[float]:
+        return [r["held_out_after"] for r in rows if (r["arm"], r["policy"], r["budget"]) == (arm, policy, budget)]
+
+    corrected = after("corrected", policy, budget)
+    full, uncorrected = after("full", "", 0), after("uncorrected", policy, budget)
+    low, high = interval([a - b for a, b in zip(corrected, full, strict=True)])
+    word = "equivalent to" if -margin <= low and high <= margin else "not shown to be equivalent to"
+    lines = [
+        f"{policy} {budget}: corrected ({statistics.fmean(corrected):.3f}) is {word} the full cache "
+        f"({statistics.fmean(full):.3f}): difference {low:+.3f} to {high:+.3f}, margin {margin}"
+    ]
+    low, high = interval([a - b for a, b in zip(corrected, uncorrected, strict=True)])
+    word = "better than" if low > 0 else "not shown to be better than"
+    lines.append(
+        f"{policy} {budget}: corrected is {word} uncorrected ({statistics.fmean(uncorrected):.3f}): difference "
+        f"{low:+.3f} to {high:+.3f}"
+    )
+    return lines
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Of the mean of paired differences, by Student's t."""
+    mean, count = statistics.fmean(differences), len(differences)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * statistics.stdev(differences) / count**0.5
+    return mean - half, mean + half
+
+
+def _plot(rows: Sequence[dict[str, Any]], out: Path) -> Path | None:
+    """sparse-training.png: training reward and k3 of every run; None without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed; pip install 'rollahead[bench]'")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    names = list(dict.fromkeys(_name(row) for row in rows))
+    for row in rows:
+        for axis, key in zip(axes, ("reward_mean", "compressed/k3"), strict=True):
+            values = [float("nan") if value is None else value for value in row["curves"][key]]
+            axis.plot(values, color=f"C{names.index(_name(row)) % 10}", label=_name(row), linewidth=1)
+    for axis, label in zip(axes, ("reward of the rollouts", "k3, dense policy against sampler"), strict=True):
+        axis.set(xlabel="batch", ylabel=label)
+    handles = {text: handle for handle, text in zip(*axes[0].get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(5, len(handles)))
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    path = out / "sparse-training.png"
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['arm']} {row['policy']} {row['budget']}" if row["policy"] else str(row["arm"])
