@@ -56,7 +56,7 @@ def check_vllm(config: Config) -> None:
             f'engine.verification = "{engine.verification}" is the native generator\'s; vLLM verifies token by token, '
             'so leave it at "standard"'
         )
-    for key in ("kv_compression",):
+    for key in ("kv_compression", "switching"):
         value, off = getattr(engine, key), getattr(type(engine)(), key)
         if value != off:
             raise UsageError(
