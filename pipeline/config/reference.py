@@ -8,7 +8,7 @@ import msgspec
 import tomli_w
 
 from pipeline.config.load import help_of
-from pipeline.config.types import Config
+from pipeline.config.types import Config, Section
 
 HEADER = """\
 # Configuration
@@ -26,15 +26,28 @@ def reference() -> str:
     parts = [HEADER]
     for section in msgspec.structs.fields(Config):
         parts += [f"## [{section.name}]\n", "| option | type | default | meaning |", "|---|---|---|---|"]
-        hints = get_type_hints(section.type, include_extras=True)
-        for option in msgspec.structs.fields(section.type):
-            kind = describe(hints[option.name])
-            default = _default(option)
-            meaning = help_of(section.name, option.name)
-            cells = (f"`{option.name}`", kind, f"`{default}`" if default != '""' else "", meaning)
-            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        parts.append("")
+        parts += [*_rows(section.name, section.type), ""]
     return "\n".join(parts)
+
+
+def _rows(name: str, kind: Any, within: str = "") -> list[str]:
+    """The options of a section; those of a table in it stand as `table.option`."""
+    rows: list[str] = []
+    hints = get_type_hints(kind, include_extras=True)
+    for option in msgspec.structs.fields(kind):
+        hint, own = hints[option.name], within + option.name
+        if isinstance(hint, type) and issubclass(hint, Section):
+            rows += _rows(name, hint, f"{own}.")
+            continue
+        default = _default(option)
+        cells = (f"`{own}`", describe(hint), f"`{default}`" if default != '""' else "")
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, _meaning(name, own))) + " |")
+    return rows
+
+
+def _meaning(section: str, option: str) -> str:
+    table, _, last = option.rpartition(".")
+    return help_of(f"{section}.{table}" if table else section, last)
 
 
 def describe(hint: Any) -> str:

@@ -88,7 +88,7 @@ def test_a_stalled_disk_stops_the_engine_and_memory_stays_bounded(tmp_path):
 
 def test_an_engine_that_ignores_its_window_is_told_so_and_ended(tmp_path):
     limits = replace(LIMITS, window_samples=4, window_bytes=200)
-    with running_hub(tmp_path, limits=limits, sockets={"max_message_bytes": 500}, ledger={"max_staleness": 20}) as hub:
+    with running_hub(tmp_path, limits=limits, sockets={"max_message_bytes": 1000}, ledger={"max_staleness": 20}) as hub:
         arm("journal.write=enospc")
         peer = raw_peer(hub.address)
         hello(peer, "peer")
