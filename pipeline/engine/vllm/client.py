@@ -3,6 +3,7 @@
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.errors import RunFailed, UsageError
 T = TypeVar("T")
 Key = tuple[int, int, int]
 """of a sample: group, index, and which time it is generated"""
+_DYING_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,17 @@ class EngineClient:
             return asyncio.run_coroutine_threadsafe(work, self._loop).result()
         except EngineDeadError as error:
             raise GeneratorLost("vLLM's engine has died") from error
+        except Exception as error:  # vLLM's own words for a call that its dying core could not answer
+            if self.died():
+                raise GeneratorLost("vLLM's engine has died") from error
+            raise
+
+    def died(self) -> bool:
+        """Whether the engine is dead, or dies within seconds: a core that has lost its workers still answers."""
+        deadline = time.monotonic() + _DYING_SECONDS
+        while not (dead := self._engine.errored) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return bool(dead)
 
     def close(self) -> None:
         """Ends vLLM's processes; requests under way are forgotten."""

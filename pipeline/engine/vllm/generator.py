@@ -219,7 +219,7 @@ class VllmGenerator:
     def _raise(self, error: BaseException) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        if isinstance(error, EngineDeadError):
+        if isinstance(error, EngineDeadError) or self._client.died():
             raise GeneratorLost("vLLM's engine has died") from error
         raise RunFailed(f"vLLM failed a request: {error}") from error
 
