@@ -69,7 +69,8 @@ def _drafting(config: Config, directory: RunDirectory, rows: list[dict[str, Any]
     acceptance = measured["acceptance_rate"]
     return (
         f"  drafting   {name}: {ratio['median']:.2f}x the tokens/s of plain decoding "
-        f"({ratio['min']:.2f} to {ratio['max']:.2f} over {measured['repeats']} interleaved repeats), {verdict}; "
+        f"({ratio['min']:.2f} to {ratio['max']:.2f} over {measured['repeats']} interleaved repeats), {verdict}, on "
+        "prompts it has met once before; "
         f"{measured['tokens_per_verification']:.2f} tokens a verification, "
         f"{'nothing drafted' if acceptance is None else f'{acceptance:.0%} of drafts accepted'}. "
         "Exact either way: the text is sampled from the same distribution."
