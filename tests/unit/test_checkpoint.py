@@ -177,6 +177,7 @@ save(root, trainer, keep=1)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", [1, 9])
 def test_a_process_killed_while_saving_leaves_a_checkpoint_that_can_be_used(tmp_path, sync):
     trainer = trainer_of(tiny_folder(tmp_path / "model"))

@@ -51,6 +51,7 @@ def failed(checks):
     return {check.name for check in exactness.failures(checks)}
 
 
+@pytest.mark.slow
 def test_the_short_suite_passes_and_writes_its_results(tmp_path, capsys):
     assert bench("exactness", ["--short", "--out", str(tmp_path)]) == 0
     assert "checks passed" in capsys.readouterr().out

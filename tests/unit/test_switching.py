@@ -385,6 +385,7 @@ def test_vocabularies_that_are_padded_differently_go_together(folder, tmp_path, 
             assert np.isfinite(sample.logprobs).all() and np.isfinite(sample.entropies).all()
 
 
+@pytest.mark.slow
 def test_calibration_hits_a_share_and_more_share_needs_a_lower_threshold(make):
     requests = [group(100 + i, prompt=range(i, i + 9), max_new_tokens=60) for i in range(12)]
     found = {}

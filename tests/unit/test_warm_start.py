@@ -151,6 +151,7 @@ def test_time_limit_keeps_what_there_is_and_says_so() -> None:
     AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_training_reaches_its_target() -> None:
     architecture = Architecture(hidden_size=64, layers=2, heads=2, kv_heads=1, head_dim=32, intermediate_size=128)
     recipe = changed(
