@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import plots
 from benchmarks.results import spread, write_results
 from benchmarks.stale_training import train
 from learner.step_metrics import Metrics
@@ -260,13 +261,9 @@ def _compared(staleness: int, value: Callable[[str, str], float | None]) -> list
 
 def _plot(rows: Sequence[dict[str, Any]], out: Path) -> Path | None:
     """stability.png: reward, entropy and gradient norm by staleness; None without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed; pip install 'rollahead[bench]'")
+    pyplot = plots.pyplot()
+    if pyplot is None:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     shown = ("reward_mean", "entropy", "grad_norm")
     ages = sorted({row["staleness"] for row in rows})

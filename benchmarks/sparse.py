@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import plots
 from benchmarks.held_out import HeldOut, Scored
 from benchmarks.results import spread, write_results
 from pipeline.config import Config, check_config, load_config
@@ -283,13 +284,9 @@ def dense_logprobs(decoder: Decoder, prompt: np.ndarray, response: np.ndarray, t
 
 def _plot(rows: Sequence[dict[str, Any]], out: Path) -> Path | None:
     """sparse.png: reward against budget, and speed against peak memory; None without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed; pip install 'rollahead[bench]'")
+    pyplot = plots.pyplot()
+    if pyplot is None:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
     rewards = [row for row in rows if row["question"] == "reward"]

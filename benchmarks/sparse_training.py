@@ -13,6 +13,7 @@ from typing import Any
 
 from scipy import stats
 
+from benchmarks import plots
 from benchmarks.held_out import HeldOut
 from benchmarks.results import write_results
 from benchmarks.sparse import held_out_settings
@@ -131,13 +132,9 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 
 def _plot(rows: Sequence[dict[str, Any]], out: Path) -> Path | None:
     """sparse-training.png: training reward and k3 of every run; None without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed; pip install 'rollahead[bench]'")
+    pyplot = plots.pyplot()
+    if pyplot is None:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
     names = list(dict.fromkeys(_name(row) for row in rows))

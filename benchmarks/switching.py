@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import plots
 from benchmarks.results import write_results
 from pipeline.config.types import TaskSection
 from pipeline.engine.generator import FinishedSample, GroupRequest
@@ -273,13 +274,9 @@ def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _plot(rows: Sequence[dict[str, Any]], out: Path) -> Path | None:
     """switching.png: share of the large model's reward against the share of its tokens; None without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed; pip install 'rollahead[bench]'")
+    pyplot = plots.pyplot()
+    if pyplot is None:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     ends = [row for row in rows if row["system"] in ("large", "small")]

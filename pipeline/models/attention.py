@@ -15,9 +15,6 @@ from pipeline.models.rope import RopeTable, rotate
 _WIDEST = 8
 """New tokens a sequence up to which the kernels are used; wider passes (prompts) are work for matrix units."""
 
-_LANES = 16
-"""The kernels take heads of a multiple of so many dimensions, as all common models have."""
-
 _WORTH_SHARING = 8192
 """Query heads times keys (some 20 microseconds of work) from which on several threads attend."""
 
@@ -42,7 +39,7 @@ class Attention(Protocol):
 
 def attention_for(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Attention:
     """The fastest for a model on a device."""
-    if device.type == "cpu" and config.head_dim % _LANES == 0:
+    if device.type == "cpu" and CPUAttention.takes(config):
         return CPUAttention(config, dtype, device)
     return TorchAttention(config, dtype, device)
 
@@ -107,6 +104,13 @@ class QueryProbe(TorchAttention):
 
 class CPUAttention:
     """Compiled kernels (`pipeline.models.cpu_kernels`) for narrow passes, `TorchAttention` for wide ones."""
+
+    @staticmethod
+    def takes(config: ModelConfig) -> bool:
+        """Whether the heads have a multiple of so many dimensions, as those of all common models."""
+        from pipeline.models.cpu_tiles import LANES
+
+        return config.head_dim % LANES == 0
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         from pipeline.models import cpu_kernels
