@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import torch
 
+from benchmarks import plots
 from benchmarks.results import spread, write_results
 from drafters.mtp.data import Rollout, TrainingTexts, read_rollouts
 from drafters.mtp.drafter import MTPDrafter
@@ -168,13 +169,9 @@ def _paired(rows: Sequence[dict[str, Any]], loss: str, against: str) -> dict[str
 
 
 def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed; pip install 'rollahead[bench]'")
+    pyplot = plots.pyplot()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for number, loss in enumerate(dict.fromkeys(row["loss"] for row in rows)):

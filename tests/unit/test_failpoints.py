@@ -27,6 +27,7 @@ def disarmed() -> Iterator[None]:
 def test_nothing_happens_without_the_variable():
     for name in failpoints.NAMES:
         failpoint(name)
+        assert not failpoints.armed(name)
 
 
 def test_errors_come_when_and_as_often_as_asked():
