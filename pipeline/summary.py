@@ -48,8 +48,25 @@ def _trained(config: Config, directory: RunDirectory, rows: list[dict[str, Any]]
         "  mismatch   "
         + (f"k3 {statistics.median(mismatch):.1e} (median, learner against engine, equal version)" if mismatch else
            "k3 not measured: no token was trained at the version that sampled it"),
+        f"  transport  {_transport(rows)}",
         f"  run        {directory.root}",
     ]  # fmt: skip
+
+
+def _transport(rows: list[dict[str, Any]]) -> str:
+    """What it costs the engines to get samples to the learner."""
+    seconds: dict[str, float] = {}
+    for row in rows:
+        for state, value in row["engine_time"].items():
+            seconds[state] = seconds.get(state, 0.0) + value
+    waited, sending = seconds.get("transport", 0.0), seconds.pop("sending", None)
+    total = sum(value for state, value in seconds.items() if state != "reward")
+    if sending is None or not total:
+        return "not measured"
+    return (
+        f"{(waited + sending) / total:.2%} of the engines' time: {waited:.2f} s of main loops and {sending:.2f} CPU s "
+        f"beside them, in {total:.0f} s"
+    )
 
 
 def _drafting(config: Config, directory: RunDirectory, rows: list[dict[str, Any]]) -> str:

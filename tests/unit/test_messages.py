@@ -88,7 +88,7 @@ def test_kept_ids_that_do_not_fit_the_tokens_are_refused(change, complaint):
 def test_arrays_travel_little_endian_whatever_their_type_was():
     sent = make_trajectory(2)
     sent.token_ids = np.array([1, 258], dtype=">i8")
-    assert messages.encode_trajectory(sent)[2] == bytes([1, 0, 0, 0, 2, 1, 0, 0])
+    assert messages.encode_trajectory(sent)[1][12:20] == bytes([1, 0, 0, 0, 2, 1, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_arbitrary_bytes_raise_nothing_but_bad_message(frames):
             continue
 
 
-@given(position=st.integers(0, 10_000), value=st.integers(0, 255), frame=st.integers(0, 9))
+@given(position=st.integers(0, 10_000), value=st.integers(0, 255), frame=st.integers(0, 1))
 def test_damaged_trajectories_raise_nothing_but_bad_message(position, value, frame):
     frames = messages.encode_trajectory(with_kept_ids(make_trajectory()))
     damaged = bytearray(frames[frame])
