@@ -1,8 +1,8 @@
 """The wire schema between engines and the learner. Torch-free.
 
 Frame 0 of every message is one msgspec struct with a tag, without the fields that have their defaults; a trajectory's
-arrays follow in one raw little-endian frame. New fields go last and have a default. `decode` raises `BadMessage` for anything a peer should not have sent; it
-checks counts and types before it keeps a byte.
+arrays follow in one raw little-endian frame. New fields go last and have a default. `decode` raises `BadMessage` for
+anything a peer should not have sent; it checks counts and types before it keeps a byte.
 """
 
 import math
