@@ -19,6 +19,11 @@ Text = Annotated[str, Meta(max_length=1 << 20)]
 Name = Annotated[str, Meta(max_length=256)]
 Id = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Small = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Version = Annotated[int, Meta(ge=-1, lt=1 << 31)]
+"""A publication; -1 before the first."""
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+Producer = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,128}\Z")]
+"""What may stand in a line of a log, or of a file, without being escaped."""
 SampleId = tuple[Id, Small]
 """(lease id, sample index in the group): the identity of a trajectory."""
 IDS_A_MESSAGE = 1 << 16
@@ -135,7 +140,7 @@ class DraftCounts(Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 class Hello(Message, tag="hello", kw_only=True, frozen=True):
     schema: Small
-    producer: Name
+    producer: Producer
     incarnation: Id
     digest: Annotated[dict[Name, Name], Meta(max_length=64)]
     capabilities: Capabilities
@@ -143,8 +148,8 @@ class Hello(Message, tag="hello", kw_only=True, frozen=True):
     """Leases this engine still works on; all its others are free to be reissued."""
     spooled: SampleIds = ()
     """Samples in its spool that are not known to be committed; the oldest when there are too many to list."""
-    version: int = -1
-    """Publication loaded, -1 before the first."""
+    version: Version = -1
+    """Publication loaded."""
     instance: Id = 0
     """A number the process drew when it started: tells two processes apart that share a copied spool."""
 
@@ -155,15 +160,15 @@ class Progress(Message, tag="progress", kw_only=True, frozen=True):
     running: LeaseIds
     credit: Small
     """Samples the engine could start now, beyond the leases it holds."""
-    version: int
+    version: Version
     generated_tokens: Id = 0
-    busy_seconds: float = 0.0
+    busy_seconds: Seconds = 0.0
     spooled_bytes: Id = 0
-    blocked_seconds: float = 0.0
+    blocked_seconds: Seconds = 0.0
     """That the engine took nothing new because its spool was full."""
     spool_damaged: Id = 0
     """Stretches of its spool that could not be read; what was in them is sampled anew."""
-    seconds: Annotated[dict[Name, float], Meta(max_length=16)] = {}
+    seconds: Annotated[dict[Name, Seconds], Meta(max_length=16)] = {}
     """What the engine's main thread did with its time since start, by state; beside it, in other threads, `reward` and
     `sending`."""
 
@@ -231,7 +236,7 @@ class WeightsRequest(Message, tag="weights-request", kw_only=True, frozen=True):
 class Welcome(Message, tag="welcome", kw_only=True, frozen=True):
     schema: Small
     run: Name
-    version: int
+    version: Version
     """Newest publication; the engine follows the weights folder of its own configuration."""
     received: SampleIds = ()
     """Of the samples in HELLO, those that need not be sent again."""
@@ -264,7 +269,7 @@ class Lease(Struct, kw_only=True, frozen=True):
     sampling: SamplingParams
     seeds: tuple[Id, ...]
     """One a sample: f(run seed, epoch, lease, sample)."""
-    version: int
+    version: Version
     """The engine must have loaded this publication, or a later one, before it starts."""
     temperatures: tuple[Annotated[float, Meta(gt=0)], ...] = ()
     """One a sample, for a lease that explores at another temperature than `sampling`'s; empty: they do not."""
@@ -291,7 +296,7 @@ class Committed(Message, tag="committed", kw_only=True, frozen=True):
 class Published(Message, tag="published", kw_only=True, frozen=True):
     """A hint that a newer publication exists; WELCOME repeats the state."""
 
-    version: int
+    version: Version
 
 
 class Revoke(Message, tag="revoke", kw_only=True, frozen=True):
@@ -497,7 +502,19 @@ def decode_from_learner(frames: list[bytes]) -> LearnerMessage:
     message = _decode(_learner_decoder, frames)
     if len(frames) > 1:
         raise BadMessage(f"{type(message).__name__} with {len(frames) - 1} frames it should not have")
+    if isinstance(message, Grant):
+        for lease in message.leases:
+            _check_lease(lease)
     return message
+
+
+def _check_lease(lease: Lease) -> None:
+    """What a lease says of its samples must agree."""
+    size = lease.group_size
+    if not 1 <= size == len(lease.seeds):
+        raise BadMessage(f"lease {lease.id} of {size} samples with {len(lease.seeds)} seeds")
+    if lease.temperatures and len(lease.temperatures) != size:
+        raise BadMessage(f"lease {lease.id} of {size} samples with {len(lease.temperatures)} temperatures")
 
 
 def _decode(decoder: msgspec.msgpack.Decoder, frames: list[bytes]) -> Any:
