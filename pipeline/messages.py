@@ -169,8 +169,8 @@ class Progress(Message, tag="progress", kw_only=True, frozen=True):
     spool_damaged: Id = 0
     """Stretches of its spool that could not be read; what was in them is sampled anew."""
     seconds: Annotated[dict[Name, Seconds], Meta(max_length=16)] = {}
-    """What the engine's main thread did with its time since start, by state; beside it, in other threads, `reward` and
-    `sending`."""
+    """What the engine's main thread did with its time since start, by state; beside it `reward`, in other threads, and
+    `sending`, CPU time in all."""
 
 
 class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):

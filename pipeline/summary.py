@@ -59,13 +59,14 @@ def _transport(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         for state, value in row["engine_time"].items():
             seconds[state] = seconds.get(state, 0.0) + value
-    waited, sending = seconds.get("transport", 0.0), seconds.pop("sending", None)
+    sending = seconds.pop("sending", None)
     total = sum(value for state, value in seconds.items() if state != "reward")
     if sending is None or not total:
         return "not measured"
+    held = seconds.get("transport", 0.0)
     return (
-        f"{(waited + sending) / total:.2%} of the engines' time: {waited:.2f} s of main loops and {sending:.2f} CPU s "
-        f"beside them, in {total:.0f} s"
+        f"{sending / total:.2%} of the engines' time in CPU seconds ({sending:.2f} of {total:.0f} s); their main loops "
+        f"were at it for {held / total:.2%}"
     )
 
 

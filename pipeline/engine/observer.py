@@ -57,7 +57,7 @@ class EngineObserver:
         self._clock.enter(state)
 
     def seconds(self, rewards: RewardWorker | None) -> dict[str, float]:
-        """By state since the start; rewards are computed, and samples sent, in threads beside it."""
+        """By state since the start; beside it what rewards took in other threads, and sending in all of them."""
         beside = {} if self._sending is None else {"sending": self._sending}
         return self._clock.seconds | beside | ({"reward": rewards.seconds} if rewards is not None else {})
 
@@ -78,7 +78,8 @@ class EngineObserver:
         if now - self._shown < SHOW_SECONDS:
             return
         self._shown = now
-        self._sending = cpu_seconds(SENDING_THREADS, _ZMQ_THREADS)
+        threads = cpu_seconds(SENDING_THREADS, _ZMQ_THREADS)
+        self._sending = None if threads is None else threads + engine.link.cpu_seconds
         row = self._row(engine, now)
         Log.about = {"version": row["policy_version"]}
         if self._server is not None:
