@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from benchmarks.drafter_streams import (
@@ -247,14 +248,14 @@ class _Capped(BaseDrafter):
 
     def propose(self, request: DraftRequest) -> Proposal:
         budgets = np.minimum(request.budgets, self._most)
-        return self._drafter.propose(dataclasses.replace(request, budgets=budgets))
+        return self._drafter.propose(msgspec.structs.replace(request, budgets=budgets))
 
 
 def _replay(options: argparse.Namespace) -> list[Row]:
     """Texts sampled here, costs measured here; then every choice at every length, and the arbiter, on paper."""
     decoder = load_decoder(options.model)
     costs = CostModel()
-    measured = measure_verifications(decoder, 10.0)
+    measured = measure_verifications(decoder, 10.0, 64)
     costs.fit(measured)
     rows = []
     for label, prompts in _prompt_sets(options)[: len(options.prompts)]:
