@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -195,7 +196,8 @@ class Learner:
             began = time.perf_counter()
             groups = [group.trajectories for group in batch.groups]
             if keep := self.config.learner.dump_batches:
-                replay.dump(self.run.batches, self.step + 1, self.publisher.version, groups, keep)
+                dump = partial(replay.dump, self.run.batches, self.step + 1, self.publisher.version, groups, keep)
+                self._patiently(self.run.batches, dump)
             tell_batch(groups, self.publisher.version)
             self.observer.enter("learning")
             measured = self.trainer.train(groups, self.publisher.version)
@@ -235,7 +237,8 @@ class Learner:
         tell(Leave())
         if found:
             content = {"step": self.step, "policy_version": self.publisher.version, **found}
-            self.run.evaluation.write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
+            text = msgspec.json.format(msgspec.json.encode(content)) + b"\n"
+            self._patiently(self.run.evaluation, partial(self.run.evaluation.write_bytes, text))
             self.hub.drain(DRAIN_SECONDS)
         return found
 

@@ -33,6 +33,7 @@ from pipeline.transport.spool import Spool
 from pipeline.watchdog import Watchdog
 from pipeline.weights import FilesystemFollower, StreamFollower, WeightsError, WeightsFollower, WeightsPending
 
+REPORT_SECONDS = 0.1
 IDLE_SECONDS = 0.02
 FLUSH_SECONDS = 20.0
 WEIGHTS_RETRY_SECONDS = 1.0
@@ -153,6 +154,8 @@ class Engine:
         self.config, self.link, self.follower, self.stop, self.log = config, link, follower, stop, log
         self._scorers, self._beat, self.observer = scorers, beat, observer
         self._weights_due = 0.0
+        self._standing: tuple[int, ...] = ()
+        self._reported = 0.0
         self._lost = 0
         self._rewards: RewardWorker | None = None
         self.generator: Generator | None = None
@@ -311,11 +314,17 @@ class Engine:
                     self.link.submit(trajectory_of(scored, index))
 
     def _report(self) -> None:
+        """How we stand: whenever leases or room change, else a few times a second."""
         held = sum(work.unfinished for work in self.work.values())
+        version = self.generator.version if self.generator is not None else -1
+        now, standing = time.monotonic(), (version, held, *self.work)
+        if standing == self._standing and now - self._reported < REPORT_SECONDS:
+            return
+        self._standing, self._reported = standing, now
         self.link.update(
             running=tuple(self.work),
             credit=max(0, self.config.engine.max_sequences - held),
-            version=self.generator.version if self.generator is not None else -1,
+            version=version,
             generated_tokens=self.generated_tokens,
             busy_seconds=self.busy_seconds,
             seconds=self.observer.seconds(self._rewards),
