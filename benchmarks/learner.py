@@ -61,15 +61,18 @@ def main(arguments: list[str]) -> int:
             for seed in range(options.seed, options.seed + options.seeds):
                 rows.append(_measure(options, folder, setting, staleness, seed))
                 print(_line(rows[-1]), flush=True)
-    verdicts = _verdicts(rows)
+                path = _write(options, rows)  # of every run when it is done: all of them take an hour
     plot = _plot(rows, options.out)
-    path = write_results(
+    print("\n".join(["", *_verdicts(rows), "", f"written {path}" + (f" and {plot}" if plot else "")]))
+    return 0
+
+
+def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:
+    return write_results(
         options.out, "learner-stability", rows, model=str(options.model or "embedded"), seed=options.seed,
-        settings={name: SETTINGS[name] for name in options.settings}, verdicts=verdicts, steps=options.steps,
+        settings={name: SETTINGS[name] for name in options.settings}, verdicts=_verdicts(rows), steps=options.steps,
         learning_rate=options.learning_rate, minibatches=options.minibatches,
     )  # fmt: skip
-    print("\n".join(["", *verdicts, "", f"written {path}" + (f" and {plot}" if plot else "")]))
-    return 0
 
 
 def _asked_for(arguments: Sequence[str]) -> str:
