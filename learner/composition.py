@@ -103,14 +103,14 @@ def _check_given(piece: Any, config: Config) -> None:
     generator, proximal = config.engine.generator, config.objective.proximal
     if Needs.ENGINE_ENTROPY in piece.needs:
         raise UsageError(
-            f'{piece.name} needs the entropy that the engine sampled each token at, and engine.generator = "{generator}" '
-            'records none; leave it out, or set engine.generator = "native"'
+            f"{piece.name} needs the entropy that the engine sampled each token at, and engine.generator = "
+            f'"{generator}" records none; leave it out, or set engine.generator = "native"'
         )
     if Needs.OLD_ENTROPY in piece.needs and proximal == "behaviour":
         raise UsageError(
-            f'{piece.name} needs entropies of pi_old, which objective.proximal = "behaviour" takes from the engine, and '
-            f'engine.generator = "{generator}" records none; set objective.proximal = "recompute", or engine.generator '
-            '= "native"'
+            f'{piece.name} needs entropies of pi_old, which objective.proximal = "behaviour" takes from the engine, '
+            f'and engine.generator = "{generator}" records none; set objective.proximal = "recompute", or '
+            'engine.generator = "native"'
         )
 
 
