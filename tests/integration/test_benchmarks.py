@@ -62,7 +62,10 @@ def test_a_training_step_is_measured_against_trl_on_the_same_loss(tmp_path):
     ]  # fmt: skip
     losses = [row["first_loss"] for row in found["rows"]]
     assert max(losses) - min(losses) < 1e-5 and abs(losses[0]) > 1e-3
-    assert all(row["memory_bytes"] > 0 and row["tokens_per_second"]["min"] > 0 for row in found["rows"])
+    assert all(
+        row["step_bytes"] > 0 and row["peak_bytes"] > row["step_bytes"] and row["tokens_per_second"]["min"] > 0
+        for row in found["rows"]
+    )
     assert len(found["verdicts"]) == 2
 
 
