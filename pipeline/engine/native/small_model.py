@@ -97,6 +97,29 @@ class SmallModel:
         """tokens that catch-ups computed, by the model that took over"""
         self.page_bytes = page_bytes(self.decoder.config, self.decoder.dtype)
 
+    @classmethod
+    def beside(
+        cls,
+        model: str | Path | Decoder | None,
+        rule: SwitchingRule | None,
+        policy: Decoder,
+        folder: Path | None,
+        length: int,
+        drafter: Drafter,
+        compresses: bool,
+    ) -> "SmallModel | None":
+        """As the constructor, for a generator with this drafter and perhaps a compressed cache; None without a model.
+
+        Raises:
+            UsageError: also where model and rule do not come together, or do not go with the drafter or the cache.
+        """
+        if (model is None) != (rule is None):
+            raise UsageError("a small model needs a switching rule, and a rule a small model; give both, or none")
+        if model is None or rule is None:
+            return None
+        check_together(drafter, compresses)
+        return cls(model, rule, policy, folder, length)
+
     def set_pages(self, pages: int) -> None:
         """An empty cache of so many pages."""
         decoder = self.decoder
