@@ -2,9 +2,9 @@
 
 Of vLLM's classes for such heads `Glm4MoeMTP` is the one that computes what `drafters.mtp.head` does: attention with
 optional norms of queries and keys and any head width, h' going round before the final norm, an embedding of zero at
-position 0. Its feed-forward block is a mixture of experts. A dense block is one as well: two experts with half of the
-intermediate neurons each, both always chosen. With a router of zeros each has weight 1/2, which `routed_scaling_factor`
-2 makes 1.
+position 0. Its feed-forward block is a mixture of experts. A dense block is one as well: the shared expert has half of
+the intermediate neurons, and two routed experts, both always chosen, a quarter each. With a router of zeros they have
+weight 1/2, which `routed_scaling_factor` 2 makes 1.
 """
 
 from pathlib import Path
@@ -21,7 +21,8 @@ from drafters.mtp.module import MTPModule
 from pipeline.errors import UsageError
 from pipeline.models.config import ModelConfig
 
-EXPERTS = 2
+EXPERTS, SHARED = 2, 2
+"""routed, and how many times a routed one's neurons the shared one has"""
 _RENAMED = {
     "fc.": "eh_proj.",
     "pre_fc_norm_embedding.": "enorm.",
@@ -50,8 +51,10 @@ def vllm_tensors(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
             found[renamed] = tensor.contiguous()
             continue
         neurons = 1 if weight.startswith("down_proj") else 0
-        for expert, half in enumerate(tensor.chunk(EXPERTS, dim=neurons)):
-            found[f"{part}mlp.experts.{expert}.{weight}"] = half.contiguous()
+        shares = tensor.chunk(EXPERTS + SHARED, dim=neurons)
+        found[f"{part}mlp.shared_experts.{weight}"] = torch.cat(shares[EXPERTS:], neurons)
+        for expert in range(EXPERTS):
+            found[f"{part}mlp.experts.{expert}.{weight}"] = shares[expert].contiguous()
     hidden = found[prefix + "enorm.weight"].shape[0]
     found[prefix + "mlp.gate.weight"] = torch.zeros(EXPERTS, hidden)
     found[prefix + "mlp.gate.e_score_correction_bias"] = torch.zeros(EXPERTS)
@@ -70,10 +73,10 @@ def vllm_config(model: Path) -> dict[str, Any]:
             f"{model}: attention_bias true gives the output projection a bias, which no head in vLLM has; use the "
             "native generator for drafter mtp"
         )
-    if config.intermediate_size % EXPERTS:
+    if config.intermediate_size % (EXPERTS + SHARED):
         raise UsageError(
-            f"{model}: intermediate_size {config.intermediate_size} is odd and does not divide into two experts; use "
-            "the native generator for drafter mtp"
+            f"{model}: intermediate_size {config.intermediate_size} is no multiple of {EXPERTS + SHARED} and does not "
+            "divide among experts; use the native generator for drafter mtp"
         )
     file = msgspec.json.decode((model / "config.json").read_bytes())
     rope = dict(file.get("rope_parameters") or file.get("rope_scaling") or {})
@@ -89,10 +92,10 @@ def vllm_config(model: Path) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "max_position_embeddings": config.max_positions,
-        "moe_intermediate_size": config.intermediate_size // EXPERTS,
+        "moe_intermediate_size": config.intermediate_size // (EXPERTS + SHARED),
         "n_group": 1,
         "n_routed_experts": EXPERTS,
-        "n_shared_experts": None,
+        "n_shared_experts": SHARED,
         "norm_topk_prob": True,
         "num_attention_heads": config.heads,
         "num_experts_per_tok": EXPERTS,

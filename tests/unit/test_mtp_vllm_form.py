@@ -67,9 +67,14 @@ def glm_layer(tensors, config, embedded, hidden):
     y = norm(x, "post_attention_layernorm")
     chosen = torch.sigmoid(y @ w["mlp.gate.weight"].T)  # all experts are
     chosen = chosen / chosen.sum(-1, keepdim=True) * config["routed_scaling_factor"]
+
+    def feed_forward(part):
+        gate, up, down = (w[f"mlp.{part}.{n}_proj.weight"] for n in ("gate", "up", "down"))
+        return (F.silu(y @ gate.T) * (y @ up.T)) @ down.T
+
+    x = x + feed_forward("shared_experts")
     for expert in range(config["n_routed_experts"]):
-        gate, up, down = (w[f"mlp.experts.{expert}.{n}_proj.weight"] for n in ("gate", "up", "down"))
-        x = x + chosen[:, expert, None] * ((F.silu(y @ gate.T) * (y @ up.T)) @ down.T)
+        x = x + chosen[:, expert, None] * feed_forward(f"experts.{expert}")
     return norm(x, "shared_head.norm")
 
 
