@@ -150,7 +150,9 @@ class VLLM:
         from vllm import LLM
 
         from pipeline.engine.vllm.arguments import WORKER
+        from pipeline.engine.vllm.install import let_vllm_search
 
+        let_vllm_search()
         arguments = self._speculation(*drafter_and_length(job))
         if arguments.get("speculative_config"):
             arguments["per_request_spec_decode_metrics"] = "summary"
@@ -167,17 +169,10 @@ class RollaheadVLLM(VLLM):
     """vLLM's engine with a drafter of ours in it."""
 
     def _speculation(self, name: str, length: int) -> dict[str, Any]:
-        from pipeline.engine.vllm import arguments, own_drafters, proposer
+        from pipeline.engine.vllm.arguments import speculation
 
-        drafter = {"name": name}
-        if name in own_drafters.NAMES:
-            self._scratch = tempfile.TemporaryDirectory(prefix="rollahead-vllm-")
-            return arguments.speculation(drafter, {}, length, self._model, Path(self._scratch.name))
-        # The drafter is first built by the worker: what it imports would be in the way of vLLM's search for kernels.
-        return {
-            "speculative_config": proposer.speculative_config(length),
-            "additional_config": {proposer.KEY: {"drafter": drafter}},
-        }
+        self._scratch = tempfile.TemporaryDirectory(prefix="rollahead-vllm-")
+        return speculation({"name": name}, {}, length, self._model, Path(self._scratch.name))
 
 
 def _forget(worker: Any) -> None:

@@ -2,9 +2,7 @@
 
     python -m tests.vllm.mtp_drafts MODEL HEAD NEWER
 
-
 Prints [[tokens, drafts] of the model, the same after an update to the checkpoint NEWER, which has a head of its own].
-Imports little: vLLM searches all that is imported for kernels, and stumbles over some of it.
 """
 
 import os
@@ -22,7 +20,9 @@ def main(model: Path, head: Path, newer: Path) -> None:
     from vllm import LLM, SamplingParams
 
     from pipeline.engine.vllm.arguments import WORKER, speculation
+    from pipeline.engine.vllm.install import let_vllm_search
 
+    let_vllm_search()
     drafter = {"name": "mtp", "path": str(head), "max_tokens": DEPTH, "greedy": True}
     with tempfile.TemporaryDirectory() as scratch:
         engine = LLM(
