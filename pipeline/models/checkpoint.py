@@ -13,6 +13,8 @@ from pipeline.errors import UsageError
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Decoder, LayerWeights
 
+MTP_LAYERS = "model.mtp_layers."
+"""where MiMo's checkpoints keep their multi-token-prediction layers, which `drafters.mtp` reads"""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -64,13 +66,14 @@ def load_weights_into(decoder: Decoder, folder: str | Path) -> None:
     Raises:
         UsageError: as for `load_decoder`.
     """
-    load_tensors(decoder, _shard_paths(Path(folder)), "model.")
+    load_tensors(decoder, _shard_paths(Path(folder)), "model.", beside=MTP_LAYERS)
     decoder.source = Path(folder)
 
 
 @torch.no_grad()
-def load_tensors(model: LayerWeights, files: Sequence[Path], prefix: str) -> None:
-    """Overwrites every weight of `model` from safetensors files, where no other tensor's name may begin with `prefix`.
+def load_tensors(model: LayerWeights, files: Sequence[Path], prefix: str, beside: str | None = None) -> None:
+    """Overwrites every weight of `model` from safetensors files, where no other tensor's name may begin with `prefix`,
+    unless it begins with `beside`.
 
     Raises:
         UsageError: a file or tensor is missing, truncated, too much, or of the wrong shape; nothing has changed then.
@@ -87,9 +90,35 @@ def load_tensors(model: LayerWeights, files: Sequence[Path], prefix: str) -> Non
                 raise UsageError(f"{path}: tensor {name} has shape {shape} where the model needs {wanted}")
         for name, (_, path) in sources.items():
             # A bias or layer the configuration does not announce would silently change what the model computes.
-            if name.startswith(prefix) and name not in shapes and not name.endswith("rotary_emb.inv_freq"):
+            known = name in shapes or name.endswith("rotary_emb.inv_freq") or (beside and name.startswith(beside))
+            if name.startswith(prefix) and not known:
                 raise UsageError(f"{path}: tensor {name} has no place in the model that config.json describes")
         model.load(lambda name: sources[name][0].get_tensor(name))
+
+
+def holds(files: Sequence[Path], prefix: str) -> bool:
+    """Whether a tensor's name in safetensors files begins with `prefix`.
+
+    Raises:
+        UsageError: a file is missing or truncated.
+    """
+    with _open(files) as shards:
+        return any(name.startswith(prefix) for _, file in shards for name in file.keys())  # noqa: SIM118
+
+
+def read_tensors(files: Sequence[Path], prefix: str) -> dict[str, torch.Tensor]:
+    """Those of safetensors files whose names begin with `prefix`.
+
+    Raises:
+        UsageError: a file is missing or truncated.
+    """
+    with _open(files) as shards:
+        return {
+            name: file.get_tensor(name)
+            for _, file in shards
+            for name in file.keys()  # noqa: SIM118
+            if name.startswith(prefix)
+        }
 
 
 def files_with(folder: Path, prefix: str) -> list[Path]:
@@ -99,8 +128,7 @@ def files_with(folder: Path, prefix: str) -> list[Path]:
         UsageError: a file is missing or truncated.
     """
     paths = _shard_paths(folder)
-    with _open(paths) as shards:
-        return paths if any(name.startswith(prefix) for _, file in shards for name in file.keys()) else []  # noqa: SIM118
+    return paths if holds(paths, prefix) else []
 
 
 @contextmanager

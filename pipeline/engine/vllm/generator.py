@@ -1,6 +1,7 @@
 """The vLLM generator: continuous batching, paged memory and parallel devices are vLLM's, the seam is ours."""
 
 import queue
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,9 +74,11 @@ class VllmGenerator:
             RunFailed: it did not start, or its sampler is not exact.
         """
         found = require_vllm()
+        self._scratch = tempfile.TemporaryDirectory(prefix="rollahead-vllm-")
         arguments = engine_arguments(
             folder, drafter=drafter, options=options or {}, max_sequences=max_sequences,
-            max_draft_tokens=max_draft_tokens, max_length=max_length, dtype=dtype, kv_bytes=kv_bytes,
+            max_draft_tokens=max_draft_tokens, max_length=max_length, scratch=Path(self._scratch.name), dtype=dtype,
+            kv_bytes=kv_bytes,
         )  # fmt: skip
         self.capabilities, self.version, self.max_length = GENERATORS["vllm"], version, max_length
         self._speculating = arguments.speculative_config is not None
@@ -190,6 +193,7 @@ class VllmGenerator:
     def close(self) -> None:
         self._groups.clear()
         self._client.close()
+        self._scratch.cleanup()
 
     def drafter_counters(self) -> dict[str, float]:
         """The drafter's own figures so far, of the first worker."""
