@@ -104,7 +104,7 @@ def _longest(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace, setting: str, seed: int) -> Config:
-    switches, corrections = SETTINGS[setting]
+    (switches, corrections), rule = SETTINGS[setting], options.rules[-1]
     overrides = [
         f"model.path={options.model}", "task.kind=jsonl", f"task.path={options.train_prompts}",
         f"run.steps={options.steps}", f"run.seed={seed}", "engine.drafter=none",
@@ -116,7 +116,8 @@ def _config(options: argparse.Namespace, setting: str, seed: int) -> Config:
     if switches:
         overrides += [
             f"engine.switching.small_model={options.small_model}", f"engine.switching.policy_share={options.share}",
-            f"engine.switching.window={options.window}", f"engine.switching.min_run={options.min_run}",
+            f"engine.switching.window={rule.window}", f"engine.switching.min_run={rule.min_run}",
+            f"engine.switching.before_sampling={str(rule.before_sampling).lower()}",
             f"engine.switching.calibration_prompts={options.calibration_count}",
         ]  # fmt: skip
     config = load_config(None, overrides)

@@ -104,6 +104,9 @@ class SwitchingSection(Section):
     unit: Annotated[Literal["nats", "bits"], option("of the threshold")] = "nats"
     window: Annotated[PositiveInt, option("tokens of the rolling mean")] = 5
     min_run: Annotated[PositiveInt, option("tokens from one switch to the next, at least")] = 10
+    before_sampling: Annotated[
+        bool, option("the policy samples the token that the small model is uncertain of, not only what follows it")
+    ] = False
     policy_share: Annotated[
         Annotated[float, Meta(ge=0, lt=1)],
         option("share of tokens the policy is to sample; an engine finds the threshold when it starts; 0: it is given"),

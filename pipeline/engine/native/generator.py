@@ -301,11 +301,9 @@ class NativeGenerator:
         self._mark = time.perf_counter()
         self._admit()
         self._start()
-        self._catch_up()
-        budgets = self._make_room()
+        budgets, small_logits = self._prepare()
         if not self._live:
             return []
-        small_logits = self._forward_small()
         temperatures = np.array([s.temperature for s in self._live], np.float32)
         proposal = self._propose(budgets, temperatures)
         began = self._mark
@@ -394,6 +392,20 @@ class NativeGenerator:
         """Frees a group's prompt once no sample will ask for it."""
         if not self._scheduler.waits(group) and not any(s.group == group for s in self._starting):
             self._memory.forget_prompt(group)
+
+    def _prepare(self) -> tuple[np.ndarray, Tensor | None]:
+        """Models and memory for the next tokens: the longest drafts, int64 [B], and the small model's logits."""
+        self._catch_up()
+        budgets = self._make_room()
+        asked = [s for s in self._live if on_small(s)]
+        logits = self._forward_small()
+        if self.small is None or logits is None or not self.small.hand_over(asked, logits):
+            return budgets, logits
+        self._catch_up()
+        budgets = self._make_room()
+        row_of = {s.id: row for row, s in enumerate(asked)}
+        rows = [row_of[s.id] for s in self._live if on_small(s)]  # memory may have run out for some
+        return budgets, logits[rows] if rows else None
 
     def _catch_up(self) -> None:
         """The models that take over compute what they missed; preempts where there is no memory for that."""

@@ -95,6 +95,8 @@ class SmallModel:
         self._vocab_size = policy.config.vocab_size
         self.caught_up = {Sampler.POLICY: 0, Sampler.SWITCHED_MODEL: 0}
         """tokens that catch-ups computed, by the model that took over"""
+        self.handed_over = 0
+        """tokens that the small model was asked for, and the policy sampled"""
         self.page_bytes = page_bytes(self.decoder.config, self.decoder.dtype)
 
     def set_pages(self, pages: int) -> None:
@@ -152,6 +154,23 @@ class SmallModel:
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
         return logits[:, : self._vocab_size]
+
+    def hand_over(self, sequences: Items[Sequence], logits: Tensor) -> bool:
+        """The policy takes over those tokens that the small model is too uncertain of; whether there were any.
+
+        Args:
+            sequences: that `forward` was asked about.
+            logits: [B, V], what it returned.
+        """
+        if not self.rule.before_sampling:
+            return False
+        logprobs, before = log_probabilities(logits), self.handed_over
+        for sequence, h in zip(sequences, entropy(logprobs.exp(), logprobs).tolist(), strict=True):
+            copy = sequence.copy
+            if copy is not None and copy.state.hand_over(h):
+                copy.cached += 1  # the pass read the last token
+                self.handed_over += 1
+        return self.handed_over > before
 
     def cut(self, sequence: Sequence, emission: Emission, logits: Tensor) -> Emission:
         """The emission up to a switch; the rest was sampled by a model that was no longer to sample.
