@@ -4,8 +4,8 @@
     rollahead bench switching --train --model DIR --small-model DIR --prompts FILE --train-prompts FILE --out DIR
 
 The curve: for each rule thresholds calibrated on other prompts, each beside a control that switches as often but at
-random, and the two models alone; all on the same prompts with the same seeds. `--train`: equal steps without switching, with switching
-and correction, and with switching alone (`benchmarks/switching_training.py`).
+random, and the two models alone; all on the same prompts with the same seeds. `--train`: equal steps without
+switching, with switching and correction, and with switching alone (`benchmarks/switching_training.py`).
 """
 
 import argparse
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         default=_rules("5:10,1:1:before"),
         metavar="W:D,...",
         help="window and min_run, and `before` for engine.switching.before_sampling; the paper's is 5:10; --train has "
-        "the last one",
+        "the first one",
     )
     add("--count", type=int, default=200, metavar="N", help="prompts measured on")
     add("--calibration-count", type=int, default=48, metavar="N", help="prompts calibrated on")
@@ -108,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--share", type=float, default=0.43, help="with --train: share of large-model tokens")
     add("--margin", type=float, default=0.05, help="with --train: difference in held-out reward that counts as none")
     add("--learning-rate", type=float, default=2e-5, help="with --train")
+    add("--batch-size", type=int, default=64, help="with --train: samples a batch")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="with --train: the learner's products")
+    add("--runs", type=int, default=0, help="with --train: at most so many now; the same command goes on; 0: all")
     add("--out", type=Path, default=Path("runs/switching"))
     return parser
 
@@ -218,8 +221,8 @@ class Curve:
             **self._cost(generator, done, share),
         }
         print(
-            f"{row['system']} {row.get('rule', '')}: {share:.1%} of tokens from the large model, reward {row['reward']:.3f} "
-            f"+- {row['reward_error']:.3f}, cost {row['cost']:.2f}",
+            f"{row['system']} {row.get('rule', '')}: {share:.1%} of tokens from the large model, reward "
+            f"{row['reward']:.3f} +- {row['reward_error']:.3f}, cost {row['cost']:.2f}",
             flush=True,
         )
         return row
@@ -295,8 +298,9 @@ def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
     for entropy, random in zip(by_system.get("entropy", []), by_system.get("random", []), strict=True):
         error = math.hypot(entropy["reward_error"], random["reward_error"])
         lines.append(
-            f"{entropy['rule']} share {entropy['share']:.1%}: reward {entropy['reward']:.3f}; at random {random['share']:.1%}: "
-            f"{random['reward']:.3f}; difference {entropy['reward'] - random['reward']:+.3f} +- {error:.3f}"
+            f"{entropy['rule']} share {entropy['share']:.1%}: reward {entropy['reward']:.3f}; at random "
+            f"{random['share']:.1%}: {random['reward']:.3f}; difference "
+            f"{entropy['reward'] - random['reward']:+.3f} +- {error:.3f}"
         )
     return lines
 

@@ -113,6 +113,11 @@ class SwitchingSection(Section):
     ] = 0.0
     calibration_prompts: Annotated[PositiveInt, option("training prompts the calibration generates from")] = 32
     evaluation: Annotated[bool, option("switch in evaluations, too")] = False
+    distill: Annotated[
+        bool, option("the learner trains the small model on fresh rollouts to be like the policy, and publishes both")
+    ] = False
+    distill_learning_rate: Annotated[PositiveFloat, option("AdamW learning rate of that")] = 1e-5
+    distill_tokens: Annotated[PositiveInt, option("most tokens of a batch that it reads, prompts included")] = 8192
 
 
 class KVCompressionSection(Section):

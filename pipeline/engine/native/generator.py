@@ -176,6 +176,8 @@ class NativeGenerator:
             UsageError: the folder does not hold this model's weights; nothing has changed then.
         """
         load_weights_into(self.decoder, folder)
+        if self.small:
+            self.small.load_weights(folder)
         self.version = version
         self._memory.forget_prompts()
         again, self._starting = self._starting, []

@@ -16,7 +16,7 @@ from pipeline.engine.native.sequence import Emission, Sequence
 from pipeline.engine.native.switching import SwitchingRule, SwitchState
 from pipeline.errors import UsageError
 from pipeline.messages import Sampler
-from pipeline.models.checkpoint import load_decoder
+from pipeline.models.checkpoint import load_decoder, load_small_model_into
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import KVCache, page_bytes
@@ -103,6 +103,15 @@ class SmallModel:
         """An empty cache of so many pages."""
         decoder = self.decoder
         self.memory = Memory(KVCache(decoder.config, decoder.dtype, decoder.device, pages))
+
+    def load_weights(self, folder: Path) -> None:
+        """Those of a publication, where it has any; keys and values go on as the policy's do.
+
+        Raises:
+            UsageError: they are not this model's; nothing has changed then.
+        """
+        if load_small_model_into(self.decoder, folder):
+            self.memory.forget_prompts()
 
     def begin(self, sequence: Sequence, recorded: bool) -> None:
         """`recorded`: whether entropies are."""
