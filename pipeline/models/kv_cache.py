@@ -113,11 +113,19 @@ class KVCache:
         """
         self._shape = (config.layers, 2, config.kv_heads, PAGE, config.head_dim)
         self._dtype, self._device = dtype, device
+        self._page_bytes = page_bytes(config, dtype)
+        self._empty(pages)
+
+    def _empty(self, pages: int) -> None:
         self.store = self._zeros(pages)
         self._holders = np.zeros(pages, np.int64)
         self._free = list(range(pages - 1, -1, -1))
         self._touched = 0
-        self._page_bytes = page_bytes(config, dtype)
+
+    def clear(self) -> None:
+        """All pages are free, and their memory is given back."""
+        del self.store  # before there is another of its size
+        self._empty(self.pages)
 
     def holders(self, pages: Sequence[int]) -> np.ndarray:
         """int64, of each page."""

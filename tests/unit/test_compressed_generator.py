@@ -131,7 +131,7 @@ def test_a_preempted_sequence_is_compressed_again_as_it_was(make, decoder):
     for step in range(60):
         if step in (20, 30, 41):
             for _ in range(3):
-                generator._preempt()
+                generator._running.preempt()
         done |= {(s.group, s.sample): s for s in generator.step()}
     done |= finish(generator)
     assert generator.stats().preemptions >= 6
@@ -148,7 +148,7 @@ def test_memory_that_was_freed_holds_other_sequences(make, folder):
         most = 0
         while generator.has_work():
             generator.step()
-            most = max(most, len(generator._live))
+            most = max(most, len(generator._running.batch))
         assert generator.kv_bytes <= 17 * size
         return most, generator.stats().preemptions
 
@@ -164,7 +164,7 @@ def test_pages_are_given_back_and_peak_memory_is_the_budgets(make, folder):
     free = generator._memory.cache.free
     while generator.has_work():
         generator.step()
-        for sequence in generator._live:
+        for sequence in generator._running.batch:
             assert sequence.held <= 64 and len(sequence.pages) <= 2
     assert generator._memory.cache.free == free
     assert generator.kv_bytes == samples * 2 * page_bytes(generator.decoder.config, torch.float32)

@@ -19,7 +19,7 @@ from benchmarks.exactness_suite.scale import FULL, SHORT
 from drafters.base import BaseDrafter
 from drafters.registry import build
 from pipeline.bench import bench
-from pipeline.engine.native import generator as native
+from pipeline.engine.native import verifier
 from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
 from pipeline.sampling import distribution, processors, verification
@@ -179,7 +179,7 @@ def test_numbers_that_block_verification_looked_at_must_not_come_again(monkeypat
 def test_seeds_that_come_again_need_new_numbers_where_a_drafter_remembers_them(monkeypatch, tiny):
     make = lambda: drafters.Remembering(rollouts.VOCABULARY, 1)  # noqa: E731
     assert least_p_value(tiny, make(), twice=True, samples=5_000) > 1e-4
-    monkeypatch.setattr(native, "salted", lambda seeds, salts: seeds)
+    monkeypatch.setattr(verifier, "salted", lambda seeds, salts: seeds)
     assert least_p_value(tiny, make(), twice=True, samples=5_000) < 1e-6
 
 
@@ -214,7 +214,7 @@ def report_the_residual(target, token_ids, lengths, draws, probabilities=None, *
 @pytest.mark.parametrize(("lie", "kind"), [(report_the_draft, "accepted"), (report_the_residual, "residual")])
 def test_recorded_values_catch_another_distributions_log_probs(monkeypatch, tmp_path, lie, kind):
     assert not failed(recorded(tmp_path / "a"))
-    monkeypatch.setattr(native, "verify", lie)
+    monkeypatch.setattr(verifier, "verify", lie)
     assert any(kind in name for name in failed(recorded(tmp_path / "b")))
 
 

@@ -98,7 +98,7 @@ def test_prompts_computed_in_chunks_give_the_same_texts(make, tokens):
     for request in LONG:
         generator.add(request)
     generator.step()
-    assert generator._starting, "the chunk is meant to be smaller than the prompts"
+    assert generator._running.starting, "the chunk is meant to be smaller than the prompts"
     assert texts(finish(generator)) == expected
 
 

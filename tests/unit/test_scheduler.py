@@ -40,7 +40,16 @@ def test_staggered_groups_send_one_ahead_and_no_place_stays_empty():
     scheduler.finished(2)
     assert scheduler.cancel(0) == [] and started(scheduler, 2) == [(2, 1), (2, 2)]
     assert len(scheduler) == 0 and scheduler.next() is None
-    scheduler.finished(7)
+
+
+def test_a_group_is_known_until_its_last_sample_is_finished_or_it_is_cancelled():
+    scheduler = queue(False)
+    started(scheduler, 5)
+    assert [scheduler.finished(0) for _ in range(3)] == [False, False, True]
+    assert 0 not in scheduler and 1 in scheduler and scheduler.groups == [1, 2]
+    assert not scheduler.finished(1)
+    assert scheduler.cancel(1) == [] and scheduler.cancel(1) == [] and scheduler.cancel(9) == []
+    assert scheduler.groups == [2] and len(scheduler) == 3 and not scheduler.waits(1)
 
 
 @pytest.fixture(scope="module")

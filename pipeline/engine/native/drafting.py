@@ -1,13 +1,21 @@
-"""The engine's drafter: guarded, and watched by a thread that names it when it does not return."""
+"""The engine's drafter: guarded, told what becomes of the batch, and watched by a thread that names it when it does not
+return."""
 
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 
-from drafters.base import Drafter, Target
+import numpy as np
+import torch
+
+from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
 from drafters.guard import CALL_SECONDS, Guard
+from pipeline.engine.native.batch import Batch
+from pipeline.engine.native.scoring import Scores
+from pipeline.engine.native.sequence import Emission, Sequence
 
 WATCH_SECONDS = 30.0
 """A call that has not returned after this long is named, then again after twice as long, and so on."""
@@ -28,7 +36,44 @@ class Drafting(Guard):
         watch = threading.Thread(target=_watch, args=(weakref.ref(self), watch_seconds), daemon=True)
         watch.name = "drafter watchdog"
         watch.start()
+        self._target = target
         self.attach(target)
+
+    def start(self, new: Items[Sequence], restored: Items[Sequence]) -> None:
+        """Sequences have become live, for the first time or after a preemption."""
+        self.begin([self._start_of(s) for s in new])
+        self.restore([self._start_of(s) for s in restored])
+        for sequence in (*new, *restored):
+            sequence.hidden = []
+
+    def draft(self, batch: Batch, budgets: np.ndarray) -> Proposal:
+        """Of at most `budgets` [B] tokens a row."""
+        temperatures = np.array([s.temperature for s in batch], np.float32)
+        return self.propose(DraftRequest(batch.ids, budgets, temperatures))
+
+    def follow(self, batch: Batch, emissions: Items[Emission], scores: Scores, seconds: float) -> None:
+        """Shows what a verification of so many seconds emitted."""
+        self.observe(
+            Verified(
+                ids=batch.ids,
+                emitted=[e.token_ids for e in emissions],
+                accepted=np.array([e.accepted for e in emissions], np.int64),
+                hidden=scores.hidden if Needs.HIDDEN_STATES in self.needs else None,
+                logits=scores.logits if Needs.LOGITS in self.needs else None,
+                starts=scores.starts,
+                seconds=seconds,
+                layers=None if scores.layers is None else torch.stack(scores.layers),
+            )
+        )
+
+    def _start_of(self, s: Sequence) -> SequenceStart:
+        hidden = None
+        if Needs.HIDDEN_STATES in self.needs:
+            decoder = self._target.decoder
+            none = decoder.embedding.new_zeros(0, decoder.config.hidden_size)
+            hidden = s.hidden[0] if len(s.hidden) == 1 else torch.cat([none, *s.hidden])
+        response = s.token_ids[: s.count].copy()
+        return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response, hidden)
 
 
 def _watch(drafting: "weakref.ref[Drafting]", seconds: float) -> None:

@@ -37,6 +37,16 @@ class Memory:
         self.cache, self._compressor = cache, compressor
         self._prompts: dict[int, _Prompt] = {}
 
+    @property
+    def compresses(self) -> bool:
+        """Whether keys and values of sequences are ever dropped."""
+        return self._compressor is not None
+
+    def clear(self) -> None:
+        """Nobody holds anything any more, and the cache's memory is given back."""
+        self._prompts.clear()
+        self.cache.clear()
+
     def admission(self, starting: Items[Sequence], live: Items[Sequence]) -> "Admission":
         """Who may start beside the `starting` sequences, which have still to take their pages, and the `live` ones."""
         admission = Admission(self, live)

@@ -4,7 +4,7 @@ Or staggered: one sample of each group first, the others once one of theirs is f
 guess at what they will say, which samples that run side by side cannot tell each other.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -13,39 +13,56 @@ from pipeline.engine.native.sequence import Sequence
 
 
 @dataclass(slots=True)
-class _Waiting:
+class _Group:
     request: GroupRequest
     limits: Items[int]
     stop: frozenset[int]
     started: int = 0
-    ahead: bool = False
-    """whether one of its samples is finished"""
+    finished: int = 0
 
     @property
-    def left(self) -> int:
+    def waiting(self) -> int:
+        """Samples that have not started."""
         return len(self.request.seeds) - self.started
+
+    @property
+    def done(self) -> bool:
+        return self.finished == len(self.request.seeds)
 
 
 class Scheduler:
-    """The queue of samples that hold no memory: not started, or preempted.
+    """The groups that are not finished, and the queue of their samples that hold no memory: not started, or preempted.
 
-    Groups start in their order, so what staggering searches is at the front: only `cancel` walks past them.
+    Groups start in their order, so what staggering searches is at the front: nothing walks through the queue.
     """
 
     def __init__(self, stagger: bool = False) -> None:
         self._stagger = stagger
-        self._groups: deque[_Waiting] = deque()
+        self._groups: dict[int, _Group] = {}
+        self._queue: OrderedDict[int, _Group] = OrderedDict()
+        """those with samples that have not started"""
         self._preempted: deque[Sequence] = deque()
-        self._left: dict[int, int] = {}
-        """samples of each group that have not started"""
         self._count = 0
         self._next_id = 0
 
+    def __contains__(self, group: int) -> bool:
+        """Whether some sample of the group is not finished."""
+        return group in self._groups
+
+    def __len__(self) -> int:
+        """Samples in the queue."""
+        return self._count
+
+    @property
+    def groups(self) -> list[int]:
+        """Those that are not finished."""
+        return list(self._groups)
+
     def add(self, request: GroupRequest, limits: Items[int], stop: frozenset[int]) -> None:
         """Queues a group; sample i may have `limits[i]` tokens and ends at a token of `stop`."""
-        self._groups.append(_Waiting(request, limits, stop))
-        self._left[request.id] = len(request.seeds)
-        self._count += len(request.seeds)
+        group = _Group(request, limits, stop)
+        self._groups[request.id] = self._queue[request.id] = group
+        self._count += group.waiting
 
     def put_back(self, sequence: Sequence) -> None:
         """A sequence that lost its memory; it is the next to go on."""
@@ -56,7 +73,7 @@ class Scheduler:
         """The next one to start or to go on; it stays in the queue until `start`."""
         if self._preempted:
             return self._preempted[0]
-        if not self._groups:
+        if not self._queue:
             return None
         group = self._group()
         return Sequence(self._next_id, group.request, group.started, group.limits[group.started], group.stop)
@@ -70,36 +87,36 @@ class Scheduler:
         group = self._group()
         group.started += 1
         self._next_id += 1
-        self._left[group.request.id] -= 1
-        if not group.left:
-            self._groups.remove(group)
-            del self._left[group.request.id]
+        if not group.waiting:
+            del self._queue[group.request.id]
 
-    def finished(self, group: int) -> None:
-        """A sample of the group is finished: the others need not wait any longer."""
-        if self._stagger and group in self._left:
-            next(w for w in self._groups if w.request.id == group).ahead = True
+    def finished(self, group: int) -> bool:
+        """A sample of the group is finished, and where they are staggered the others wait no longer; whether it was the
+        last."""
+        record = self._groups[group]
+        record.finished += 1
+        if record.done:
+            del self._groups[group]
+        return record.done
 
-    def _group(self) -> _Waiting:
+    def _group(self) -> _Group:
         """The first group, or, staggered, the first that does not wait for one of its samples; no place stays empty."""
+        first = next(iter(self._queue.values()))
         if self._stagger:
-            return next((w for w in self._groups if w.ahead or not w.started), self._groups[0])
-        return self._groups[0]
+            return next((g for g in self._queue.values() if g.finished or not g.started), first)
+        return first
 
     def cancel(self, group: int) -> list[Sequence]:
         """Forgets a group; returns its preempted sequences."""
-        preempted = [s for s in self._preempted if s.request.id == group]
-        self._preempted = deque(s for s in self._preempted if s.request.id != group)
-        self._groups = deque(w for w in self._groups if w.request.id != group)
-        self._count -= len(preempted) + self._left.pop(group, 0)
+        record = self._groups.pop(group, None)
+        if record is None:
+            return []
+        preempted = [s for s in self._preempted if s.group == group]
+        self._preempted = deque(s for s in self._preempted if s.group != group)
+        self._queue.pop(group, None)
+        self._count -= len(preempted) + record.waiting
         return preempted
 
     def waits(self, group: int) -> bool:
         """Whether samples of the group have not started."""
-        return group in self._left
-
-    def groups(self) -> set[int]:
-        return self._left.keys() | {s.request.id for s in self._preempted}
-
-    def __len__(self) -> int:
-        return self._count
+        return group in self._queue

@@ -99,19 +99,44 @@ class SmallModel:
         """tokens that the small model was asked for, and the policy sampled"""
         self.page_bytes = page_bytes(self.decoder.config, self.decoder.dtype)
 
+    @classmethod
+    def beside(
+        cls,
+        model: str | Path | Decoder | None,
+        rule: SwitchingRule | None,
+        policy: Decoder,
+        folder: Path | None,
+        length: int,
+        drafter: Drafter,
+        compresses: bool,
+    ) -> "SmallModel | None":
+        """As the constructor, for a generator with this drafter and perhaps a compressed cache; None without a model.
+
+        Raises:
+            UsageError: also where model and rule do not come together, or do not go with the drafter or the cache.
+        """
+        if (model is None) != (rule is None):
+            raise UsageError("a small model needs a switching rule, and a rule a small model; give both, or none")
+        if model is None or rule is None:
+            return None
+        check_together(drafter, compresses)
+        return cls(model, rule, policy, folder, length)
+
     def set_pages(self, pages: int) -> None:
         """An empty cache of so many pages."""
         decoder = self.decoder
         self.memory = Memory(KVCache(decoder.config, decoder.dtype, decoder.device, pages))
 
-    def load_weights(self, folder: Path) -> None:
-        """Those of a publication, where it has any; keys and values go on as the policy's do.
+    def load_weights(self, folder: Path) -> bool:
+        """Those of a publication, where it has any, which is returned; keys and values go on as the policy's do.
 
         Raises:
             UsageError: they are not this model's; nothing has changed then.
         """
-        if load_small_model_into(self.decoder, folder):
+        loaded = load_small_model_into(self.decoder, folder)
+        if loaded:
             self.memory.forget_prompts()
+        return loaded
 
     def begin(self, sequence: Sequence, recorded: bool) -> None:
         """`recorded`: whether entropies are."""
