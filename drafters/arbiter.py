@@ -296,4 +296,6 @@ def _compile() -> None:
         False, np.zeros(len(REASONS), np.int64),
     )  # fmt: skip
     stack.chosen(choice, lengths, [""])
-    learn(counts, chances, stack.tokens, stack.lengths, stack.matches, stack.confidences, one, np.array([0, 1]))
+    learn(
+        counts, chances, stack.tokens, stack.lengths, stack.matches, stack.confidences, one, np.array([0, 1])
+    )

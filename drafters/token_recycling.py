@@ -38,9 +38,7 @@ class TokenRecyclingDrafter(BaseDrafter):
         self._slots = Slots()
         self._last = np.zeros(0, np.int64)
         """newest token of each slot"""
-        likeliest(
-            np.zeros((1, 1), np.float32), np.zeros(1, np.int64), np.zeros(2, np.int64)
-        )  # compiled before it counts
+        likeliest(np.zeros((1, 1), np.float32), np.zeros(1, np.int64), np.zeros(2, np.int64))  # compiled before it counts
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
         for start in sequences:
@@ -64,9 +62,7 @@ class TokenRecyclingDrafter(BaseDrafter):
         if verified.logits.device.type == "cpu":
             best = likeliest(verified.logits.float().contiguous().numpy(), verified.starts, borders)
         else:
-            places = np.concatenate([np.arange(n) for n in np.diff(borders)]) + np.repeat(
-                verified.starts, np.diff(borders)
-            )
+            places = np.concatenate([np.arange(n) for n in np.diff(borders)]) + np.repeat(verified.starts, np.diff(borders))
             best = verified.logits[torch.from_numpy(places).to(verified.logits.device)].argmax(-1).cpu().numpy()
         _learn(self._successors, self._last, self._slots.of(verified.ids), tokens, borders, best)
 
