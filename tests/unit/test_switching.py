@@ -12,13 +12,13 @@ from pipeline.config import load_config
 from pipeline.engine.generator import GroupRequest
 from pipeline.engine.native.calibration import calibrate, policy_share, rolling_mean
 from pipeline.engine.native.generator import NativeGenerator
-from pipeline.engine.native.small_model import SmallModel
+from pipeline.engine.native.small_model import Copy, SmallModel
 from pipeline.engine.native.switching import SwitchingRule, SwitchState, in_nats
 from pipeline.engine.service import check_pieces
 from pipeline.errors import UsageError
 from pipeline.messages import Sampler, SamplingParams
 from pipeline.models.config import ModelConfig
-from pipeline.models.kv_cache import page_bytes
+from pipeline.models.kv_cache import PAGE, page_bytes
 from tests.unit.generation import Sampled, finish, group, hostile, oracle, texts
 from tests.unit.tiny_models import VOCABULARY, reference, reference_logits, save_tiny
 
@@ -273,6 +273,33 @@ def test_texts_are_the_same_when_both_caches_run_out(make, folder, small_folder,
     assert tight.stats().preemptions > 0 or budget > 9
     assert tight.kv_bytes <= bytes_
     assert tight._memory.cache.free == tight.small.memory.cache.free == budget
+
+
+def test_a_sequence_starts_only_where_both_caches_have_room_for_all(make, folder, small_folder):
+    """What a model at rest has missed is room that its cache will need, although nothing of it is taken yet."""
+    requests = [group(i, prompt=range(20 + i), max_new_tokens=10 + 10 * i) for i in range(6)]
+    rule = SwitchingRule(threshold=math.inf, window=1, min_run=6)  # all go to the small model for good
+    bytes_ = 12 * sum(page_bytes(ModelConfig.from_folder(f), torch.float32) for f in (folder, small_folder))
+    generator = make(rule=rule, kv_bytes=bytes_)
+    running, admit = generator._running, generator._running.admit
+    waited = 0
+
+    def checked():
+        nonlocal waited
+        before = len(running)
+        admit()
+        waited += len(generator._scheduler) > 0
+        held = [*running.starting, *running.batch]
+        if before < len(held) > 1:
+            copies = [s.copy or Copy(s, rule, False, VOCABULARY) for s in held]
+            for memory, sequences in ((generator._memory, held), (generator.small.memory, copies)):
+                missing = sum(max(0, -(-(s.target + 1) // PAGE) - len(s.pages)) for s in sequences)
+                assert missing <= memory.cache.free
+
+    running.admit = checked
+    done = run(generator, requests)
+    assert waited > 0
+    assert texts(done) == texts(run(make(rule=rule), requests))
 
 
 def test_cancelling_frees_both_caches(make):

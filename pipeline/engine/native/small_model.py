@@ -10,7 +10,7 @@ from torch import Tensor
 from drafters.base import Drafter, Needs
 from pipeline.config.types import Config
 from pipeline.engine.native.compression import page_table
-from pipeline.engine.native.memory import Memory
+from pipeline.engine.native.memory import Admission, Memory
 from pipeline.engine.native.prefill import prefill
 from pipeline.engine.native.sequence import Emission, Sequence
 from pipeline.engine.native.switching import SwitchingRule, SwitchState
@@ -142,6 +142,18 @@ class SmallModel:
         """`recorded`: whether entropies are."""
         if not sequence.request.policy_only:
             sequence.copy = Copy(sequence, self.rule, recorded, self.decoder.config.vocab_size)
+
+    def admission(self, starting: Items[Sequence], live: Items[Sequence]) -> Admission:
+        """Who may start for all that this cache holds: any sequence may come to the small model at any token."""
+        admission = Admission(self.memory, [s.copy for s in live if s.copy is not None])
+        for sequence in starting:
+            if not sequence.request.policy_only:
+                admission.add(self.copy_of(sequence))
+        return admission
+
+    def copy_of(self, sequence: Sequence) -> Copy:
+        """What the small model holds of a sequence, or would."""
+        return sequence.copy or Copy(sequence, self.rule, False, self.decoder.config.vocab_size)
 
     def free(self, sequence: Sequence) -> None:
         if sequence.copy is not None:
