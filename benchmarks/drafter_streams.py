@@ -80,12 +80,6 @@ def seconds_a_token(drafter: Drafter, texts: Sequence[RecordedText], rows: int) 
 def core_seconds_a_token(drafter: SuffixAutomatonDrafter, texts: Sequence[RecordedText]) -> float:
     """The same for one sequence at a time without Python between two tokens."""
     memory, seconds, tokens = drafter.memory, 0.0, 0
-    out = (
-        np.zeros((1, LENGTH), np.int64),
-        np.zeros(1, np.int64),
-        np.zeros(1, np.int64),
-        np.zeros((1, LENGTH), np.float32),
-    )
     for i, text in enumerate(texts):
         memory.begin([SequenceStart(i, text.prompt_ids, i, 1.0, i)])
         row, done, position = memory.rows([i]), np.zeros((1, len(memory.own)), np.int64), 0
@@ -93,7 +87,7 @@ def core_seconds_a_token(drafter: SuffixAutomatonDrafter, texts: Sequence[Record
             began = time.perf_counter()
             position, full = _follow(
                 memory.pool.heads, memory.automata, memory.places, memory.lengths, memory.own, row,
-                text.response_ids, position, done, *out,
+                text.response_ids, position, done, LENGTH,
             )  # fmt: skip
             seconds += time.perf_counter() - began
             if full >= 0:
@@ -105,18 +99,14 @@ def core_seconds_a_token(drafter: SuffixAutomatonDrafter, texts: Sequence[Record
 
 @njit(cache=True)
 def _follow(  # type: ignore[no-untyped-def]
-    heads, automata, places, lengths, own, row, text, position, done, tokens, counts, matches, confidences
+    heads, automata, places, lengths, own, row, text, position, done, most
 ):
     """Proposes and appends token by token from `position` on; returns where it stopped, and the automaton that must
     grow, -1 at the end."""
-    budgets, biases, borders = np.full(1, tokens.shape[1]), np.zeros(len(own), np.int64), np.array([0, 1])
+    budgets, biases, borders = np.full(1, most), np.zeros(len(own), np.int64), np.array([0, 1])
     while position < len(text):
         if done.sum() == 0:
-            counts[0] = 0
-            kernels.propose(
-                heads, automata, places, lengths, row, budgets, biases, 1, 1.0, 1.0, 0.1, tokens, counts, matches,
-                confidences,
-            )  # fmt: skip
+            kernels.propose(heads, automata, places, lengths, row, budgets, biases, 1, 1.0, 1.0, 0.1, most)
         full = kernels.observe(
             heads, automata, places, lengths, own, row, text[position : position + 1], borders, done, False
         )

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from benchmarks.drafter_streams import (
@@ -247,7 +248,7 @@ class _Capped(BaseDrafter):
 
     def propose(self, request: DraftRequest) -> Proposal:
         budgets = np.minimum(request.budgets, self._most)
-        return self._drafter.propose(dataclasses.replace(request, budgets=budgets))
+        return self._drafter.propose(msgspec.structs.replace(request, budgets=budgets))
 
 
 def _replay(options: argparse.Namespace) -> list[Row]:

@@ -34,10 +34,8 @@ def allocate(
     overhead: float,
     price: float,
     trial: bool,
-    choice: np.ndarray,
-    lengths: np.ndarray,
     reasons: np.ndarray,
-) -> tuple[float, float, float]:
+) -> tuple[np.ndarray, np.ndarray, float, float, float]:
     """Chooses among the drafts of D drafters for B rows.
 
     Args:
@@ -51,19 +49,18 @@ def allocate(
         overhead: seconds of a step beside the verification, drafting included.
         trial: whether to draft even where it seems not to pay, unless it seems hopeless.
         price: least survival that was worth a token in the last step; chooses between drafters.
-        choice: int64 [B], filled: drafter, -1 for none.
-        lengths: int64 [B], filled.
         reasons: int64 [REASONS], added to.
 
-    Returns the new price, expected tokens by their worth, and expected seconds.
+    Returns the choice, int64 [B]: drafter, -1 for none; lengths int64 [B]; the new price; expected tokens by their
+    worth; expected seconds.
     """
     drafters, rows, width = confidences.shape
+    choice, lengths = np.full(rows, -1, np.int64), np.zeros(rows, np.int64)
     survivals = np.zeros((rows, width))
     candidate = np.zeros(width)
     slots, total = 0, 0.0
     for b in range(rows):
         best = 0.0
-        choice[b], lengths[b] = -1, 0
         total += urgency[b]
         for drafter in range(drafters):
             survival, value = 1.0, 0.0
@@ -108,4 +105,4 @@ def allocate(
     # What the next token would cost, in tokens.
     longer = verification_seconds(table, scale, rows, rows + count + 1) + overhead
     price = min(max((longer - seconds) * (total + kept) / seconds, 0.0), 1.0)
-    return price, total + kept, seconds
+    return choice, lengths, price, total + kept, seconds

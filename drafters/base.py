@@ -9,10 +9,12 @@ a batch they sit in. Life of a sequence: `begin`, then `propose` and `observe` b
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
+from itertools import accumulate
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from msgspec import Struct
 
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import KVCache
@@ -83,8 +85,7 @@ class SequenceStart:
     ask for HIDDEN_STATES; sequences of a group share the prompt's memory"""
 
 
-@dataclass(frozen=True, slots=True)
-class DraftRequest:
+class DraftRequest(Struct, frozen=True, eq=False):
     """Sequences to draft for, in the order of the batch's B rows."""
 
     ids: Sequence[int]
@@ -94,8 +95,7 @@ class DraftRequest:
     """float32 [B]"""
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(Struct, frozen=True, eq=False):
     """Drafts for B rows, ragged: row b holds `lengths[b]` tokens (at most its budget), the rest is padding."""
 
     token_ids: np.ndarray
@@ -122,8 +122,7 @@ class Proposal:
         return Proposal(np.zeros((rows, 0), np.int64), np.zeros(rows, np.int64))
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
+class Verified(Struct, frozen=True, eq=False):
     """What one verification emitted, for the B rows of the request before it (also for rows without a draft)."""
 
     ids: Sequence[int]
@@ -143,6 +142,13 @@ class Verified:
     """wall time of the verification: forward pass and sampling, without drafting; 0: not measured"""
     layers: torch.Tensor | None = None
     """[layers + 1, N, H] at the same places: the embedding, then what each layer gave, before the final norm"""
+
+    def flat(self) -> tuple[np.ndarray, np.ndarray]:
+        """All emitted tokens, int64 [N], and where each row's begin and end, int64 [B + 1]."""
+        borders = np.array([0, *accumulate(map(len, self.emitted))], np.int64)
+        if len(self.emitted) == 1:
+            return self.emitted[0], borders
+        return np.concatenate(self.emitted) if len(self.emitted) else np.zeros(0, np.int64), borders
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
+from numba import njit
 
 from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
 from pipeline.errors import UsageError
@@ -103,10 +104,10 @@ class Guard:
 
     def propose(self, request: DraftRequest) -> Proposal:
         """A checked proposal, no wider than its longest draft; empty where nothing may or can be drafted."""
-        empty = Proposal.empty(len(request.ids))
-        if not self.active or not request.budgets.any():
-            return empty
-        return self._call(lambda d: checked(d.propose(request), request, self._vocab_size), empty)
+        if self._drafter is None or not request.budgets.any():
+            return Proposal.empty(len(request.ids))
+        proposal = self._call(lambda d: checked(d.propose(request), request, self._vocab_size), None)
+        return Proposal.empty(len(request.ids)) if proposal is None else proposal
 
     def observe(self, verified: Verified) -> None:
         self._call(lambda d: d.observe(verified), None)
@@ -160,26 +161,49 @@ def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Propo
         raise BadProposal(f"token_ids {ids.shape} and lengths {lengths.shape} for {rows} rows")
     if ids.dtype.kind != "i" or lengths.dtype.kind != "i":
         raise BadProposal(f"token_ids are {ids.dtype} and lengths {lengths.dtype}, not signed integers")
-    if (lengths < 0).any() or (lengths > np.minimum(request.budgets, ids.shape[1])).any():
-        raise BadProposal(f"lengths {lengths.tolist()} where budgets are {request.budgets.tolist()}")
     if proposal.parents is not None:
         raise BadProposal("parents are reserved for trees")
-    width = int(lengths.max(initial=0))
-    used = np.arange(width) < lengths[:, None]
-    ids = np.where(used, ids[:, :width], 0).astype(np.int64)
-    if width and (ids.min() < 0 or ids.max() >= vocab_size):
+    within, known, ids, lengths = _tidied(_int64(ids), _int64(lengths), _int64(request.budgets), vocab_size)
+    if not within:
+        raise BadProposal(f"lengths {proposal.lengths.tolist()} where budgets are {request.budgets.tolist()}")
+    if not known:
         raise BadProposal(f"a token id is outside the vocabulary of {vocab_size}")
+    width = ids.shape[1]
     drafted_by, matches, confidences = _checked_notes(proposal, rows, width)
-    q, sampled = proposal.probabilities, None
-    if q is not None and width:
+    q, sampled = proposal.probabilities if width else None, None
+    if q is not None:
         sampled = _checked_mask(proposal.sampled, lengths)
         if sampled.any():
-            q = _checked_probabilities(q, ids, used & sampled[:, None], vocab_size)
+            q = _checked_probabilities(q, ids, (np.arange(width) < lengths[:, None]) & sampled[:, None], vocab_size)
         else:
             q = sampled = None
-    return Proposal(
-        ids, lengths.astype(np.int64), q if width else None, None, sampled, drafted_by, matches, confidences
-    )
+    return Proposal(ids, lengths, q, None, sampled, drafted_by, matches, confidences)
+
+
+def _int64(values: np.ndarray) -> np.ndarray:
+    """The one layout that the compiled check is compiled for."""
+    if values.dtype == np.int64 and values.flags.c_contiguous and values.flags.writeable:
+        return values
+    return np.array(values, np.int64, order="C")
+
+
+@njit(cache=True)
+def _tidied(
+    ids: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, vocab_size: int
+) -> tuple[bool, bool, np.ndarray, np.ndarray]:
+    """Whether all lengths are within bounds, and all ids; copies of both, ids [B, K] up to the longest draft and with
+    zeros for padding."""
+    width = 0
+    for b in range(len(lengths)):
+        if lengths[b] < 0 or lengths[b] > min(budgets[b], ids.shape[1]):
+            return False, True, ids, lengths
+        width = max(width, lengths[b])
+    tokens, known = np.zeros((len(lengths), width), np.int64), True
+    for b in range(len(lengths)):
+        for k in range(lengths[b]):
+            tokens[b, k] = ids[b, k]
+            known &= 0 <= ids[b, k] < vocab_size
+    return True, known, tokens, lengths.copy()
 
 
 def _checked_notes(

@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 from numba import njit
 
 from drafters.base import BaseDrafter, DraftRequest, Proposal, SequenceStart, Verified
+from drafters.slots import Slots, with_room
 from pipeline.errors import UsageError
 
 
@@ -34,44 +35,72 @@ class PromptLookupDrafter(BaseDrafter):
                 f"drafter {self.name}: min_ngram = {self.options.min_ngram} is more than "
                 f"max_ngram = {self.options.max_ngram}"
             )
-        first_place(np.zeros(1, np.int64), 1, 1)  # compiled before the first sequence waits for it
-        self._texts: dict[int, np.ndarray] = {}
-        """int64 [capacity], prompt and output"""
-        self._lengths: dict[int, int] = {}
+        self._slots = Slots()
+        self._texts, self._lengths = np.zeros((0, 64), np.int64), np.zeros(0, np.int64)
+        """prompt and output of each slot, int64 [S, capacity], and how long they are"""
+        _copied(self._texts, self._lengths, self._lengths, self._lengths, 1, 1, 1)  # compiled before it counts
+        _append(self._texts, self._lengths, self._lengths, self._lengths, np.zeros(1, np.int64))
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
         for start in sequences:
-            self._texts[start.id], self._lengths[start.id] = np.zeros(0, np.int64), 0
-            self._append(start.id, start.prompt_ids)
+            if start.id not in self._slots:
+                slot = self._slots.take(start.id)
+                self._texts, self._lengths = with_room(self._texts, slot + 1), with_room(self._lengths, slot + 1)
+                self._lengths[slot] = 0
+                self._append([start.id], np.array(start.prompt_ids, np.int64), np.array([0, len(start.prompt_ids)]))
 
     def propose(self, request: DraftRequest) -> Proposal:
-        options, rows = self.options, len(request.ids)
-        width = min(int(request.budgets.max(initial=0)), options.max_tokens)
-        tokens, lengths, matches = np.zeros((rows, width), np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-        for row, (i, budget) in enumerate(zip(request.ids, request.budgets.tolist(), strict=True)):
-            text = self._texts[i][: self._lengths[i]]
-            end, matches[row] = first_place(text, options.min_ngram, options.max_ngram)
-            draft = text[end : end + min(budget, width)] if matches[row] else text[:0]
-            lengths[row] = len(draft)
-            tokens[row, : len(draft)] = draft
+        tokens, lengths, matches = _copied(
+            self._texts, self._lengths, self._slots.of(request.ids), request.budgets,
+            self.options.min_ngram, self.options.max_ngram, self.options.max_tokens,
+        )  # fmt: skip
         return Proposal(tokens, lengths, matches=matches)
 
     def observe(self, verified: Verified) -> None:
-        for i, emitted in zip(verified.ids, verified.emitted, strict=True):
-            self._append(i, emitted)
+        self._append(verified.ids, *verified.flat())
 
     def end(self, ids: Sequence[int]) -> None:
         for i in ids:
-            self._texts.pop(i, None)
-            self._lengths.pop(i, None)
+            self._slots.free(i)
 
-    def _append(self, sequence: int, tokens: np.ndarray) -> None:
-        text, length = self._texts[sequence], self._lengths[sequence]
-        if length + len(tokens) > len(text):
-            text = np.concatenate([text[:length], np.zeros(length + 2 * len(tokens) + 64, np.int64)])
-            self._texts[sequence] = text
-        text[length : length + len(tokens)] = tokens
-        self._lengths[sequence] = length + len(tokens)
+    def _append(self, ids: Sequence[int], tokens: np.ndarray, borders: np.ndarray) -> None:
+        while not _append(self._texts, self._lengths, self._slots.of(ids), tokens, borders):
+            self._texts = np.concatenate([self._texts, np.zeros_like(self._texts)], axis=1)
+
+
+@njit(cache=True)
+def _append(
+    texts: np.ndarray, lengths: np.ndarray, slots: np.ndarray, tokens: np.ndarray, borders: np.ndarray
+) -> bool:
+    """Tokens that continue the texts; whether there was room, without which nothing changes."""
+    for b in range(len(slots)):
+        if lengths[slots[b]] + borders[b + 1] - borders[b] > texts.shape[1]:
+            return False
+    for b in range(len(slots)):
+        for i in range(borders[b], borders[b + 1]):
+            texts[slots[b], lengths[slots[b]]] = tokens[i]
+            lengths[slots[b]] += 1
+    return True
+
+
+@njit(cache=True)
+def _copied(
+    texts: np.ndarray, lengths: np.ndarray, slots: np.ndarray, budgets: np.ndarray, least: int, most: int, longest: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens int64 [B, K], lengths int64 [B] and matches int64 [B]."""
+    width = 0
+    for b in range(len(slots)):
+        width = max(width, min(budgets[b], longest))
+    tokens, counts = np.zeros((len(slots), width), np.int64), np.zeros(len(slots), np.int64)
+    matches = np.zeros(len(slots), np.int64)
+    for b in range(len(slots)):
+        length = lengths[slots[b]]
+        text = texts[slots[b], :length]
+        end, matches[b] = first_place(text, least, most)
+        if matches[b]:
+            counts[b] = min(budgets[b], width, length - end)
+            tokens[b, : counts[b]] = text[end : end + counts[b]]
+    return tokens, counts, matches
 
 
 @njit(cache=True)

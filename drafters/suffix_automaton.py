@@ -83,20 +83,17 @@ class SuffixAutomatonDrafter(CompositeDrafter):
         return joined([own, other], [self.name, auxiliary.name], choice, np.maximum(own.lengths, other.lengths))
 
     def _copied(self, request: DraftRequest, shortest: int) -> Proposal:
-        options, memory, rows = self.options, self.memory, len(request.ids)
-        width = min(int(request.budgets.max(initial=0)), options.max_tokens)
-        tokens, lengths = np.zeros((rows, width), np.int64), np.zeros(rows, np.int64)
-        matches, confidences = np.zeros(rows, np.int64), np.zeros((rows, width), np.float32)
-        kernels.propose(
+        options, memory = self.options, self.memory
+        tokens, lengths, matches, confidences = kernels.propose(
             memory.pool.heads, memory.automata, memory.places, memory.lengths, memory.rows(request.ids),
             request.budgets, self._biases, shortest, options.base, options.factor, options.min_frequency,
-            tokens, lengths, matches, confidences,
+            options.max_tokens,
         )  # fmt: skip
         return Proposal(tokens, lengths, matches=matches, confidences=confidences)
 
     def observe(self, verified: Verified) -> None:
         super().observe(verified)
-        self.memory.observe(verified.ids, verified.emitted)
+        self.memory.observe(verified.ids, *verified.flat())
 
     def end(self, ids: Sequence[int]) -> None:
         super().end(ids)
@@ -117,9 +114,8 @@ def _compile() -> None:
     """The compiled parts, before the first sequence waits for them."""
     memory = SuffixMemory(2**20)
     memory.begin([SequenceStart(0, np.array([1, 2, 1]), 0, 1.0, 0)])
-    memory.observe([0], [np.arange(200)])
-    out = np.zeros((1, 1), np.int64)
+    memory.observe([0], np.arange(200), np.array([0, 200]))
     kernels.propose(
         memory.pool.heads, memory.automata, memory.places, memory.lengths, memory.rows([0]), np.ones(1, np.int64),
-        np.zeros(CORPORA, np.int64), 1, 1.0, 1.0, 0.0, out, out[0].copy(), out[0].copy(), np.zeros((1, 1), np.float32),
+        np.zeros(CORPORA, np.int64), 1, 1.0, 1.0, 0.0, 1,
     )  # fmt: skip

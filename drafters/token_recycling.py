@@ -11,8 +11,13 @@ from typing import Annotated
 import numpy as np
 import torch
 from msgspec import Meta, Struct
+from numba import njit
 
 from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.slots import Slots, with_room
+
+_BLOCK = 256
+"""logits whose largest is found in one go, with whole vectors"""
 
 
 class TokenRecyclingDrafter(BaseDrafter):
@@ -30,41 +35,98 @@ class TokenRecyclingDrafter(BaseDrafter):
         self.options = options or self.Options()
         self._successors = np.zeros(0, np.int64)
         """[V], -1 where the token has not been met"""
-        self._last: dict[int, int] = {}
+        self._slots = Slots()
+        self._last = np.zeros(0, np.int64)
+        """newest token of each slot"""
+        likeliest(np.zeros((1, 1), np.float32), np.zeros(1, np.int64), np.zeros(2, np.int64))  # compiled before it counts
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
-        self._last |= {start.id: int(start.prompt_ids[-1]) for start in sequences}
+        for start in sequences:
+            if start.id not in self._slots:
+                slot = self._slots.take(start.id)
+                self._last = with_room(self._last, slot + 1)
+                self._last[slot] = start.prompt_ids[-1]
 
     def propose(self, request: DraftRequest) -> Proposal:
-        rows = len(request.ids)
-        width = min(int(request.budgets.max(initial=0)), self.options.max_tokens)
-        tokens, lengths = np.zeros((rows, width), np.int64), np.zeros(rows, np.int64)
-        if not len(self._successors):
-            return Proposal(tokens, lengths)
-        current = np.array([self._last[i] for i in request.ids], np.int64)
-        for depth in range(width):
-            current = np.where(current >= 0, self._successors[current], -1)
-            goes_on = (current >= 0) & (lengths == depth) & (depth < request.budgets)
-            tokens[goes_on, depth] = current[goes_on]
-            lengths += goes_on
-        return Proposal(tokens, lengths)
+        return Proposal(
+            *_chained(
+                self._successors, self._last, self._slots.of(request.ids), request.budgets, self.options.max_tokens
+            )
+        )
 
     def observe(self, verified: Verified) -> None:
         assert verified.logits is not None and verified.starts is not None
         if not len(self._successors):
             self._successors = np.full(verified.logits.shape[1], -1, np.int64)
-        before: list[int] = []
-        """the tokens after which the target was asked"""
-        places: list[int] = []
-        for i, emitted, start in zip(verified.ids, verified.emitted, verified.starts.tolist(), strict=True):
-            if len(emitted):
-                before += [self._last[i], *emitted[:-1].tolist()]
-                places += range(start, start + len(emitted))
-                self._last[i] = int(emitted[-1])
-        if before:
-            rows = torch.tensor(places, device=verified.logits.device)
-            self._successors[before] = verified.logits[rows].argmax(-1).cpu().numpy()
+        tokens, borders = verified.flat()
+        if verified.logits.device.type == "cpu":
+            best = likeliest(verified.logits.float().contiguous().numpy(), verified.starts, borders)
+        else:
+            places = np.concatenate([np.arange(n) for n in np.diff(borders)]) + np.repeat(verified.starts, np.diff(borders))
+            best = verified.logits[torch.from_numpy(places).to(verified.logits.device)].argmax(-1).cpu().numpy()
+        _learn(self._successors, self._last, self._slots.of(verified.ids), tokens, borders, best)
 
     def end(self, ids: Sequence[int]) -> None:
         for i in ids:
-            self._last.pop(i, None)
+            self._slots.free(i)
+
+
+@njit(cache=True)
+def _chained(
+    successors: np.ndarray, last: np.ndarray, slots: np.ndarray, budgets: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int64 [B, K] and lengths int64 [B]."""
+    width = 0
+    for b in range(len(slots)):
+        width = max(width, min(budgets[b], most))
+    tokens, lengths = np.zeros((len(slots), width), np.int64), np.zeros(len(slots), np.int64)
+    for b in range(len(slots) if len(successors) else 0):
+        token = successors[last[slots[b]]]
+        while token >= 0 and lengths[b] < min(budgets[b], most):
+            tokens[b, lengths[b]] = token
+            lengths[b] += 1
+            token = successors[token]
+    return tokens, lengths
+
+
+@njit(cache=True, fastmath={"nnan", "nsz"})
+def _largest(values: np.ndarray) -> float:
+    most = values[0]
+    for value in values:
+        most = value if value > most else most
+    return most
+
+
+@njit(cache=True)
+def likeliest(logits: np.ndarray, starts: np.ndarray, borders: np.ndarray) -> np.ndarray:
+    """Index int64 [N] of the largest logit at each place that an emitted token was sampled from; the first of equals.
+
+    Args:
+        logits: float32 [M, V].
+        starts: int64 [B], where each row's places begin.
+        borders: int64 [B + 1], where each row's N tokens begin and end.
+    """
+    best = np.zeros(borders[-1], np.int64)
+    for b in range(len(starts)):
+        for k in range(borders[b + 1] - borders[b]):
+            row, most, block = logits[starts[b] + k], -np.inf, 0
+            for begin in range(0, len(row), _BLOCK):
+                largest = _largest(row[begin : begin + _BLOCK])
+                if largest > most:
+                    most, block = largest, begin
+            while row[block] < most:
+                block += 1
+            best[borders[b] + k] = block
+    return best
+
+
+@njit(cache=True)
+def _learn(
+    successors: np.ndarray, last: np.ndarray, slots: np.ndarray, tokens: np.ndarray, borders: np.ndarray,
+    best: np.ndarray,
+) -> None:  # fmt: skip
+    """`best[i]` is what the target thought likeliest where it sampled `tokens[i]`."""
+    for b in range(len(slots)):
+        for i in range(borders[b], borders[b + 1]):
+            successors[last[slots[b]]] = best[i]
+            last[slots[b]] = tokens[i]

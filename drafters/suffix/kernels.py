@@ -461,11 +461,8 @@ def propose(
     base: float,
     factor: float,
     least: float,
-    tokens: np.ndarray,
-    counts: np.ndarray,
-    matches: np.ndarray,
-    confidences: np.ndarray,
-) -> None:
+    most: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Drafts for B rows from the track whose match, less its bias, is longest; the first track among equals.
 
     Args:
@@ -475,11 +472,16 @@ def propose(
         threshold: shortest match, bias taken off, that is drafted from.
         base, factor: a match of m tokens gives a draft of `base + factor * m`.
         least: where the draft's relative frequency falls below, it ends.
-        tokens: int64 [B, K], filled.
-        counts: int64 [B], filled: tokens drafted.
-        matches: int64 [B], filled: tokens of context that the draft rests on.
-        confidences: float32 [B, K], filled.
+        most: longest draft.
+
+    Returns tokens int64 [B, K], how many of each row are drafted, int64 [B], tokens of context that the draft rests
+    on, int64 [B], and confidences float32 [B, K].
     """
+    width = 0
+    for b in range(len(rows)):
+        width = max(width, min(budgets[b], most))
+    tokens, confidences = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.float32)
+    counts, matches = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
     for b in range(len(rows)):
         row, best, best_track, best_state = rows[b], threshold - 1, -1, 0
         for track in range(automata.shape[1]):
@@ -493,9 +495,10 @@ def propose(
         if best_track < 0:
             continue
         states, slots = _states(heads[automata[row, best_track]]), _slots(heads[automata[row, best_track]])
-        wanted = min(budgets[b], np.int64(base + factor * matches[b]), tokens.shape[1])
+        wanted = min(budgets[b], np.int64(base + factor * matches[b]), width)
         if matches[b] <= SHORT:
             surest = _surest(states, slots, best_state)
             if surest != best_state:
                 best_state, matches[b] = surest, states[surest, LENGTH]
         counts[b] = draft(states, slots, best_state, wanted, least, tokens[b], confidences[b])
+    return tokens, counts, matches, confidences

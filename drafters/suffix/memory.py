@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from drafters.base import SequenceStart
+from drafters.slots import Slots, with_room
 from drafters.suffix import kernels as k
 from drafters.suffix.corpus import Corpus
 from drafters.suffix.pool import AutomatonPool
@@ -56,10 +57,9 @@ class SuffixMemory:
         self._max_bytes = max_bytes
         self._prompts: OrderedDict[bytes, _Prompt] = OrderedDict()
         """least recently used first"""
-        self._rows: dict[int, int] = {}
+        self._slots = Slots()
         """row of each live sequence in the arrays below"""
         self._digests: dict[int, bytes] = {}
-        self._free_rows: list[int] = []
         self._recent, self._before = self.pool.new() if max_bytes else -1, -1
         self._corpora = [self.pool.borrow(c.states, c.slots, c.header) for c in corpora]
         tracks = CORPORA + len(corpora)
@@ -82,12 +82,12 @@ class SuffixMemory:
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
         """Rows int64 [B] of live sequences."""
-        return np.array([self._rows[i] for i in ids], np.int64)
+        return self._slots.of(ids)
 
     def begin(self, starts: Sequence[SequenceStart]) -> None:
         """Sequences with the tokens they have so far; one that is known already stays where it is."""
         for start in starts:
-            if start.id in self._rows:
+            if start.id in self._slots:
                 continue
             row = self._new_row(start.id)
             prompt = np.ascontiguousarray(start.prompt_ids, np.int64)
@@ -105,21 +105,17 @@ class SuffixMemory:
             self._observe(np.array([row]), tail, np.array([0, len(tail)]), ~self.own)
         self._fit()
 
-    def observe(self, ids: Sequence[int], emitted: Sequence[np.ndarray]) -> None:
-        """Tokens that continue sequences."""
-        borders = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum([len(tokens) for tokens in emitted], out=borders[1:])
-        tokens = np.concatenate(emitted) if len(emitted) else np.zeros(0, np.int64)
-        self._observe(self.rows(ids), tokens.astype(np.int64, copy=False), borders, None)
+    def observe(self, ids: Sequence[int], tokens: np.ndarray, borders: np.ndarray) -> None:
+        """Tokens int64 [N] that continue sequences, those of the b-th at `borders[b]:borders[b + 1]`."""
+        self._observe(self.rows(ids), tokens, borders, None)
         if self._recent >= 0 and self.pool.size(self._recent) > _FULL * self._max_bytes:
             self._turn()
 
     def end(self, ids: Sequence[int]) -> None:
         """Unknown ones are fine; what they generated stays."""
         for i in ids:
-            row = self._rows.pop(i, None)
+            row = self._slots.free(i)
             if row is not None:
-                self._free_rows.append(row)
                 self.automata[row] = -1
                 known = self._prompts[self._digests.pop(i)]
                 known.users -= 1
@@ -181,12 +177,7 @@ class SuffixMemory:
             self._before = -1
 
     def _new_row(self, sequence: int) -> int:
-        if not self._free_rows:
-            count = len(self.automata)
-            more = max(8, count)
-            self.automata = np.concatenate([self.automata, np.full((more, len(self.own)), -1, np.int64)])
-            self.places = np.concatenate([self.places, np.zeros((more, len(self.own)), np.int64)])
-            self.lengths = np.concatenate([self.lengths, np.zeros((more, len(self.own)), np.int64)])
-            self._free_rows = list(range(count + more - 1, count - 1, -1))
-        self._rows[sequence] = row = self._free_rows.pop()
+        row = self._slots.take(sequence)
+        self.automata = with_room(self.automata, row + 1, -1)
+        self.places, self.lengths = with_room(self.places, row + 1), with_room(self.lengths, row + 1)
         return row

@@ -1,8 +1,8 @@
 """What the arbiter believes, decides and learns."""
 
-import dataclasses
 import itertools
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,7 +12,6 @@ from drafters import acceptance, allocation
 from drafters import arbiter as arbiter_module
 from drafters.arbiter import ArbiterDrafter
 from drafters.base import BaseDrafter, Drafter, DraftRequest, Proposal, SequenceStart, Verified
-from drafters.composite import Ensemble
 from drafters.cost_model import PER_ROW, ROWS, CostModel
 from drafters.none import NoDrafter
 from drafters.prompt_lookup import PromptLookupDrafter
@@ -150,12 +149,11 @@ def allocated(survivals, cost, urgency=None, trial=False):
     matches = np.tile(np.array([0, 1, 2, 4, 8, 16, 32, 99])[:rows], (drafters, 1))
     for d, b, k in np.ndindex(survivals.shape):
         chances[(d, *acceptance.bucket(matches[d, b], -1.0, k))] = conditional[d, b, k]
-    choice, lengths = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     costs, reasons = CostModel.of(cost), np.zeros(len(allocation.REASONS), np.int64)
-    _, tokens, seconds = allocation.allocate(
+    choice, lengths, _, tokens, seconds = allocation.allocate(
         chances, matches, np.full(survivals.shape, -1, np.float32), np.full((drafters, rows), width),
-        np.full(rows, width), np.ones(rows) if urgency is None else urgency, costs.table, 1.0, 0.0, 0.2, trial, choice,
-        lengths, reasons,
+        np.full(rows, width), np.ones(rows) if urgency is None else urgency, costs.table, 1.0, 0.0, 0.2, trial,
+        reasons,
     )  # fmt: skip
     return choice, lengths, tokens / seconds, reasons
 
@@ -244,7 +242,7 @@ class Capped(BaseDrafter):
         self.begin, self.observe, self.end = drafter.begin, drafter.observe, drafter.end
 
     def propose(self, request):
-        return self.drafter.propose(dataclasses.replace(request, budgets=np.minimum(request.budgets, self.most)))
+        return self.drafter.propose(msgspec.structs.replace(request, budgets=np.minimum(request.budgets, self.most)))
 
 
 def arbiter(cost=linear, drafters=("suffix-automaton", "prompt-lookup"), **options):
@@ -321,13 +319,8 @@ class Clock:
 def test_a_dear_drafter_is_asked_where_it_pays_and_now_and_then_otherwise(seconds, right, often):
     clock = Clock()
     recorded = [RecordedText(np.array([1]), np.full(400, 7), 0)]
-    drafter = arbiter(COSTS["flat"])
     dear = Dear(clock, seconds, right)
-    drafter._clock, drafter.ensemble = clock, Ensemble([dear])
-    shape = drafter._counts.shape[1:]
-    drafter._counts, drafter._chances = np.zeros((1, *shape)), np.full((1, *shape[:-1]), 0.5)
-    for name in ("_seconds", "_asked", "_rows", "_gain"):
-        setattr(drafter, name, getattr(drafter, name)[:1])
+    drafter = ArbiterDrafter(costs=CostModel.of(COSTS["flat"]), clock=clock, drafters=[dear])
     totals = replay(drafter, recorded, slots=1, max_draft_tokens=4, costs=COSTS["flat"])
     assert (dear.calls > 0.9 * totals.steps) if often else (2 <= dear.calls < 0.2 * totals.steps)
 
@@ -348,9 +341,9 @@ def test_the_last_of_a_group_and_the_longest_are_more_urgent():
     drafter.begin([SequenceStart(i, np.array([1]), i // 4, 1.0, i) for i in range(8)])
     drafter.observe(Verified(list(range(8)), [np.full(5 if i == 7 else 1, 3) for i in range(8)], np.zeros(8, np.int64)))
     drafter.end([0, 1, 2])
-    urgency = drafter._groups.urgency([3, 4, 7], 0.5)
+    urgency = drafter._progress.urgency([3, 4, 7], 0.5)
     assert urgency[0] == 1 + 0.5 * 0.75 and urgency[1] == 1 and urgency[2] == 1.5
-    assert drafter._groups.urgency([3, 4], 0).tolist() == [1, 1]
+    assert drafter._progress.urgency([3, 4], 0).tolist() == [1, 1]
 
 
 # ---- in the generator -----------------------------------------------------------------------------------------------
@@ -381,8 +374,7 @@ def test_texts_stay_as_they_are_and_every_drafter_is_told(tmp_path):
 
 def test_a_drafter_with_probabilities_is_one_among_others(tmp_path):
     folder = save_tiny(tmp_path)
-    drafter = arbiter(COSTS["flat"])
-    drafter.ensemble = Ensemble([SuffixAutomatonDrafter(), Sampled()])
+    drafter = ArbiterDrafter(costs=CostModel.of(COSTS["flat"]), drafters=[SuffixAutomatonDrafter(), Sampled()])
     generator = NativeGenerator(folder, drafter=drafter, max_sequences=8, max_draft_tokens=4, stop_token_ids=())
     generator.add(group(samples=30, max_new_tokens=40))
     done = finish(generator)

@@ -1,0 +1,81 @@
+"""What asking a drafter costs and brings, and when it is worth asking again."""
+
+import math
+from dataclasses import dataclass
+
+DEAR = 0.03
+"""A drafter that takes more than this part of a plain step is judged whenever it is asked."""
+_PATIENCE, _DEAR_PATIENCE = 24, 2
+"""steps in a row in which it did not pay, after which it sleeps"""
+_EXPLORATION = 0.01
+"""part of the time that asking drafters which do not pay may take"""
+_SHORTEST, _LONGEST = 7, 64
+"""steps of a sleep when it is longest: at least, for drafters that cost next to nothing, and at most"""
+_RETRY_AFTER = 8
+"""steps after which a sleeper is asked where the batch has become half or twice as large meanwhile"""
+_RATE = 0.1
+_UNKNOWN = 1 << 40
+
+
+@dataclass(slots=True)
+class Standing:
+    """Of one drafter in an arbiter."""
+
+    widest: int = _UNKNOWN
+    """longest draft it has made"""
+    gain: float = math.nan
+    """by how much asking it raises tokens a second, its own time included; not a number before it is known"""
+    _asking: float = math.nan
+    _telling: float = math.nan
+    _asked: int = 0
+    """step"""
+    _rows: int = 1
+    """of that step"""
+    _idle: int = 0
+    _wakes: int = 0
+    """step"""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step in which it is asked and told what came of it."""
+        return (self._asking if self._asking >= 0 else 0.0) + (self._telling if self._telling >= 0 else 0.0)
+
+    def part_of(self, seconds: float) -> float:
+        """Its own time, measured in a step's."""
+        return self.seconds / seconds
+
+    def awake(self, step: int, rows: int) -> bool:
+        """Whether to ask it in this step, with so many sequences."""
+        if step >= self._wakes:
+            return True
+        return step - self._asked >= _RETRY_AFTER and not 0.5 < rows / self._rows < 2
+
+    def was_asked(self, step: int, rows: int, seconds: float, width: int) -> None:
+        """It proposed drafts of up to `width` tokens."""
+        self._asking = _least_of_late(self._asking, seconds)
+        self._asked, self._rows = step, rows
+        if width:
+            self.widest = width if self.widest == _UNKNOWN else max(self.widest, width)
+
+    def was_told(self, seconds: float) -> None:
+        """It observed a step."""
+        self._telling = _least_of_late(self._telling, seconds)
+
+    def judged(self, gain: float, plain: float, step: int, steps: int = 1) -> None:
+        """Asking it raised tokens a second by `gain`, where a step without drafts takes `plain` seconds; a sample of
+        so many steps."""
+        self.gain = gain if math.isnan(self.gain) else self.gain + _RATE * (gain - self.gain)
+        if self.gain > 0:
+            self._idle = 0
+            return
+        self._idle += steps
+        cost = self.part_of(plain)
+        over = self._idle - (_DEAR_PATIENCE if cost > DEAR else _PATIENCE)
+        if over > 0:
+            longest = min(max(cost / _EXPLORATION, _SHORTEST), _LONGEST)
+            self._wakes = step + 1 + int(longest if cost > DEAR else min(longest, (over + 3) / 4))
+
+
+def _least_of_late(before: float, seconds: float) -> float:
+    """A pause of the machine, or compiling in the first call, is not what it costs."""
+    return seconds if math.isnan(before) else min(seconds, 1.05 * before)
