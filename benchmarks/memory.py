@@ -19,12 +19,12 @@ class Growth:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
+        self._before: int | None = None
         try:
             _CLEAR.write_text(_RESET_PEAK)
-        except OSError:
-            self._before = None
-        else:
             self._before = resident_bytes()
+        except OSError:
+            pass  # then it is not known, and `most` says so
 
     def most(self) -> int | None:
         """Bytes at the peak; None where the system does not say."""
