@@ -62,7 +62,7 @@ class ArbiterDrafter(CompositeDrafter):
         `urgency` is what a token of the last or longest sequence of a group is worth more than another."""
 
         drafters: list[dict[str, Any] | str] = msgspec.field(default_factory=lambda: ["suffix-automaton"])
-        calibration_seconds: Annotated[float, Meta(ge=0)] = 1.0
+        calibration_seconds: Annotated[float, Meta(ge=0)] = 2.0
         measure: bool = True
         urgency: Annotated[float, Meta(ge=0, le=1)] = 0.1
 
@@ -116,7 +116,9 @@ class ArbiterDrafter(CompositeDrafter):
         if self._calibrates:
             from drafters.calibration import measure_verifications
 
-            self.costs.fit(measure_verifications(target.decoder, self.options.calibration_seconds))
+            self.costs.fit(
+                measure_verifications(target.decoder, self.options.calibration_seconds, target.max_sequences)
+            )
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
         super().begin(sequences)

@@ -52,6 +52,10 @@ class Target(Protocol):
     def tokenizer(self) -> Tokenizer | None:
         """None where the target is no checkpoint directory."""
 
+    @property
+    def max_sequences(self) -> int:
+        """Rows of the largest batch."""
+
     def places(self, ids: Sequence[int]) -> "Places":
         """Of live sequences; a draft begins behind them."""
 
