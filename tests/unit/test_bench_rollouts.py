@@ -14,8 +14,8 @@ MIB = 1 << 20
 def job(drafter, **options):
     prompts = [[5, 6, 7, 8] * 6, [9, 3] * 12]
     return Job(
-        drafter=drafter, batch=8, prompts=prompts, group_size=4, tokens=24, temperature=0.3, max_draft_tokens=4, most=8, max_length=64, fresh=True,
-        seed=1, **options,
+        drafter=drafter, batch=8, most=8, max_length=64, fresh=True, prompts=prompts, group_size=4, tokens=24,
+        temperature=0.3, max_draft_tokens=4, seed=1, **options,
     )  # fmt: skip
 
 
