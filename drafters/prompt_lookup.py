@@ -69,9 +69,7 @@ class PromptLookupDrafter(BaseDrafter):
 
 
 @njit(cache=True)
-def _append(
-    texts: np.ndarray, lengths: np.ndarray, slots: np.ndarray, tokens: np.ndarray, borders: np.ndarray
-) -> bool:
+def _append(texts: np.ndarray, lengths: np.ndarray, slots: np.ndarray, tokens: np.ndarray, borders: np.ndarray) -> bool:
     """Tokens that continue the texts; whether there was room, without which nothing changes."""
     for b in range(len(slots)):
         if lengths[slots[b]] + borders[b + 1] - borders[b] > texts.shape[1]:

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from drafters.mtp.data import Batch, padded_batch
-from drafters.mtp.head import PREFIX, head_files
+from drafters.mtp.head import head_files, head_tensors
 from drafters.mtp.module import MTPModule
 from drafters.mtp.training import FrozenHead, HeadTraining, new_module
 from learner.attention import segment_arguments
@@ -102,7 +101,7 @@ class HeadCoTraining:
 
     def _check(self, config: ModelConfig, start: Sequence[Path]) -> None:
         wanted = {name: t.shape for name, t in MTPModule(config).weights().items()} if start else {}
-        found = {name: t.shape for path in start for name, t in load_file(path).items() if name.startswith(PREFIX)}
+        found = {name: t.shape for name, t in head_tensors(start).items()} if start else {}
         if found != wanted:
             name = min(found.items() ^ wanted.items())[0]
             raise UsageError(
@@ -134,6 +133,6 @@ class HeadCoTraining:
         with torch.autocast(device.type, self._compute, enabled=self._compute != torch.float32):
             hidden = base(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False,
-                **segment_arguments(torch.tensor(starts, dtype=torch.int32)),
+                **segment_arguments(torch.tensor(starts, dtype=torch.int32), device=device),
             ).last_hidden_state[0].float()  # fmt: skip
         return padded_batch(texts, hidden.split([len(ids) for ids, _ in texts]), self._section.depths)

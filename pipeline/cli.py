@@ -32,7 +32,10 @@ COMMAND_EXAMPLES = {
   rollahead generate DIR --prompt "What is 12 + 34?" --samples 4
   rollahead generate DIR --prompt "..." --drafter prompt-lookup --temperature 0
 """,
-    "export": "  rollahead export runs/mine --out final --dtype bfloat16\n",
+    "export": """\
+  rollahead export runs/mine --out final --dtype bfloat16
+  rollahead export MODEL --drafter runs/head --out head-for-vllm
+""",
     "corpus": "  rollahead corpus build answers.jsonl --tokenizer DIR --out corpus\n",
     "keygen": "  rollahead keygen keys --engine gpu-1 --engine gpu-2\n",
     "bench": "  rollahead bench list\n  rollahead bench exactness --short\n  rollahead bench end-to-end --short\n",
@@ -114,10 +117,13 @@ def build_parser() -> argparse.ArgumentParser:
     _sampling_options(generate)
 
     export = _command(commands, "export", "a checkpoint of a run as a plain Hugging Face folder", _export)
-    export.add_argument("run", type=Path, help="run directory")
+    export.add_argument("run", type=Path, help="run directory; with --drafter the checkpoint directory of the model")
     export.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    export.add_argument(
+        "--drafter", type=Path, metavar="DIR", help="write this multi-token-prediction head in the form that vLLM runs"
+    )
 
     train = _command(commands, "train-drafter", "fit a multi-token-prediction head to a frozen model", _train_drafter)
     train.add_argument("config", nargs="?", type=Path, help="TOML file: model, task, sampling, engine, drafter, run")
@@ -249,7 +255,10 @@ def _engine(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     if options.dry_run:
         return _dry_run(config, ("engine",))
+    from learner.composition import check_engine_gives
     from pipeline.engine.service import run_engine
+
+    check_engine_gives(config)
 
     return run_engine(config, options.connect, options.connect_timeout)
 
@@ -271,6 +280,13 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.drafter is not None:
+        from drafters.mtp.vllm_form import write_for_vllm
+
+        write_for_vllm(options.run, options.drafter, options.out)
+        print(f'{options.out} is written; vllm serve {options.run} --speculative-config \'{{"method": "mtp", "model": '
+              f'"{options.out}", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}}\'')  # fmt: skip
+        return 0
     from learner.export import export
 
     print(f"{options.out} is written from {export(options.run, options.step, options.out, options.dtype)}")
@@ -363,9 +379,11 @@ def _dry_run(config: object, parts: tuple[str, ...]) -> int:
 
         build_objective(config)
     if "engine" in parts:
+        from learner.composition import check_engine_gives
         from pipeline.engine.service import check_pieces
         from pipeline.tasks.rewards import load_reward
 
+        check_engine_gives(config)
         check_pieces(config)
         load_reward(config.task.reward)
     sys.stdout.write(render(config))

@@ -30,6 +30,7 @@ class RunDirectory:
         self.checkpoints = root / "checkpoints"
         self.weights = root / "weights"
         self.draft_head = root / "draft-head"
+        self.small_model = root / "small-model"
         self.spool = root / "spool"
         self.received = root / "received-weights"
         self.journal = root / "journal"

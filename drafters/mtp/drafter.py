@@ -127,7 +127,7 @@ class MTPDrafter(BaseDrafter):
                 hidden = hidden[torch.from_numpy(np.flatnonzero(on)).to(hidden.device)]
             plan = self._texts.cache.plan(tables, cached + drawing.depth - 1, np.ones(len(rows), np.int64))
             tokens = torch.from_numpy(drawn).to(self._head.device)
-            hidden = self._head.forward(tokens, hidden, plan, self._texts.cache)
+            hidden = self._head.forward(tokens, self._head.next_input(hidden), plan, self._texts.cache)
 
     def counters(self) -> dict[str, float]:
         return {"kv_bytes": self._texts.cache.bytes}

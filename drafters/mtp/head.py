@@ -8,8 +8,12 @@ state at position t and x_{t+1} the known token after it,
 embedding and output head being the target's. Further tokens come from the same block: h'_t takes the place of
 h_{t+1}, the draft that of x_{t+2}. Details are those of GLM-4.5's head as vLLM runs it, whose block is that of a dense
 Qwen3 or Llama: h' goes round before the final norm, and the embedding counts as zero at position 0.
+
+MiMo's checkpoints hold such a head under other names (`model.mtp_layers.0`), with the two inputs of W_fc the other way
+round and h' going round after the final norm; its first layer is read.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError
-from pipeline.models.checkpoint import files_with, load_tensors
+from pipeline.models.checkpoint import MTP_LAYERS, files_with, holds, load_tensors, read_tensors
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Decoder, LayerWeights
 from pipeline.models.kv_cache import AttentionPlan, KVCache
@@ -44,6 +48,8 @@ class MTPHead(LayerWeights):
         self.fc = self._linear({"mtp.fc": hidden}, 2 * hidden)
         self.layer = self._layer("mtp.layers.0.")
         self.final_norm = self._norm_weight("mtp.norm.weight", hidden)
+        self.normed_goes_round = False
+        """whether further tokens read norm(h') in place of h'"""
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor, hidden: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
@@ -66,6 +72,10 @@ class MTPHead(LayerWeights):
         """float32 [N, V] of h' [N, H]."""
         return self._target.logits(self.attention.norm(hidden, self.final_norm))
 
+    def next_input(self, hidden: Tensor) -> Tensor:
+        """What takes the place of the target's hidden states [N, H] for the token after the one of h' [N, H]."""
+        return self.attention.norm(hidden, self.final_norm) if self.normed_goes_round else hidden
+
 
 def head_files(folder: Path | str) -> list[Path]:
     """The files that hold a head in a folder: its own, or a checkpoint's; none where there is no head.
@@ -74,7 +84,37 @@ def head_files(folder: Path | str) -> list[Path]:
         UsageError: no such folder, or a file that cannot be read.
     """
     own = Path(folder) / FILE
-    return [own] if own.exists() else files_with(Path(folder), PREFIX)
+    return [own] if own.exists() else files_with(Path(folder), PREFIX) or files_with(Path(folder), MTP_LAYERS)
+
+
+def head_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    """A head's tensors under our names."""
+    return _from_mimo(read_tensors(files, MTP_LAYERS)) if is_mimos(files) else read_tensors(files, PREFIX)
+
+
+def is_mimos(files: Sequence[Path]) -> bool:
+    """Whether the head is one of MiMo's, which feeds itself norm(h')."""
+    return not holds(files, PREFIX) and holds(files, MTP_LAYERS)
+
+
+def _from_mimo(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first of MiMo's heads under our names."""
+    renamed = {
+        "token_layernorm.": "pre_fc_norm_embedding.",
+        "hidden_layernorm.": "pre_fc_norm_hidden.",
+        "input_proj.": "fc.",
+        "final_layernorm.": "norm.",
+    }
+    first, found = MTP_LAYERS + "0.", {}
+    for name, tensor in tensors.items():
+        if name.startswith(first):
+            own = name.removeprefix(first)
+            old = next((old for old in renamed if own.startswith(old)), "")
+            found[PREFIX + (renamed[old] + own.removeprefix(old) if old else "layers.0." + own)] = tensor
+    fc = found.get("mtp.fc.weight")
+    if fc is not None:
+        found["mtp.fc.weight"] = torch.cat(fc.chunk(2, dim=1)[::-1], 1)
+    return found
 
 
 def load_head(head: MTPHead, folder: Path | str) -> None:
@@ -87,6 +127,19 @@ def load_head(head: MTPHead, folder: Path | str) -> None:
     if not files:
         raise UsageError(f"{folder} holds no multi-token-prediction head; train one with rollahead train-drafter")
     try:
-        load_tensors(head, files, PREFIX)
+        if is_mimos(files):
+            _load(head, head_tensors(files), folder)
+        else:
+            load_tensors(head, files, PREFIX)
     except UsageError as error:
         raise UsageError(f"the multi-token-prediction head does not fit the model: {error}") from None
+    head.normed_goes_round = is_mimos(files)
+
+
+def _load(head: MTPHead, tensors: dict[str, Tensor], folder: Path | str) -> None:
+    shapes = head.shapes
+    for name in sorted(shapes.keys() | tensors.keys()):
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape != shapes.get(name):
+            raise UsageError(f"{folder}: {name} has shape {shape} where {shapes.get(name)} is needed")
+    head.load(tensors.__getitem__)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from drafters.mtp.data import Batch, TrainingTexts
-from drafters.mtp.head import FILE, PREFIX
+from drafters.mtp.head import FILE, head_tensors
 from drafters.mtp.losses import NEEDS_WARM_UP, Objective, expected_accepted
 from drafters.mtp.module import MTPModule
 from pipeline.config.types import DrafterSection
@@ -266,10 +266,7 @@ def new_module(config: ModelConfig, tensors: dict[str, Tensor], start: Sequence[
     """The head to begin with: of the files `start`, or one made of the last layer among the target's `tensors`."""
     module = MTPModule(config)
     if start:
-        found: dict[str, Tensor] = {}
-        for path in start:
-            found |= {name: t.float() for name, t in load_file(path).items() if name.startswith(PREFIX)}
-        module.load_weights(found)
+        module.load_weights({name: tensor.float() for name, tensor in head_tensors(start).items()})
     else:
         module.start_from(tensors, torch.Generator().manual_seed(seed))
     return module

@@ -100,8 +100,8 @@ class QueryProbe(TorchAttention):
 
 
 class CPUAttention:
-    """Compiled kernels (`pipeline.models.cpu_kernels`), for one token a sequence, for drafts of any lengths, for prompts:
-    nothing is padded, no key is copied."""
+    """Compiled kernels (`pipeline.models.cpu_kernels`), for one token a sequence, for drafts of any lengths and for
+    prompts: nothing is padded, no key is copied."""
 
     @staticmethod
     def takes(config: ModelConfig) -> bool:

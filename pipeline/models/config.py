@@ -26,6 +26,7 @@ class Family:
 
 FAMILIES = {
     "LlamaForCausalLM": Family(),
+    "MiMoForCausalLM": Family(qkv_bias=True, window="some"),
     "MistralForCausalLM": Family(window="all"),
     "Qwen2ForCausalLM": Family(qkv_bias=True, window="some"),
     "Qwen3ForCausalLM": Family(qk_norm=True, window="some"),

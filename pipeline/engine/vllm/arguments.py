@@ -2,14 +2,14 @@
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from drafters.registry import build
 from pipeline.config.check_vllm import drafts
-from pipeline.engine.vllm import proposer
+from pipeline.engine.vllm import own_drafters, proposer
 from pipeline.errors import UsageError
 
 WORKER = "pipeline.engine.vllm.worker.RollaheadWorker"
@@ -26,6 +26,7 @@ def engine_arguments(
     max_sequences: int,
     max_draft_tokens: int,
     max_length: int,
+    scratch: Path,
     dtype: str = "auto",
     kv_bytes: int = 0,
 ) -> Any:
@@ -38,6 +39,7 @@ def engine_arguments(
         max_sequences: running at once.
         max_draft_tokens: longest draft; 0: none.
         max_length: tokens of prompt and response.
+        scratch: folder for files that vLLM reads, as long as its engine lives.
         dtype: compute type.
         kv_bytes: memory for keys and values; 0: on a CPU for `max_sequences`, at most half of what is free; elsewhere
             vLLM's own choice.
@@ -70,16 +72,18 @@ def engine_arguments(
         "disable_log_stats": True,
         **options,
     }
-    arguments |= speculation(drafter, options, max_draft_tokens)
+    arguments |= speculation(drafter, options, max_draft_tokens, folder, scratch)
+    configs = [config]
     if "speculative_config" in arguments:
         arguments["per_request_spec_decode_metrics"] = "summary"
+        configs += _drafting_config(arguments["speculative_config"])
     if current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        wanted = kv_bytes or _kv_bytes(config, max_sequences, int(arguments["max_model_len"]))
+        wanted = kv_bytes or _kv_bytes(configs, max_sequences, int(arguments["max_model_len"]))
         if wanted and "kv_cache_memory_bytes" not in options:
             arguments["kv_cache_memory_bytes"] = wanted
     elif kv_bytes:
         arguments["kv_cache_memory_bytes"] = kv_bytes
-    _check_memory(config, arguments)
+    _check_memory(configs, arguments)
     try:
         return AsyncEngineArgs(**arguments)
     except (TypeError, ValueError) as error:
@@ -92,21 +96,23 @@ def first_line(error: BaseException) -> str:
     return next((line for line in lines if "Value error, " in line), lines[0]).replace("Value error, ", "")
 
 
-def speculation(drafter: Mapping[str, Any], options: Mapping[str, Any], most: int) -> dict[str, Any]:
-    """The drafter as vLLM takes it: a proposer of ours around it, or its own by `engine.vllm.speculative_config`."""
+def speculation(
+    drafter: Mapping[str, Any], options: Mapping[str, Any], most: int, folder: Path, scratch: Path
+) -> dict[str, Any]:
+    """The drafter as vLLM takes it: a proposer of ours around it, a method of vLLM's with its model, or vLLM's own by
+    `engine.vllm.speculative_config`."""
     own = options.get("speculative_config")
     extra = {**options.get("additional_config", {}), proposer.KEY: {"drafter": dict(drafter)}}
     if own is not None:
         return {"speculative_config": {"num_speculative_tokens": most, **own}, "additional_config": extra}
     if not drafts(drafter, options, most):
         return {"additional_config": extra}
-    proposer.check_needs(build(drafter))
-    return {
-        "speculative_config": {
-            "method": "custom_class", "model": proposer.CLASS, "num_speculative_tokens": most,
-        },
-        "additional_config": extra,
-    }  # fmt: skip
+    built = build(drafter)
+    proposer.check_needs(built)
+    if own_drafters.runs_itself(built):
+        speculative = own_drafters.speculative_config(built, drafter, folder, most, scratch)
+        return {"speculative_config": speculative, "additional_config": extra}
+    return {"speculative_config": proposer.speculative_config(most), "additional_config": extra}
 
 
 def _model_config(folder: Path) -> Any:
@@ -118,27 +124,41 @@ def _model_config(folder: Path) -> Any:
         raise UsageError(f"the model configuration in {folder} cannot be read: {first_line(error)}") from error
 
 
-def _sequence_bytes(config: Any, length: int) -> int:
-    """Keys and values of one sequence, in whole blocks; 0 where the model has no such cache that we could size."""
+def _drafting_config(speculative: Any) -> list[Any]:
+    """Of the model that drafts with keys and values of its own, if one does."""
+    method = speculative.get("method") if isinstance(speculative, dict) else None
+    if method not in ("mtp", "draft_model") or "model" not in speculative:
+        return []
+    config = _model_config(Path(speculative["model"]))
+    if method == "mtp":
+        config.num_hidden_layers = getattr(config, "num_nextn_predict_layers", None) or 1
+    return [config]
+
+
+def _sequence_bytes(configs: Sequence[Any], length: int) -> int:
+    """Keys and values of one sequence in all models, in whole blocks; 0 where one has no cache that we can size."""
+    found = 0
     try:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        item = 4 if str(getattr(config, "dtype", "")).endswith("float32") else 2
-        return int(-(-length // MIN_BLOCK) * MIN_BLOCK * config.num_hidden_layers * 2 * heads * width * item)
+        for config in configs:
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            item = 4 if str(getattr(config, "dtype", "")).endswith("float32") else 2
+            found += int(-(-length // MIN_BLOCK) * MIN_BLOCK * config.num_hidden_layers * 2 * heads * width * item)
     except AttributeError:
         return 0
+    return found
 
 
-def _kv_bytes(config: Any, sequences: int, length: int) -> int:
+def _kv_bytes(configs: Sequence[Any], sequences: int, length: int) -> int:
     """For all sequences and two more, at most half of the free memory."""
-    wanted = _sequence_bytes(config, length) * (sequences + 2)
+    wanted = _sequence_bytes(configs, length) * (sequences + 2)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(wanted, free // 2)
 
 
-def _check_memory(config: Any, arguments: Mapping[str, Any]) -> None:
+def _check_memory(configs: Sequence[Any], arguments: Mapping[str, Any]) -> None:
     given = arguments.get("kv_cache_memory_bytes")
-    needed = _sequence_bytes(config, int(arguments["max_model_len"]))
+    needed = _sequence_bytes(configs, int(arguments["max_model_len"]))
     if given and given < needed:
         raise UsageError(
             f"{given:,} bytes for keys and values do not hold one sequence of {arguments['max_model_len']} tokens, "

@@ -1,6 +1,7 @@
 """The vLLM generator: continuous batching, paged memory and parallel devices are vLLM's, the seam is ours."""
 
 import queue
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.capabilities import GENERATORS
 from pipeline.engine.generator import FinishedSample, GeneratorLost, GroupRequest
 from pipeline.engine.native.stop_strings import StopStrings
 from pipeline.engine.vllm import proposer, rejection
@@ -16,10 +18,9 @@ from pipeline.engine.vllm.client import Ended, EngineClient, Key
 from pipeline.engine.vllm.install import require_vllm
 from pipeline.engine.vllm.sampling import translated
 from pipeline.errors import RunFailed, UsageError
-from pipeline.messages import Capabilities, DraftCounts, Sampler
+from pipeline.messages import DraftCounts, Sampler
 from pipeline.models.tokenizer import Tokenizer
 
-CAPABILITIES = Capabilities(entropy=False, kept_ids=False)
 WAIT_SECONDS = 0.1
 
 
@@ -73,11 +74,13 @@ class VllmGenerator:
             RunFailed: it did not start, or its sampler is not exact.
         """
         found = require_vllm()
+        self._scratch = tempfile.TemporaryDirectory(prefix="rollahead-vllm-")
         arguments = engine_arguments(
             folder, drafter=drafter, options=options or {}, max_sequences=max_sequences,
-            max_draft_tokens=max_draft_tokens, max_length=max_length, dtype=dtype, kv_bytes=kv_bytes,
+            max_draft_tokens=max_draft_tokens, max_length=max_length, scratch=Path(self._scratch.name), dtype=dtype,
+            kv_bytes=kv_bytes,
         )  # fmt: skip
-        self.capabilities, self.version, self.max_length = CAPABILITIES, version, max_length
+        self.capabilities, self.version, self.max_length = GENERATORS["vllm"], version, max_length
         self._speculating = arguments.speculative_config is not None
         self._drafter = str(drafter["name"])
         if "speculative_config" in (options or {}):
@@ -190,6 +193,7 @@ class VllmGenerator:
     def close(self) -> None:
         self._groups.clear()
         self._client.close()
+        self._scratch.cleanup()
 
     def drafter_counters(self) -> dict[str, float]:
         """The drafter's own figures so far, of the first worker."""

@@ -37,3 +37,11 @@ def require_vllm() -> str:
             f"'vllm=={DRIVEN}*'"
         )
     return found
+
+
+def let_vllm_search() -> None:
+    """For a process that has imported numba and runs a worker of vLLM itself: on a CPU vLLM looks with `vars` into what
+    every module holds, which llvmlite's library object answers with a function where vLLM wants a dictionary."""
+    from llvmlite.binding import ffi
+
+    ffi.lib._fntab.setdefault("__dict__", {})

@@ -4,10 +4,13 @@ Importing this module in a worker corrects the rejection sampler where the insta
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from drafters.mtp.head import head_files
+from drafters.mtp.vllm_form import head_tensors, vllm_tensors
 from pipeline.engine.vllm import rejection
 from pipeline.engine.vllm.install import installed_version
 from pipeline.engine.vllm.proposer import DrafterProposer
@@ -39,6 +42,29 @@ def refresh_tied_head(model: torch.nn.Module, tied: bool) -> None:
             head.quant_method.process_weights_after_loading(head)
 
 
+def load_head(model: torch.nn.Module, config: Any, folder: Path) -> None:
+    """A publication's multi-token-prediction head into vLLM's `Glm4MoeMTP`, whose embedding and output layer are the
+    target's own and stay as they are.
+
+    Args:
+        model: of vLLM's proposer.
+        config: its `ModelConfig`.
+        folder: checkpoint directory with a head.
+    """
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    layers = config.hf_config.num_hidden_layers
+    tensors = vllm_tensors(head_tensors(folder, folder), layers)
+    layer = model.get_submodule(f"model.layers.{layers}")
+    parts = [part for name, part in layer.named_children() if name != "shared_head"]
+    parts.append(layer.get_submodule("shared_head.norm"))
+    for part in parts:
+        initialize_layerwise_reload(part)
+    model.load_weights(tensors.items())
+    for part in parts:
+        finalize_layerwise_reload(part, config)
+
+
 class RollaheadWorker:
     """Methods carry our name: a mixin of vLLM's must not hide one of the worker's own."""
 
@@ -62,6 +88,9 @@ class RollaheadWorker:
         runner.reload_weights(weights_path=folder)
         tied = getattr(runner.model_config.hf_text_config, "tie_word_embeddings", False)
         refresh_tied_head(runner.get_model(), bool(tied))
+        config = runner.vllm_config.speculative_config
+        if config is not None and config.method == "mtp" and head_files(folder):
+            load_head(runner.drafter.model, config.draft_model_config, Path(folder))
         proposer = self._rollahead_proposer()
         if proposer is not None:
             proposer.weights_changed(version)

@@ -1,0 +1,87 @@
+"""A head in the naming of MiMo's checkpoints is read as what it is, its equations written out from their source."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from drafters.mtp.drafter import MTPDrafter
+from drafters.mtp.head import MTPHead, load_head
+from drafters.mtp.vllm_form import write_for_vllm
+from pipeline.engine.native.generator import NativeGenerator
+from pipeline.errors import UsageError
+from pipeline.models.checkpoint import load_decoder
+from pipeline.models.kv_cache import KVCache
+from tests.unit.generation import finish, group
+from tests.unit.tiny_models import save_tiny
+
+LAYER = "model.mtp_layers.0."
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of MiMo's: Qwen2's decoder, and one more layer with two norms and a projection before it."""
+    path = save_tiny(tmp_path, "Qwen2", head_dim=None)
+    text = (path / "config.json").read_text()
+    (path / "config.json").write_text(text.replace("Qwen2ForCausalLM", "MiMoForCausalLM"))
+    tensors = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    last = f"model.layers.{max(int(n.split('.')[2]) for n in tensors if n.startswith('model.layers.'))}."
+    for name in [n for n in tensors if n.startswith(last)]:
+        tensors[LAYER + name.removeprefix(last)] = tensors[name].clone()
+    width = tensors["model.norm.weight"].shape[0]
+    for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        tensors[f"{LAYER}{name}.weight"] = 1 + 0.3 * torch.randn(width, generator=generator)
+    tensors[f"{LAYER}input_proj.weight"] = torch.randn(width, 2 * width, generator=generator) / width**0.5
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_the_first_row_is_mimos_own(folder):
+    decoder = load_decoder(folder, torch.float32)
+    head = MTPHead(decoder)
+    load_head(head, folder)
+    assert head.normed_goes_round
+    w = {n.removeprefix(LAYER): t for n, t in load_file(folder / "model.safetensors").items() if n.startswith(LAYER)}
+    c = decoder.config
+
+    def norm(x, name):
+        return F.rms_norm(x, x.shape[-1:], w[name + ".weight"], c.rms_norm_eps)
+
+    def linear(x, name):
+        return F.linear(x, w[name + ".weight"], w.get(name + ".bias"))
+
+    hidden = torch.randn(1, c.hidden_size, generator=torch.Generator().manual_seed(1))
+    token = torch.tensor([5])
+    # Position 0: its embedding counts as zero, it attends to itself alone, and rotation by angle zero is none.
+    joined = torch.cat([norm(hidden, "hidden_layernorm"), norm(torch.zeros_like(hidden), "token_layernorm")], 1)
+    x = linear(joined, "input_proj")
+    value = linear(norm(x, "input_layernorm"), "self_attn.v_proj").view(1, c.kv_heads, c.head_dim)
+    x = x + linear(value.repeat_interleave(c.heads // c.kv_heads, 1).flatten(1), "self_attn.o_proj")
+    y = norm(x, "post_attention_layernorm")
+    x = x + linear(F.silu(linear(y, "mlp.gate_proj")) * linear(y, "mlp.up_proj"), "mlp.down_proj")
+    wanted = norm(x, "final_layernorm")
+
+    cache = KVCache(head.config, head.dtype, head.device, 4)
+    plan = cache.plan(torch.tensor([cache.take(1)]).numpy(), torch.tensor([0]).numpy(), torch.tensor([1]).numpy())
+    found = head.forward(token, hidden, plan, cache)
+    assert (head.next_input(found) - wanted).abs().max() < 1e-4
+    assert (head.logits(found) - decoder.logits(wanted)).abs().max() < 1e-3
+
+
+def test_a_model_with_such_a_head_drafts_with_it(folder):
+    drafter = MTPDrafter(MTPDrafter.Options(max_tokens=2))
+    generator = NativeGenerator(load_decoder(folder), drafter=drafter, max_sequences=4, max_draft_tokens=2)
+    generator.add(group(0, [1, 4, 2, 6, 3], samples=4, max_new_tokens=12))
+    finish(generator)
+    assert generator.stats().drafted > 0 and generator.stats().drafter_failures == 0
+    with pytest.raises(UsageError, match="which vLLM runs as it is"):
+        write_for_vllm(folder, folder, folder / "out")
+
+
+def test_a_damaged_head_is_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"{LAYER}input_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"mtp\.fc\.weight has shape None"):
+        load_head(MTPHead(load_decoder(folder)), folder)
