@@ -57,6 +57,15 @@ def test_a_long_queue_is_measured_against_a_short_one(tmp_path):
     assert all(row["queued"] == 300 and row["tokens"] > 0 and row["cost"]["median"] < 1 for row in rows)
 
 
+def test_a_compiled_step_gives_the_same_logits_and_is_timed_against_the_native_one(tmp_path):
+    bench(
+        "compiled-decode", "--model", "random-1x64x256", "--batch", "2", "--repeats", "1", "--steps", "2", "--threads",
+        "1", "--out", str(tmp_path),
+    )  # fmt: skip
+    (row,) = results(tmp_path)["rows"]
+    assert row["compile_seconds"] > 0 and row["native_over_compiled"]["median"] > 0
+
+
 def test_bandwidth_share_runs_without_a_gpu(tmp_path):
     bench(
         "decode-bandwidth", "--models", "random-2x64x256", "--batch", "1,2", "--tokens", "4", "--repeats", "1",
