@@ -255,7 +255,7 @@ def _replay(options: argparse.Namespace) -> list[Row]:
     """Texts sampled here, costs measured here; then every choice at every length, and the arbiter, on paper."""
     decoder = load_decoder(options.model)
     costs = CostModel()
-    measured = measure_verifications(decoder, 10.0)
+    measured = measure_verifications(decoder, 10.0, 64)
     costs.fit(measured)
     rows = []
     for label, prompts in _prompt_sets(options)[: len(options.prompts)]:

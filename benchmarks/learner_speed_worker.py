@@ -64,7 +64,7 @@ def _rollahead(settings: dict[str, Any], groups: list[list[dict[str, Any]]]) -> 
     trainer = Trainer(load_policy(settings["model"], "cpu"), objective, section, temperature=1.0)
     trajectories = [[_trajectory(sample, lease, index) for index, sample in enumerate(group)]
                     for lease, group in enumerate(groups)]  # fmt: skip
-    _say(imported_bytes=imported)
+    _say(imported_bytes=imported, idle_bytes=resident_bytes())
     clock = Clock()
     while clock.begin():
         loss = trainer.train(trajectories, publication=0)["loss"]
@@ -141,7 +141,7 @@ def _trl(settings: dict[str, Any], groups: list[list[dict[str, Any]]]) -> None:
             processing_class=tokenizer,
             callbacks=[Turns()],
         )
-        _say(imported_bytes=imported)
+        _say(imported_bytes=imported, idle_bytes=resident_bytes())
         trainer.train()
 
 

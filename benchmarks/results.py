@@ -39,6 +39,29 @@ def write_results(
     return path
 
 
+def earlier_rows(out: Path, what: str, settings: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Rows that a run with the same settings left in `out` before it ended or was stopped; none where there are none.
+
+    Raises:
+        UsageError: the folder holds something else.
+    """
+    path = out / "results.json"
+    if not path.exists():
+        return []
+    try:
+        content = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"{path} cannot be read: {error}; give another --out") from error
+    found = content.get("settings", {})
+    if content.get("what") != what or found != dict(settings):
+        differing = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
+        raise UsageError(
+            f"{path} is of another run ({', '.join(differing) or content.get('what')} differ); give another --out"
+        )
+    rows: list[dict[str, Any]] = content["rows"]
+    return rows
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     import torch

@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--staleness", type=int, default=0, help="batches the rollouts are old")
     train.add_argument("--learning-rate", type=float, default=2e-5)
     train.add_argument("--batch-size", type=int, default=64)
+    train.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="the learner's products")
+    train.add_argument("--runs", type=int, default=0, help="at most so many now; the same command goes on; 0: all")
     train.add_argument("--margin", type=float, default=0.03, help="rewards within this are equivalent")
     return parser
 

@@ -15,7 +15,7 @@ from scipy import stats
 
 from benchmarks import plots
 from benchmarks.held_out import HeldOut
-from benchmarks.results import write_results
+from benchmarks.results import earlier_rows, write_results
 from benchmarks.sparse import held_out_settings
 from benchmarks.stale_training import train
 from pipeline.config import Config, check_config, load_config
@@ -26,6 +26,7 @@ KEPT = (
     "reward_mean", "entropy", "grad_norm", "importance_weight_ess", "compressed/k3", "compressed/fraction",
     "icepop/below_fraction", "icepop/above_fraction", "veto/vetoed_samples",
 )  # fmt: skip
+WHAT = "sparse-training"
 CONFIDENCE = 0.9
 """of the intervals: two one-sided tests at 5% each"""
 
@@ -42,20 +43,27 @@ def compare(options: argparse.Namespace) -> int:
         for budget in options.budgets
         for kind in ("corrected", "uncorrected")
     ]
-    rows: list[dict[str, Any]] = []
-    for seed in range(options.seed, options.seed + options.seeds):
-        for kind, policy, budget in arms:
-            rows.append(_run(options, kind, policy, budget, seed))
-            row = rows[-1]
-            print(
-                f"seed {seed}  {kind:<12} {policy:<13} {budget:>4}  held-out reward {row['held_out_before']:.3f} ->"
-                f" {row['held_out_after']:.3f}  {row['seconds']:.0f} s",
-                flush=True,
-            )
+    settings = {key: str(value) for key, value in vars(options).items() if key not in ("out", "runs", "seeds")}
+    rows = earlier_rows(options.out, WHAT, settings)
+    known = {(row["arm"], row["policy"], row["budget"], row["seed"]) for row in rows}
+    runs = [(*arm, seed) for seed in range(options.seed, options.seed + options.seeds) for arm in arms]
+    for kind, policy, budget, seed in [run for run in runs if run not in known][: options.runs or None]:
+        rows.append(_run(options, kind, policy, budget, seed))
+        row = rows[-1]
+        print(
+            f"seed {seed}  {kind:<12} {policy:<13} {budget:>4}  held-out reward {row['held_out_before']:.3f} ->"
+            f" {row['held_out_after']:.3f}  {row['seconds']:.0f} s",
+            flush=True,
+        )
+        # After every run: what hours have brought is not lost with a machine.
+        write_results(options.out, WHAT, rows, model=str(options.model), seed=options.seed, settings=settings)
+    if len(rows) < len(runs):
+        print(f"{len(rows)} of {len(runs)} runs are done; the same command goes on")
+        return 0
     verdicts = [line for _, policy, budget in arms[1::2] for line in verdicts_of(rows, policy, budget, options.margin)]
     path = write_results(
-        options.out, "sparse-training", rows, model=str(options.model), seed=options.seed, verdicts=verdicts,
-        margin=options.margin, confidence=CONFIDENCE, steps=options.steps,
+        options.out, WHAT, rows, model=str(options.model), seed=options.seed, settings=settings, verdicts=verdicts,
+        confidence=CONFIDENCE,
     )  # fmt: skip
     plot = _plot(rows, options.out)
     print("\n".join(["", *verdicts, "", f"written {path}" + (f" and {plot}" if plot else "")]))
@@ -66,7 +74,7 @@ def _run_config(options: argparse.Namespace, kind: str, policy: str, budget: int
     settings = [
         *held_out_settings(options), f"run.steps={options.steps}", f"run.seed={seed}", "objective.recipe=sparse-rl",
         f"learner.learning_rate={options.learning_rate}", f"learner.batch_size={options.batch_size}",
-        f"engine.max_sequences={options.batch_size}", "engine.drafter=none",
+        f"engine.max_sequences={options.batch_size}", "engine.drafter=none", f"learner.dtype={options.dtype}",
     ]  # fmt: skip
     if kind == "uncorrected":
         settings.append("objective.corrections=[]")

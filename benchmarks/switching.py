@@ -3,9 +3,9 @@
     rollahead bench switching --model DIR --small-model DIR --prompts FILE --calibration FILE --out DIR
     rollahead bench switching --train --model DIR --small-model DIR --prompts FILE --train-prompts FILE --out DIR
 
-The curve: thresholds calibrated on other prompts, each beside a control that switches as often but at random, and the
-two models alone; all on the same prompts with the same seeds. `--train`: equal steps without switching, with switching
-and correction, and with switching alone (`benchmarks/switching_training.py`).
+The curve: for each rule thresholds calibrated on other prompts, each beside a control that switches as often but at
+random, and the two models alone; all on the same prompts with the same seeds. `--train`: equal steps without
+switching, with switching and correction, and with switching alone (`benchmarks/switching_training.py`).
 """
 
 import argparse
@@ -52,10 +52,12 @@ def main(arguments: list[str]) -> int:
         return compare(options)
     curve = Curve(options)
     rows = [curve.alone(curve.large, "large", 1.0), curve.alone(curve.small, "small", 0.0)]
-    given = [SwitchingRule(in_nats(h, options.unit), options.window, options.min_run) for h in options.thresholds]
-    for rule, share in [*((curve.calibrated(s), s) for s in options.shares), *((rule, None) for rule in given)]:
-        rows.append(curve.point(rule, share))
-        rows.append(curve.point(curve.random_rule(rows[-1]["share"], rows[-1]["response_tokens"]), share))
+    for rule in options.rules:
+        given = [replace(rule, threshold=in_nats(h, options.unit)) for h in options.thresholds]
+        for found, share in [*((curve.calibrated(rule, s), s) for s in options.shares), *((g, None) for g in given)]:
+            rows.append(curve.point(found, share))
+            control = curve.random_rule(rule, rows[-1]["share"], rows[-1]["response_tokens"])
+            rows.append(curve.point(control, share))
     compared(rows)
     verdicts = conclusions(rows)
     print("\n".join(verdicts))
@@ -83,8 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--thresholds", type=_numbers, default=[], metavar="H,H", help="further points at these thresholds")
     add("--unit", choices=["nats", "bits"], default="nats", help="of --thresholds")
-    add("--window", type=int, default=5, metavar="W", help="tokens of the rolling mean")
-    add("--min-run", type=int, default=10, metavar="D", help="tokens between switches")
+    add(
+        "--rules",
+        type=_rules,
+        default=_rules("5:10,1:1:before"),
+        metavar="W:D,...",
+        help="window and min_run, and `before` for engine.switching.before_sampling; the paper's is 5:10; --train has "
+        "the first one",
+    )
     add("--count", type=int, default=200, metavar="N", help="prompts measured on")
     add("--calibration-count", type=int, default=48, metavar="N", help="prompts calibrated on")
     add("--samples", type=int, default=1, metavar="N", help="responses a prompt")
@@ -100,12 +108,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--share", type=float, default=0.43, help="with --train: share of large-model tokens")
     add("--margin", type=float, default=0.05, help="with --train: difference in held-out reward that counts as none")
     add("--learning-rate", type=float, default=2e-5, help="with --train")
+    add("--batch-size", type=int, default=64, help="with --train: samples a batch")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="with --train: the learner's products")
+    add("--runs", type=int, default=0, help="with --train: at most so many now; the same command goes on; 0: all")
     add("--out", type=Path, default=Path("runs/switching"))
     return parser
 
 
 def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",") if part]
+
+
+def _rules(text: str) -> list[SwitchingRule]:
+    rules = []
+    for part in text.split(","):
+        window, min_run, *more = part.split(":")
+        if more not in ([], ["before"]):
+            raise argparse.ArgumentTypeError(f"{part!r} is no rule; write 5:10 or 1:1:before")
+        rules.append(SwitchingRule(0.0, int(window), int(min_run), before_sampling=bool(more)))
+    return rules
+
+
+def name_of(rule: SwitchingRule) -> str:
+    """As `--rules` takes it."""
+    return f"{rule.window}:{rule.min_run}" + (":before" if rule.before_sampling else "")
 
 
 class Curve:
@@ -147,19 +173,21 @@ class Curve:
             switching=rule,
         )
 
-    def calibrated(self, share: float) -> SwitchingRule:
-        """The rule whose threshold gives that share on the calibration prompts."""
-        generator = self._generator(self.large, SwitchingRule(0.0, self.options.window, self.options.min_run))
+    def calibrated(self, rule: SwitchingRule, share: float) -> SwitchingRule:
+        """The rule with the threshold that gives that share on the calibration prompts."""
+        generator = self._generator(self.large, rule)
         found = calibrate(generator, self.calibration, share)
         assert generator.small is not None
-        print(f"share {share:g}: threshold {found.threshold:.4g} nats, {found.share:.3f} in calibration", flush=True)
+        print(
+            f"{name_of(rule)} share {share:g}: threshold {found.threshold:.4g} nats, {found.share:.3f} in calibration",
+            flush=True,
+        )
         return generator.small.rule
 
-    def random_rule(self, share: float, tokens: float) -> SwitchingRule:
+    def random_rule(self, rule: SwitchingRule, share: float, tokens: float) -> SwitchingRule:
         """The control whose share is nearest on responses of so many tokens."""
-        rule = SwitchingRule(0.5, self.options.window, self.options.min_run, noise=True)
         return min(
-            (replace(rule, threshold=float(t)) for t in np.linspace(0.02, 0.98, 97)),
+            (replace(rule, threshold=float(t), noise=True) for t in np.linspace(0.01, 0.99, 99)),
             key=lambda candidate: abs(simulated_share(candidate, round(tokens)) - share),
         )
 
@@ -169,7 +197,7 @@ class Curve:
 
     def point(self, rule: SwitchingRule, wanted: float | None) -> dict[str, Any]:
         system = "random" if rule.noise else "entropy"
-        row = {"system": system, "threshold": rule.threshold, "wanted": wanted}
+        row = {"system": system, "rule": name_of(rule), "threshold": rule.threshold, "wanted": wanted}
         return self._row(self._generator(self.large, rule), row, None)
 
     def _row(self, generator: NativeGenerator, row: dict[str, Any], share: float | None) -> dict[str, Any]:
@@ -193,18 +221,20 @@ class Curve:
             **self._cost(generator, done, share),
         }
         print(
-            f"{row['system']}: {share:.1%} of tokens from the large model, reward {row['reward']:.3f} "
-            f"+- {row['reward_error']:.3f}, cost {row['cost']:.2f}",
+            f"{row['system']} {row.get('rule', '')}: {share:.1%} of tokens from the large model, reward "
+            f"{row['reward']:.3f} +- {row['reward_error']:.3f}, cost {row['cost']:.2f}",
             flush=True,
         )
         return row
 
     def _cost(self, generator: NativeGenerator, done: Sequence[FinishedSample], share: float) -> dict[str, Any]:
         """Parameters times tokens that were sampled, over the large model's for all of them, as the paper counts; and
-        with what catch-ups computed (the prompts of a group once, the first computation of a prompt not counted)."""
+        with what catch-ups computed (the prompts of a group once, the first computation of a prompt not counted) and
+        the small model's tokens that it handed over."""
         ratio = self.small.bytes / self.large.bytes
-        sampled = share + (1 - share) * ratio
         tokens = sum(len(s.token_ids) for s in done)
+        handed_over = generator.small.handed_over if generator.small else 0
+        sampled = share + (1 - share + handed_over / tokens) * ratio
         switches = sum(int((np.diff(s.samplers.astype(np.int64)) != 0).sum()) for s in done)
         caught = generator.small.caught_up if generator.small else {Sampler.POLICY: 0, Sampler.SWITCHED_MODEL: 0}
         extra = (caught[Sampler.POLICY] + caught[Sampler.SWITCHED_MODEL] * ratio) / tokens
@@ -212,6 +242,7 @@ class Curve:
             "cost": sampled,
             "cost_with_catch_up": sampled + extra,
             "caught_up_large": caught[Sampler.POLICY],
+            "handed_over": handed_over,
             "caught_up_small": caught[Sampler.SWITCHED_MODEL],
             "switches_a_response": switches / len(done),
         }
@@ -236,6 +267,7 @@ def simulated_share(rule: SwitchingRule, tokens: int, responses: int = 400) -> f
     for seed in range(responses):
         state = SwitchState(rule, seed)
         for _ in range(tokens):
+            state.hand_over(0.0)
             large += not state.small
             state.step(0.0)
     return large / (responses * tokens)
@@ -266,8 +298,9 @@ def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
     for entropy, random in zip(by_system.get("entropy", []), by_system.get("random", []), strict=True):
         error = math.hypot(entropy["reward_error"], random["reward_error"])
         lines.append(
-            f"share {entropy['share']:.1%}: reward {entropy['reward']:.3f}; at random {random['share']:.1%}: "
-            f"{random['reward']:.3f}; difference {entropy['reward'] - random['reward']:+.3f} +- {error:.3f}"
+            f"{entropy['rule']} share {entropy['share']:.1%}: reward {entropy['reward']:.3f}; at random "
+            f"{random['share']:.1%}: {random['reward']:.3f}; difference "
+            f"{entropy['reward'] - random['reward']:+.3f} +- {error:.3f}"
         )
     return lines
 
@@ -280,11 +313,13 @@ def _plot(rows: Sequence[dict[str, Any]], out: Path) -> Path | None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     ends = [row for row in rows if row["system"] in ("large", "small")]
-    for system, style in (("entropy", "o-"), ("random", "s--")):
-        points = sorted((row for row in [*rows, *ends] if row["system"] in (system, "large", "small")), key=_share)
+    lines = dict.fromkeys((row["system"], row["rule"]) for row in rows if "rule" in row)
+    for system, rule in lines:
+        mine = [row for row in rows if (row["system"], row.get("rule")) == (system, rule)]
+        points, style = sorted([*mine, *ends], key=_share), "o-" if system == "entropy" else "s--"
         x, y = [row["share"] for row in points], [row["of_large"] for row in points]
         error = [row["reward_error"] / ends[0]["reward"] if ends[0]["reward"] else 0.0 for row in points]
-        axes.errorbar(x, y, yerr=error, fmt=style, label=system, capsize=2)
+        axes.errorbar(x, y, yerr=error, fmt=style, label=f"{system} {rule}", capsize=2)
     for share, quality, name in PAPER:
         axes.plot(share, quality, "k*", markersize=9)
         axes.annotate(f"{name} (paper)", (share, quality), textcoords="offset points", xytext=(6, -10), fontsize=7)

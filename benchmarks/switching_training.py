@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results import write_results
+from benchmarks.results import earlier_rows, write_results
 from benchmarks.stale_training import train
+from benchmarks.switching import name_of
 from learner.step_metrics import Metrics
 from pipeline.config import Config, check_config, load_config
 from pipeline.engine.generator import GroupRequest
@@ -28,6 +29,7 @@ from pipeline.models.tokenizer import Tokenizer
 from pipeline.tasks.jsonl import read_examples
 from pipeline.tasks.rewards import load_reward, score_group
 
+WHAT = "switching-training"
 TIS = "objective.corrections=[{name='tis', level='token', cap=2.0}]"
 SETTINGS = {"policy": (False, TIS), "corrected": (True, TIS), "uncorrected": (True, "objective.corrections=[]")}
 """Name -> whether the engine switches, and the corrections."""
@@ -46,28 +48,36 @@ def compare(options: argparse.Namespace) -> int:
     """Trains every setting with every seed, prints what follows, writes `results.json`; the exit code."""
     if options.train_prompts is None:
         raise UsageError("--train needs --train-prompts, a .jsonl file to train on")
-    held_out = HeldOut(options)
-    rows: list[dict[str, Any]] = []
-    before = held_out.reward(options.model)
-    print(f"before training: held-out reward {before:.3f}", flush=True)
-    for seed in range(options.seed, options.seed + options.seeds):
-        for name in SETTINGS:
-            rows.append(_row(options, held_out, name, seed))
-            print(
-                f"seed {seed}, {name}: held-out reward {rows[-1]['held_out']:.3f}, training reward of the last batches "
-                f"{rows[-1]['reward_last']:.3f}, {rows[-1]['seconds']:.0f} s",
-                flush=True,
-            )
-            # After every run: what hours have brought is not lost with a machine.
-            verdicts = conclusions(rows, options.margin)
-            path = write_results(
-                options.out, "switching-training", rows, model=str(options.model), seed=options.seed,
-                small_model=str(options.small_model), prompts=str(options.train_prompts), margin=options.margin,
-                steps=options.steps, held_out_before=before, verdicts=verdicts,
-            )  # fmt: skip
-    print("\n".join(verdicts))
-    print(f"written {path}")
+    held_out, settings = HeldOut(options), settings_of(options)
+    rows = earlier_rows(options.out, WHAT, settings)
+    if not any(row["setting"] == "before" for row in rows):
+        rows.append({"setting": "before", "seed": -1, "held_out": held_out.reward(options.model)})
+    print(f"equivalent: 90% interval of the difference of held-out rewards within {options.margin}")
+    print(f"before training: held-out reward {rows[0]['held_out']:.3f}", flush=True)
+    known = {(row["setting"], row["seed"]) for row in rows}
+    runs = [(name, seed) for seed in range(options.seed, options.seed + options.seeds) for name in SETTINGS]
+    missing = [run for run in runs if run not in known]
+    for name, seed in missing[: options.runs or None]:
+        rows.append(_row(options, held_out, name, seed))
+        print(
+            f"seed {seed}, {name}: held-out reward {rows[-1]['held_out']:.3f}, training reward of the last batches "
+            f"{rows[-1]['reward_last']:.3f}, {rows[-1]['seconds']:.0f} s",
+            flush=True,
+        )
+        # After every run: what hours have brought is not lost with a machine.
+        path = write_results(
+            options.out, WHAT, rows, model=str(options.model), seed=options.seed, settings=settings,
+            verdicts=conclusions(rows, options.margin),
+        )  # fmt: skip
+        print(f"written {path}", flush=True)
+    print("\n".join(conclusions(rows, options.margin)))
     return 0
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, str]:
+    """All that a row depends on."""
+    own = {key: str(value) for key, value in vars(options).items() if key not in ("out", "runs", "seeds")}
+    return own | {"rules": ",".join(map(name_of, options.rules))}
 
 
 class HeldOut:
@@ -104,19 +114,21 @@ def _longest(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace, setting: str, seed: int) -> Config:
-    switches, corrections = SETTINGS[setting]
+    (switches, corrections), rule = SETTINGS[setting], options.rules[0]
     overrides = [
         f"model.path={options.model}", "task.kind=jsonl", f"task.path={options.train_prompts}",
         f"run.steps={options.steps}", f"run.seed={seed}", "engine.drafter=none",
         f"engine.max_sequences={options.batch}", f"engine.threads={options.threads}",
         f"sampling.max_new_tokens={options.max_new_tokens}", f"sampling.temperature={options.temperature}",
         "sampling.max_prompt_tokens=256", "objective.gates=[]", corrections, "learner.max_staleness=0",
-        f"learner.learning_rate={options.learning_rate}", "learner.batch_size=64", "learner.minibatches=1",
+        f"learner.learning_rate={options.learning_rate}", f"learner.batch_size={options.batch_size}",
+        "learner.minibatches=1", f"learner.dtype={options.dtype}",
     ]  # fmt: skip
     if switches:
         overrides += [
             f"engine.switching.small_model={options.small_model}", f"engine.switching.policy_share={options.share}",
-            f"engine.switching.window={options.window}", f"engine.switching.min_run={options.min_run}",
+            f"engine.switching.window={rule.window}", f"engine.switching.min_run={rule.min_run}",
+            f"engine.switching.before_sampling={str(rule.before_sampling).lower()}",
             f"engine.switching.calibration_prompts={options.calibration_count}",
         ]  # fmt: skip
     config = load_config(None, overrides)

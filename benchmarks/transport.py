@@ -4,13 +4,13 @@
     rollahead bench transport --full      1 to 64 engines, 1k to 32k tokens, with and without keys and fsync
 
 Engines are real links with real spools in other processes; the learner is the real hub with its journal. The stream it
-is compared with publishes msgpack lists (PUB/SUB, no acknowledgement), as some trainers do: it loses what a
-slow reader does not take. It is written here and shares nothing with ours.
+is compared with is in `benchmarks.transport_pubsub`.
 """
 
 import argparse
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +24,10 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import zmq
 
 from benchmarks.results import resident_bytes, spread, write_results
 from benchmarks.synthetic import make_hub, make_link, source, trajectory
+from benchmarks.transport_pubsub import FIELDS_BYTES, pubsub
 from learner.validation import Limits
 from pipeline import messages
 from pipeline.engine.link import Drained, Failed, Granted, Revoked
@@ -39,8 +39,6 @@ GROUP = 4
 PROCESSES = 2
 """that simulated engines are spread over"""
 WARM_SECONDS = 1.0
-FIELDS_BYTES = 18
-"""a token: id, log-prob, entropy, version, sampler, role"""
 
 
 def main(arguments: list[str]) -> int:
@@ -52,12 +50,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, help="where spool and journal are written; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-transport"), help="folder for results.json")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
-    parser.add_argument("--publisher", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.engine:
         return _engine_process(**json.loads(options.engine))
-    if options.publisher:
-        return _publisher_process(**json.loads(options.publisher))
     rows: list[dict[str, Any]] = [_coding(tokens) for tokens in (1024, 8192, 32768)]
     for row in rows:
         print(f"{row['tokens']:>6} tokens: encode + decode {row['microseconds_per_kB']['median']:.2f} us/kB")
@@ -151,7 +146,7 @@ def _stream(folder: Path, seconds: float, *, tokens: int, engines: int, curve: b
     hub.start()
     hub.publish(0)
     processes = [
-        _start("--engine", address=hub.address, folder=str(folder), tokens=tokens, engines=count, fsync=fsync,
+        _start(address=hub.address, folder=str(folder), tokens=tokens, engines=count, fsync=fsync,
                keys=str(folder / "keys") if curve else "")
         for count in _shares(engines, PROCESSES)
     ]  # fmt: skip
@@ -255,92 +250,32 @@ def _answer(link: Any, template: messages.Trajectory, lease: messages.Lease) -> 
     return lease.group_size
 
 
-# ---- the other stream --------------------------------------------------------------------------------------------
-
-
-class ListTrajectory(msgspec.Struct, array_like=True, gc=False):
-    """A sample as lists of numbers, the usual way."""
-
-    index: int
-    prompt_ids: list[int]
-    token_ids: list[int]
-    logprobs: list[float]
-    entropies: list[float]
-    versions: list[int]
-    submitted: float
-
-
-def _publisher_process(address: str, tokens: int) -> int:
-    """PUB: sends without end and without being told what arrives."""
-    context = zmq.Context()
-    publisher = context.socket(zmq.PUB)
-    publisher.setsockopt(zmq.SNDHWM, 10)
-    publisher.connect(address)
-    generator = np.random.default_rng(0)
-    ids = generator.integers(0, 1000, tokens)
-    logprobs, entropies = -generator.random(tokens, np.float32), generator.random(tokens, np.float32)
-    versions = np.zeros(tokens, np.int64)
-    encoder = msgspec.msgpack.Encoder()
-    stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    time.sleep(0.5)  # what is sent before the subscription arrives is lost
-    sent = 0
-    while not stopping.is_set():
-        sample = ListTrajectory(
-            sent, [1, 7], ids.tolist(), logprobs.tolist(), entropies.tolist(), versions.tolist(), time.monotonic()
-        )
-        publisher.send(encoder.encode(sample))
-        sent += 1
-    publisher.close(linger=1000)
-    context.term()
-    print(json.dumps({"sent": sent}))
-    return 0
-
-
-def _pubsub(seconds: float, tokens: int, stall: float = 0.0) -> dict[str, Any]:
-    """Its rate; with `stall`, how much is lost while the reader sleeps for so long in the middle."""
-    context = zmq.Context()
-    reader = context.socket(zmq.SUB)
-    reader.setsockopt(zmq.RCVHWM, 10)
-    reader.setsockopt(zmq.RCVTIMEO, 5000)
-    reader.setsockopt(zmq.SUBSCRIBE, b"")
-    port = reader.bind_to_random_port("tcp://127.0.0.1")
-    process = _start("--publisher", address=f"tcp://127.0.0.1:{port}", tokens=tokens)
-    decoder = msgspec.msgpack.Decoder(ListTrajectory)
-    first = decoder.decode(reader.recv()).index
-    began, last, received, size = time.monotonic(), first, 0, 0
-    stalled = stall == 0.0
-    while time.monotonic() - began < seconds + stall:
-        if not stalled and time.monotonic() - began > seconds / 2:
-            time.sleep(stall)
-            stalled = True
-        data = reader.recv()
-        last, size, received = decoder.decode(data).index, size + len(data), received + 1
-    took = time.monotonic() - began
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    reader.close(linger=0)
-    context.term()
-    return {
-        "row": "stream", "system": "pubsub-lists", "tokens": tokens, "trajectories_per_second": received / took,
-        "MB_per_second": received * tokens * FIELDS_BYTES / took / 1e6,
-        "wire_bytes_per_token": size / received / tokens, "lost": last - first - received,
-    }  # fmt: skip
+# ---- beside another stream -----------------------------------------------------------------------------------------
 
 
 def _compared(folder: Path, seconds: float, repeats: int, tokens: int = 8192) -> list[dict[str, Any]]:
-    """Ours without keys and fsync, and the other, in turns; ratios of trajectories a second."""
-    ours, theirs = [], []
+    """Ours without keys and fsync, and the other, in turns; ratios of trajectories a second.
+
+    The other as it is keeps nothing on disk and stops at lists; and made to do what ours does in any case: sender and
+    reader append each message to a file, and the reader ends with arrays.
+    """
+    rates: dict[str, list[float]] = {"ours": [], "pubsub": [], "pubsub-on-disk": []}
     for number in range(repeats):
         case: dict[str, Any] = {"tokens": tokens, "engines": 1, "curve": False, "fsync": False}
-        ours.append(_stream(folder / f"compared-{number}", seconds, **case)["trajectories_per_second"])
-        theirs.append(_pubsub(seconds, tokens)["trajectories_per_second"])
-    ratio = spread([a / b for a, b in zip(ours, theirs, strict=True)])
-    print(f"against PUB/SUB lists, {tokens} tokens: {ratio['median']:.2f} x ({ratio['min']:.2f} to {ratio['max']:.2f})")
-    return [{
-        "row": "compared", "tokens": tokens, "trajectories_per_second": spread(ours),
-        "pubsub_trajectories_per_second": spread(theirs), "ratio_to_pubsub": ratio,
-    }]  # fmt: skip
+        rates["ours"].append(_stream(folder / f"compared-{number}", seconds, **case)["trajectories_per_second"])
+        shutil.rmtree(folder / f"compared-{number}")
+        rates["pubsub"].append(pubsub(seconds, tokens)["trajectories_per_second"])
+        rates["pubsub-on-disk"].append(pubsub(seconds, tokens, folder=folder)["trajectories_per_second"])
+    rows = []
+    for name in ("pubsub", "pubsub-on-disk"):
+        ratio = spread([a / b for a, b in zip(rates["ours"], rates[name], strict=True)])
+        told = f"{ratio['median']:.2f} x ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        print(f"against {name} of lists, {tokens} tokens: {told}")
+        rows.append({
+            "row": "compared", "tokens": tokens, "other": name, "trajectories_per_second": spread(rates["ours"]),
+            "other_trajectories_per_second": spread(rates[name]), "ratio_to_other": ratio,
+        })  # fmt: skip
+    return rows
 
 
 def _stalled_reader(folder: Path, tokens: int = 8192, stall: float = 2.0) -> dict[str, Any]:
@@ -354,7 +289,7 @@ def _stalled_reader(folder: Path, tokens: int = 8192, stall: float = 2.0) -> dic
     hub.restore(None)
     hub.start()
     hub.publish(0)
-    process = _start("--engine", address=hub.address, folder=str(folder), tokens=tokens, engines=1, fsync=True, keys="")
+    process = _start(address=hub.address, folder=str(folder), tokens=tokens, engines=1, fsync=True, keys="")
     _serve(hub, 64, 1.0, wait=20.0)
     with hub._changed:  # the socket's thread waits for this lock at the next message
         time.sleep(stall)
@@ -366,15 +301,15 @@ def _stalled_reader(folder: Path, tokens: int = 8192, stall: float = 2.0) -> dic
     return {
         "row": "stalled-reader", "seconds": stall, "lost": account.unaccounted + stats.sequence_missing,
         "dropped": sum(account.dropped.values()), "received": stats.received_samples,
-        "pubsub_lost": _pubsub(2.0, tokens, stall)["lost"],
+        "pubsub_lost": pubsub(2.0, tokens, stall)["lost"],
     }  # fmt: skip
 
 
 # ---- both --------------------------------------------------------------------------------------------------------
 
 
-def _start(option: str, **settings: Any) -> subprocess.Popen:
-    code = f"import sys; from benchmarks.transport import main; sys.exit(main([{option!r}, sys.argv[1]]))"
+def _start(**settings: Any) -> subprocess.Popen:
+    code = "import sys; from benchmarks.transport import main; sys.exit(main(['--engine', sys.argv[1]]))"
     return subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(settings)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=Path(__file__).resolve().parents[1],

@@ -62,7 +62,7 @@ class ArbiterDrafter(CompositeDrafter):
         `urgency` is what a token of the last or longest sequence of a group is worth more than another."""
 
         drafters: list[dict[str, Any] | str] = msgspec.field(default_factory=lambda: ["suffix-automaton"])
-        calibration_seconds: Annotated[float, Meta(ge=0)] = 1.0
+        calibration_seconds: Annotated[float, Meta(ge=0)] = 2.0
         measure: bool = True
         urgency: Annotated[float, Meta(ge=0, le=1)] = 0.1
 
@@ -116,7 +116,9 @@ class ArbiterDrafter(CompositeDrafter):
         if self._calibrates:
             from drafters.calibration import measure_verifications
 
-            self.costs.fit(measure_verifications(target.decoder, self.options.calibration_seconds))
+            self.costs.fit(
+                measure_verifications(target.decoder, self.options.calibration_seconds, target.max_sequences)
+            )
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
         super().begin(sequences)
@@ -238,7 +240,7 @@ class ArbiterDrafter(CompositeDrafter):
         for index in asked:
             standing = self._standings[index]
             dear = standing.part_of(plain) > DEAR
-            if dear or self._steps % len(asked) == asked.index(index):
+            if dear or self._steps % (2 * len(asked)) == 2 * asked.index(index):
                 without = drafts.copy()
                 without[index] = 0
                 _, _, tokens_without, seconds_without = self._allocated(
@@ -246,7 +248,7 @@ class ArbiterDrafter(CompositeDrafter):
                 )
                 rate = tokens / (seconds + standing.seconds)
                 gain = rate * seconds_without / tokens_without - 1
-                standing.judged(gain, plain, self._steps, 1 if dear else len(asked))
+                standing.judged(gain, plain, self._steps, 1 if dear else 2 * len(asked))
         self._price = price
 
     def _deliver(self) -> None:
@@ -292,8 +294,8 @@ def _compile() -> None:
     stack = Stack(1, 1, 1)
     stack.put(0, Proposal(np.ones((1, 1), np.int64), one))
     choice, lengths, *_ = allocate(
-        chances, stack.matches, stack.confidences, stack.lengths, one, np.ones(1), costs.table, costs.scale[0], 0.0, 0.1,
-        False, np.zeros(len(REASONS), np.int64),
+        chances, stack.matches, stack.confidences, stack.lengths, one, np.ones(1), costs.table, costs.scale[0], 0.0,
+        0.1, False, np.zeros(len(REASONS), np.int64),
     )  # fmt: skip
     stack.chosen(choice, lengths, [""])
     learn(counts, chances, stack.tokens, stack.lengths, stack.matches, stack.confidences, one, np.array([0, 1]))

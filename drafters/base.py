@@ -29,7 +29,8 @@ class Needs(Flag):
     """final-norm hidden states: of a sequence's first tokens in `SequenceStart.hidden`, then of verified positions in
     `Verified.hidden`"""
     LOGITS = auto()
-    """the target's logits of verified positions, in `Verified.logits`"""
+    """the target's logits of verified positions, in `Verified.logits`; none of steps in which an arbiter let the
+    drafter sleep"""
     TARGET_LAYERS = auto()
     """the target model itself, through `attach`"""
     LAYER_STATES = auto()
@@ -51,6 +52,10 @@ class Target(Protocol):
     @property
     def tokenizer(self) -> Tokenizer | None:
         """None where the target is no checkpoint directory."""
+
+    @property
+    def max_sequences(self) -> int:
+        """Rows of the largest batch."""
 
     def places(self, ids: Sequence[int]) -> "Places":
         """Of live sequences; a draft begins behind them."""

@@ -13,12 +13,15 @@ from numba import njit
 ROWS = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256], np.float64)
 PER_ROW = np.array([1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32], np.float64)
 """places of the table: sequences, and tokens a sequence"""
-_WHOLE_RATE, _PLACE_RATE = 0.1, 0.05
+_WHOLE_RATE, _PLACE_RATE = 0.1, 0.03
 """of a step's surprise, how much moves all, and of what is left, how much moves its place, once many steps have been
 seen. The n-th step moves all by 1/n and the n-th at a place this by 1/(n + 1): what steps really take soon outweighs
-what was measured or guessed before, and the machine's speed is known before the curve is bent"""
-_MOST_SURPRISE = 0.7
-"""a step may be taken to be off by this factor's logarithm at most: a pause of the machine is no cost"""
+what was guessed before, and the machine's speed is known before the curve is bent"""
+_MEASURED = 20.0
+"""steps at a place that a measurement of it, or of its neighbours, counts for"""
+_MOST_SURPRISE, _MOST_AT_PLACE = 0.7, 0.2
+"""a step may be taken to be off by this factor's logarithm at most, and by this beyond what all are off: a pause of the
+machine is no cost"""
 
 
 class CostModel:
@@ -36,6 +39,7 @@ class CostModel:
         self.scale = np.ones(1)
         self._met = np.zeros(self.table.shape)
         """how often a step was at each place, fractions where it was between"""
+        self._steps = np.zeros(1)
         self.learns = learns
 
     @staticmethod
@@ -51,7 +55,7 @@ class CostModel:
     def observe(self, rows: int, tokens: int, seconds: float) -> None:
         """A verification took so long."""
         if self.learns and seconds > 0:
-            _correct(self.table, self._met, self.scale, rows, tokens, seconds)
+            _correct(self.table, self._met, self.scale, self._steps, rows, tokens, seconds)
 
     def fit(self, measured: dict[tuple[int, int], float]) -> None:
         """Takes measurements (sequences, tokens) -> seconds over: each is met, the places between them follow.
@@ -70,6 +74,7 @@ class CostModel:
                 self.table[i, j] = before[i, j] * np.exp((weight * surprise).sum() / weight.sum())
         # More tokens are never taken to be cheaper: a noisy measurement would send every draft there.
         self.table = np.maximum.accumulate(self.table, axis=1)
+        self._met[:] = _MEASURED
 
 
 @njit(cache=True)
@@ -95,13 +100,16 @@ def verification_seconds(table: np.ndarray, scale: float, rows: int, tokens: int
 
 
 @njit(cache=True)
-def _correct(table: np.ndarray, met: np.ndarray, scale: np.ndarray, rows: int, tokens: int, seconds: float) -> None:
+def _correct(
+    table: np.ndarray, met: np.ndarray, scale: np.ndarray, steps: np.ndarray, rows: int, tokens: int, seconds: float
+) -> None:
     surprise = np.log(seconds / verification_seconds(table, scale[0], rows, tokens))
-    steps = met.sum()
-    if steps >= 3:
+    if steps[0] >= 3:
         surprise = min(max(surprise, -_MOST_SURPRISE), _MOST_SURPRISE)
-    whole = max(_WHOLE_RATE, 1.0 / (steps + 1.0))
+    whole = max(_WHOLE_RATE, 1.0 / (steps[0] + 1.0))
+    steps[0] += 1
     scale[0] *= np.exp(whole * surprise)
+    left = (1 - whole) * surprise
     i, u = _place(ROWS, float(rows), True)
     j, v = _place(PER_ROW, tokens / rows, False)
     v = min(v, 1.0)
@@ -109,4 +117,30 @@ def _correct(table: np.ndarray, met: np.ndarray, scale: np.ndarray, rows: int, t
         for b, weight_b in ((j, 1 - v), (j + 1, v)):
             weight = weight_a * weight_b
             met[a, b] += weight
-            table[a, b] *= np.exp(max(_PLACE_RATE, 1.0 / (met[a, b] + 1.0)) * weight * (1 - whole) * surprise)
+            if met[a, b] > 3:
+                left = min(max(left, -_MOST_AT_PLACE), _MOST_AT_PLACE)
+            table[a, b] *= np.exp(max(_PLACE_RATE, 1.0 / (met[a, b] + 1.0)) * weight * left)
+        if weight_a > 0:
+            _level(table[a], met[a])
+
+
+@njit(cache=True)
+def _level(seconds: np.ndarray, met: np.ndarray) -> None:
+    """Makes costs rise with tokens again, by the least change: where they fall, places share their weighted mean (pool
+    adjacent violators)."""
+    count = len(seconds)
+    values, weights, sizes = np.empty(count), np.empty(count), np.empty(count, np.int64)
+    blocks = 0
+    for j in range(count):
+        values[blocks], weights[blocks], sizes[blocks] = seconds[j], met[j] + 1.0, 1
+        blocks += 1
+        while blocks > 1 and values[blocks - 2] > values[blocks - 1]:
+            both = weights[blocks - 2] + weights[blocks - 1]
+            values[blocks - 2] += (values[blocks - 1] - values[blocks - 2]) * weights[blocks - 1] / both
+            weights[blocks - 2] = both
+            sizes[blocks - 2] += sizes[blocks - 1]
+            blocks -= 1
+    j = 0
+    for block in range(blocks):
+        seconds[j : j + sizes[block]] = values[block]
+        j += sizes[block]

@@ -7,8 +7,8 @@ import numpy as np
 from drafters.base import Needs, Verified
 from drafters.guard import Guard
 
-WAITS = ~(Needs.LOGITS | Needs.HIDDEN_STATES | Needs.LAYER_STATES)
-"""what a drafter may need whose observations can wait: the others would have to keep the target's tensors meanwhile"""
+WAITS = ~(Needs.HIDDEN_STATES | Needs.LAYER_STATES)
+"""what a drafter may need whose observations can wait; the others keep a state for every token"""
 
 
 class LateObserver:
@@ -35,7 +35,7 @@ class LateObserver:
 
 
 def merged(steps: Sequence[Verified]) -> Verified:
-    """As if one verification had emitted it all."""
+    """As if one verification had emitted it all; without logits."""
     emitted: dict[int, list[np.ndarray]] = {}
     accepted: dict[int, int] = {}
     for step in steps:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 DEAR = 0.03
 """A drafter that takes more than this part of a plain step is judged whenever it is asked."""
-_PATIENCE, _DEAR_PATIENCE = 24, 2
+_PATIENCE, _DEAR_PATIENCE = 12, 2
 """steps in a row in which it did not pay, after which it sleeps"""
 _EXPLORATION = 0.01
 """part of the time that asking drafters which do not pay may take"""
-_SHORTEST, _LONGEST = 7, 64
+_SHORTEST, _LONGEST = 16, 64
 """steps of a sleep when it is longest: at least, for drafters that cost next to nothing, and at most"""
 _RETRY_AFTER = 8
 """steps after which a sleeper is asked where the batch has become half or twice as large meanwhile"""
@@ -73,7 +73,7 @@ class Standing:
         over = self._idle - (_DEAR_PATIENCE if cost > DEAR else _PATIENCE)
         if over > 0:
             longest = min(max(cost / _EXPLORATION, _SHORTEST), _LONGEST)
-            self._wakes = step + 1 + int(longest if cost > DEAR else min(longest, (over + 3) / 4))
+            self._wakes = step + 1 + int(longest if cost > DEAR else min(longest, 1 + over / 2))
 
 
 def _least_of_late(before: float, seconds: float) -> float:

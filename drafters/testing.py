@@ -137,6 +137,10 @@ class Rehearsal:
     def tokenizer(self) -> Tokenizer | None:
         return None
 
+    @property
+    def max_sequences(self) -> int:
+        return 16
+
     def places(self, ids: Sequence[int]) -> Places:
         """As `drafters.base.Target` says."""
         texts = {text.start.id: text for text in self.live}

@@ -57,18 +57,23 @@ class TokenRecyclingDrafter(BaseDrafter):
         )
 
     def observe(self, verified: Verified) -> None:
-        assert verified.logits is not None and verified.starts is not None
+        tokens, borders = verified.flat()
+        slots = self._slots.of(verified.ids)
+        if verified.logits is None or verified.starts is None:
+            self._last[slots] = [
+                emitted[-1] if len(emitted) else self._last[slot]
+                for slot, emitted in zip(slots, verified.emitted, strict=True)
+            ]
+            return
         if not len(self._successors):
             self._successors = np.full(verified.logits.shape[1], -1, np.int64)
-        tokens, borders = verified.flat()
         if verified.logits.device.type == "cpu":
             best = likeliest(verified.logits.float().contiguous().numpy(), verified.starts, borders)
         else:
-            places = np.concatenate([np.arange(n) for n in np.diff(borders)]) + np.repeat(
-                verified.starts, np.diff(borders)
-            )
+            counts = np.diff(borders)
+            places = np.concatenate([np.arange(n) for n in counts]) + np.repeat(verified.starts, counts)
             best = verified.logits[torch.from_numpy(places).to(verified.logits.device)].argmax(-1).cpu().numpy()
-        _learn(self._successors, self._last, self._slots.of(verified.ids), tokens, borders, best)
+        _learn(self._successors, self._last, slots, tokens, borders, best)
 
     def end(self, ids: Sequence[int]) -> None:
         for i in ids:

@@ -133,6 +133,6 @@ class HeadCoTraining:
         with torch.autocast(device.type, self._compute, enabled=self._compute != torch.float32):
             hidden = base(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False,
-                **segment_arguments(torch.tensor(starts, dtype=torch.int32)),
+                **segment_arguments(torch.tensor(starts, dtype=torch.int32), device=device),
             ).last_hidden_state[0].float()  # fmt: skip
         return padded_batch(texts, hidden.split([len(ids) for ids, _ in texts]), self._section.depths)

@@ -1,8 +1,12 @@
 """Refuses objectives whose pieces cannot work together, before anything starts."""
 
+from typing import Any
+
 from learner.objective import Objective
-from learner.pieces import trait
+from learner.pieces import build, trait
 from learner.tokens import Needs
+from pipeline.capabilities import capabilities_of
+from pipeline.config.recipes import LISTS, SINGLE
 from pipeline.config.types import Config
 from pipeline.errors import UsageError
 
@@ -22,6 +26,8 @@ def check_composition(objective: Objective, config: Config) -> None:
     """Raises UsageError: one sentence with what does not fit, why, and the remedy."""
     _check_importance_weights(objective)
     _check_inputs(objective)
+    for piece in objective.pieces():
+        _check_given(piece, config)
     _check_proximal(objective)
     _check_aggregation(objective)
     _check_rewards(objective, config)
@@ -32,6 +38,18 @@ def check_composition(objective: Objective, config: Config) -> None:
                     f"{piece.name} is reconstructed: its formula or a value of it is not known to be the paper's; "
                     "set objective.reconstructed = true to use it all the same"
                 )
+
+
+def check_engine_gives(config: Config) -> None:
+    """Raises UsageError where a built-in piece needs what the configured engine does not record. For an engine alone:
+    a user's own pieces need not be installed beside it, and what they need is asked for when it connects."""
+    if capabilities_of(config).entropy:
+        return
+    for key in (*SINGLE, *LISTS):
+        value = getattr(config.objective, key)
+        for table in value if isinstance(value, list) else [value]:
+            if ":" not in str(table.get("name")):
+                _check_given(build(key.rstrip("s"), table), config)
 
 
 def uncorrected_sampler(objective: Objective, config: Config) -> str | None:
@@ -76,6 +94,24 @@ def _check_inputs(objective: Objective) -> None:
     nuclei = {trait(piece, "nucleus") for piece in objective.pieces()} - {0.0}
     if len(nuclei) > 1:
         raise UsageError(f"nucleus entropies of different mass ({', '.join(map(str, sorted(nuclei)))}); take one")
+
+
+def _check_given(piece: Any, config: Config) -> None:
+    """What a piece needs from the engine, which records entropies or does not."""
+    if capabilities_of(config).entropy:
+        return
+    generator, proximal = config.engine.generator, config.objective.proximal
+    if Needs.ENGINE_ENTROPY in piece.needs:
+        raise UsageError(
+            f"{piece.name} needs the entropy that the engine sampled each token at, and engine.generator = "
+            f'"{generator}" records none; leave it out, or set engine.generator = "native"'
+        )
+    if Needs.OLD_ENTROPY in piece.needs and proximal == "behaviour":
+        raise UsageError(
+            f'{piece.name} needs entropies of pi_old, which objective.proximal = "behaviour" takes from the engine, '
+            f'and engine.generator = "{generator}" records none; set objective.proximal = "recompute", or '
+            'engine.generator = "native"'
+        )
 
 
 def _check_proximal(objective: Objective) -> None:

@@ -23,55 +23,59 @@ time at 400 tokens, 0.55 at 1,000); below, the time of starting each product dec
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Queries [first, last) over keys [start, last)."""
+    """Queries [first, last) over keys [start, end)."""
 
-    start: int
     first: int
     last: int
+    start: int
+    end: int
 
 
-def blocks(length: int, window: int | None) -> Iterator[Block]:
-    """All queries; keys that a sliding window hides from a whole block are left out."""
-    for first in range(0, length, QUERY_BLOCK):
-        start = 0 if window is None else max(0, first - window + 1)
-        yield Block(start, first, min(first + QUERY_BLOCK, length))
+def blocks(queries: int, keys: int, window: int | None) -> Iterator[Block]:
+    """All queries, which are the last of the keys; keys that a sliding window hides from a whole block are left out."""
+    before = keys - queries
+    for first in range(0, queries, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, queries)
+        start = 0 if window is None else max(0, before + first - window + 1)
+        yield Block(first, last, start, before + last)
 
 
 class BlockAttention(torch.autograd.Function):
-    """Arguments: query [H, L, D], key and value [G, L, D] with H a multiple of G, the scale of the scores, and the
-    sliding window or None. Returns [H, L, D] in the queries' type; computes in float32."""
+    """Arguments: query [H, L, D], key and value [G, K, D] with H a multiple of G and the queries at the last L of the K
+    positions, the scale of the scores, and the sliding window or None. Returns [H, L, D] in the queries' type; computes
+    in float32."""
 
     @staticmethod
     def forward(
         ctx: Any,
         query_HLD: torch.Tensor,
-        key_GLD: torch.Tensor,
-        value_GLD: torch.Tensor,
+        key_GKD: torch.Tensor,
+        value_GKD: torch.Tensor,
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        groups = len(key_GLD)
-        query, key, value = _by_group(query_HLD, groups), _float(key_GLD), _float(value_GLD)
+        groups = len(key_GKD)
+        query, key, value = _by_group(query_HLD, groups), _float(key_GKD), _float(value_GKD)
         output = torch.empty_like(query)
-        for block in blocks(query.shape[2], window):
-            rows, seen = slice(block.first, block.last), slice(block.start, block.last)
+        for block in blocks(query.shape[2], key.shape[1], window):
+            rows, seen = slice(block.first, block.last), slice(block.start, block.end)
             for g in range(groups):
                 p = _probabilities(query[g, :, rows], key[g, seen], block, scale, window)
                 output[g, :, rows] = _rows(p, value[g, seen].t())
-        ctx.save_for_backward(query_HLD, key_GLD, value_GLD, output)
+        ctx.save_for_backward(query_HLD, key_GKD, value_GKD, output)
         ctx.scale, ctx.window = scale, window
         return output.view(query_HLD.shape).to(query_HLD.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient_HLD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query_HLD, key_GLD, value_GLD, output = ctx.saved_tensors
-        groups = len(key_GLD)
-        query, key, value = _by_group(query_HLD, groups), _float(key_GLD), _float(value_GLD)
+        query_HLD, key_GKD, value_GKD, output = ctx.saved_tensors
+        groups = len(key_GKD)
+        query, key, value = _by_group(query_HLD, groups), _float(key_GKD), _float(value_GKD)
         gradient = _by_group(gradient_HLD, groups)
         inner = (gradient * output).sum(-1, keepdim=True)
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for block in blocks(query.shape[2], ctx.window):
-            rows, seen = slice(block.first, block.last), slice(block.start, block.last)
+        for block in blocks(query.shape[2], key.shape[1], ctx.window):
+            rows, seen = slice(block.first, block.last), slice(block.start, block.end)
             for g in range(groups):
                 q, k, v = query[g, :, rows], key[g, seen], value[g, seen]
                 p = _probabilities(q, k, block, ctx.scale, ctx.window)
@@ -81,7 +85,7 @@ class BlockAttention(torch.autograd.Function):
                 of_query[g, :, rows] = _rows(of_scores, k.t())
                 of_key[g, seen] += _columns(of_scores, q)
         return (
-            of_query.view(query_HLD.shape).to(query_HLD.dtype), of_key.to(key_GLD.dtype), of_value.to(value_GLD.dtype),
+            of_query.view(query_HLD.shape).to(query_HLD.dtype), of_key.to(key_GKD.dtype), of_value.to(value_GKD.dtype),
             None, None,
         )  # fmt: skip
 
@@ -114,8 +118,8 @@ def _probabilities(
     scores_RBK = _rows(q_RBD * scale, k_KD)
     queries = block.last - block.first
     scores_RBK[..., -queries:] += _future(queries)
-    if window is not None and block.last - block.start > window:
-        position = torch.arange(block.start, block.last)
+    if window is not None and block.end - block.start > window:
+        position = torch.arange(block.start, block.end)
         scores_RBK.masked_fill_(position[-queries:, None] - position[None, :] >= window, -torch.inf)
     return scores_RBK.softmax(-1)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from pipeline.errors import RunFailed, UsageError
+from pipeline.transport.frames import pack_frames, unpack_frames
 from pipeline.transport.segments import SegmentLog
 
 
@@ -56,6 +57,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
+
+
+def _encode(record: Record) -> list[bytes]:
+    """A record's parts; a trajectory's frames are not copied."""
+    if isinstance(record, Arrived):
+        return pack_frames([_encoder.encode(Arrived(record.lease, record.sample, [])), *record.frames])
+    return pack_frames([_encoder.encode(record)])
+
+
+def _decode(payload: bytes) -> Record:
+    head, *frames = unpack_frames(payload)
+    record = _decoder.decode(head)
+    return msgspec.structs.replace(record, frames=frames) if isinstance(record, Arrived) else record
 
 
 class Journal:
@@ -123,8 +137,8 @@ class Journal:
         """
         for offset, payload in self._log.records(start):
             try:
-                yield offset, _decoder.decode(payload)
-            except msgspec.MsgspecError as error:
+                yield offset, _decode(payload)
+            except ValueError as error:  # msgspec's are such, too
                 raise RunFailed(
                     f"the journal {self._folder} was written by another version ({error}); resume with that version"
                 ) from error
@@ -170,7 +184,7 @@ class Journal:
 
     def _patiently(self, drop_before: int | None, batch: list[tuple[Record, Callable[[], None] | None]]) -> None:
         """Drop and append; while the disk is full, wait for space, unless the journal is being closed."""
-        payloads = [_encoder.encode(record) for record, _ in batch]
+        payloads = [_encode(record) for record, _ in batch]
         # Grants alone need no sync: one that a crash loses is granted again, under the same number.
         sync = any(durable for _, durable in batch)
         while True:

@@ -74,7 +74,7 @@ def _pack_logprobs(
             input_ids=pack.input_ids,
             position_ids=pack.position_ids,
             use_cache=False,
-            **segment_arguments(pack.cu_seq_lens),
+            **segment_arguments(pack.cu_seq_lens, pack.prefixes, pack.input_ids.device),
         ).last_hidden_state[0].float()  # fmt: skip
     head = model.get_output_embeddings()
     values = token_logprobs(

@@ -6,6 +6,7 @@ from typing import Any
 
 from learner.leases import Batch
 from pipeline.config import Config
+from pipeline.errors import UsageError
 from pipeline.run_directory import RunDirectory
 from pipeline.telemetry.environment import environment
 from pipeline.telemetry.live import RunView
@@ -32,11 +33,14 @@ class LearnerObserver:
         """
         telemetry = config.telemetry
         Log.about = {"run": run.run_id(), "step": resume_step}
-        run.environment.write_text(json.dumps(environment(), indent=1) + "\n")
-        self._trace = Trace(run.trace, "learner") if telemetry.trace else None
+        try:
+            run.environment.write_text(json.dumps(environment(), indent=1) + "\n")
+            self._trace = Trace(run.trace, "learner") if telemetry.trace else None
+            self._samples = SampleLog(run.samples, resume_step)
+        except OSError as error:
+            raise UsageError(f"{run.root} cannot be written ({error.strerror or error}); free space there") from error
         self._clock = StateClock("starting", self._trace)
         self._seconds_before: dict[str, float] = {}
-        self._samples = SampleLog(run.samples, resume_step)
         self._decode, self._a_step = decode, telemetry.samples
         self._sinks = learner_sinks(config, run, resume_step, log)
         self._view = RunView(config.run.steps, resume_step)

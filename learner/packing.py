@@ -1,12 +1,19 @@
-"""Trajectories to packed micro-batches: sequences one after another in one row, without padding."""
+"""Trajectories to packed micro-batches: sequences one after another in one row, without padding.
+
+Samples of one prompt may share it: the prompt stands in the row once, and behind it their responses, each of which
+attends to the prompt and to itself.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from pipeline.messages import Role, Trajectory
+
+SHARED_PROMPT_TOKENS = 16
+"""Shortest prompt that samples share"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +39,16 @@ class Kept:
 class Pack:
     """One micro-batch: a row of L input tokens from whole sequences, and its T trained tokens.
 
-    A sequence enters without its last token, which predicts nothing.
+    A sequence enters without its last token, which predicts nothing. A segment of the row is a whole sequence, a prompt
+    that several share, or a response behind one.
     """
 
     input_ids: torch.Tensor
     """int64 [1, L]"""
     position_ids: torch.Tensor
-    """int64 [1, L], restarting at 0 for each sequence"""
+    """int64 [1, L], in the token's sequence"""
     cu_seq_lens: torch.Tensor
-    """int32 [sequences + 1], on the CPU"""
+    """int32 [segments + 1], on the CPU"""
     predictor: torch.Tensor
     """int64 [T], position in the row whose hidden state predicts the token"""
     target: torch.Tensor
@@ -61,6 +69,8 @@ class Pack:
     """float32 [T], as the engine recorded it; not a number where it did not"""
     kept: "Kept | None" = None
     """None where no token's distribution was truncated"""
+    prefixes: tuple[tuple[int, int], ...] | None = None
+    """of each segment, the positions [first, last) of the row that come before it in its sequence; None: nowhere any"""
 
     def __len__(self) -> int:
         """Trained tokens."""
@@ -90,7 +100,14 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
     return bins
 
 
-def pack(samples: Sequence[Trajectory], indices: Sequence[int], micro_batch_tokens: int, device: str) -> list[Pack]:
+def pack(
+    samples: Sequence[Trajectory],
+    indices: Sequence[int],
+    micro_batch_tokens: int,
+    device: str,
+    *,
+    share_prompts: bool = False,
+) -> list[Pack]:
     """Pack some samples of an optimiser batch; samples without a trained token are left out.
 
     Args:
@@ -98,11 +115,47 @@ def pack(samples: Sequence[Trajectory], indices: Sequence[int], micro_batch_toke
         indices: those to pack.
         micro_batch_tokens: most input tokens a pack; one longer sequence makes a longer pack.
         device: where the tensors go.
+        share_prompts: pass a prompt through the model once for all its samples in a pack, where that pays.
     """
     indices = [index for index in indices if trained_positions(samples[index]).size]
-    lengths = [len(samples[i].prompt_ids) + len(samples[i].token_ids) - 1 for i in indices]
-    bins = first_fit_decreasing(lengths, micro_batch_tokens)
-    return [_pack_row(samples, [indices[position] for position in members], device) for members in bins]
+    units = [[index] for index in indices]
+    if share_prompts:
+        units = [unit for same in _by_prompt(samples, indices) for unit in _shared(samples, same, micro_batch_tokens)]
+    bins = first_fit_decreasing([_row_tokens(samples, unit) for unit in units], micro_batch_tokens)
+    return [_pack_row(samples, [units[position] for position in members], device) for members in bins]
+
+
+def sharing_pays(prompt_tokens: int, samples: int) -> bool:
+    """Whether a prompt passes through the model once for these samples of it.
+
+    What is saved is a prompt's pass for every further sample; what is paid is that a response's attention looks at two
+    pieces of the row and is started apart from its prompt's.
+    """
+    return samples > 1 and prompt_tokens >= SHARED_PROMPT_TOKENS
+
+
+def _by_prompt(samples: Sequence[Trajectory], indices: Sequence[int]) -> list[list[int]]:
+    found: dict[bytes, list[int]] = {}
+    for index in indices:
+        found.setdefault(samples[index].prompt_ids.tobytes(), []).append(index)
+    return list(found.values())
+
+
+def _shared(samples: Sequence[Trajectory], same: Sequence[int], capacity: int) -> list[list[int]]:
+    """Samples of one prompt, those that share it together, as many as a row holds."""
+    if not sharing_pays(len(samples[same[0]].prompt_ids), len(same)):
+        return [[index] for index in same]
+    units: list[list[int]] = [[]]
+    for index in same:
+        if units[-1] and _row_tokens(samples, [*units[-1], index]) > capacity:
+            units.append([])
+        units[-1].append(index)
+    return units
+
+
+def _row_tokens(samples: Sequence[Trajectory], unit: Sequence[int]) -> int:
+    """Input tokens of samples that share their prompt."""
+    return len(samples[unit[0]].prompt_ids) + sum(len(samples[index].token_ids) - 1 for index in unit)
 
 
 def idle_pack(device: str) -> Pack:
@@ -116,18 +169,51 @@ def idle_pack(device: str) -> Pack:
     )  # fmt: skip
 
 
-def _pack_row(samples: Sequence[Trajectory], members: Sequence[int], device: str) -> Pack:
-    inputs, positions, starts = [], [], [0]
+@dataclass(slots=True)
+class _Row:
+    """Input tokens of a pack, segment by segment."""
+
+    inputs: list[np.ndarray] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)
+    starts: list[int] = field(default_factory=lambda: [0])
+    prefixes: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, tokens: np.ndarray, prefix: tuple[int, int] = (0, 0)) -> int:
+        """A segment behind a prefix; where it starts in the row."""
+        start = self.starts[-1]
+        if len(tokens):
+            self.inputs.append(tokens)
+            self.positions.append(np.arange(len(tokens)) + prefix[1] - prefix[0])
+            self.starts.append(start + len(tokens))
+            self.prefixes.append(prefix)
+        return start
+
+    def add_unit(self, samples: Sequence[Trajectory], unit: Sequence[int]) -> list[np.ndarray]:
+        """Samples that share their prompt; of each, where the tokens of its sequence stand in the row."""
+        prompt = samples[unit[0]].prompt_ids.astype(np.int64)
+        if len(unit) == 1:
+            start = self.add(np.concatenate([prompt, samples[unit[0]].token_ids])[:-1].astype(np.int64))
+            return [start + np.arange(self.starts[-1] - start)]
+        begin = self.add(prompt)
+        prefix = begin, self.starts[-1]
+        places = []
+        for response in (samples[index].token_ids[:-1].astype(np.int64) for index in unit):
+            start = self.add(response, prefix)
+            places.append(np.concatenate([np.arange(*prefix), start + np.arange(len(response))]))
+        return places
+
+
+def _pack_row(samples: Sequence[Trajectory], units: Sequence[Sequence[int]], device: str) -> Pack:
+    row = _Row()
+    places = [place for unit in units for place in row.add_unit(samples, unit)]
+    members = [index for unit in units for index in unit]
     predictor, target, sequence, logp, version, sampler = [], [], [], [], [], []
     temperature, turn, entropy = [], [], []
-    for index in members:
+    for index, place in zip(members, places, strict=True):
         sample = samples[index]
-        tokens = np.concatenate([sample.prompt_ids, sample.token_ids]).astype(np.int64)
         trained = trained_positions(sample)
-        inputs.append(tokens[:-1])
-        positions.append(np.arange(len(tokens) - 1))
-        predictor.append(starts[-1] + len(sample.prompt_ids) + trained - 1)
-        target.append(tokens[len(sample.prompt_ids) + trained])
+        predictor.append(place[len(sample.prompt_ids) + trained - 1])
+        target.append(sample.token_ids[trained])
         sequence.append(np.full(len(trained), index))
         logp.append(sample.logprobs[trained])
         version.append(sample.versions[trained])
@@ -135,11 +221,10 @@ def _pack_row(samples: Sequence[Trajectory], members: Sequence[int], device: str
         temperature.append(np.full(len(trained), sample.header.sampling.temperature))
         turn.append(_turns(sample.roles)[trained])
         entropy.append(np.full(len(trained), np.nan) if sample.entropies is None else sample.entropies[trained])
-        starts.append(starts[-1] + len(tokens) - 1)
     return Pack(
-        input_ids=_tensor(inputs, np.int64, device)[None],
-        position_ids=_tensor(positions, np.int64, device)[None],
-        cu_seq_lens=torch.tensor(starts, dtype=torch.int32),
+        input_ids=_tensor(row.inputs, np.int64, device)[None],
+        position_ids=_tensor(row.positions, np.int64, device)[None],
+        cu_seq_lens=torch.tensor(row.starts, dtype=torch.int32),
         predictor=_tensor(predictor, np.int64, device),
         target=_tensor(target, np.int64, device),
         sequence=_tensor(sequence, np.int64, device),
@@ -150,6 +235,7 @@ def _pack_row(samples: Sequence[Trajectory], members: Sequence[int], device: str
         turn=_tensor(turn, np.int64, device),
         entropy_engine=_tensor(entropy, np.float32, device),
         kept=_kept([samples[index] for index in members], device),
+        prefixes=tuple(row.prefixes) if any(last > first for first, last in row.prefixes) else None,
     )
 
 

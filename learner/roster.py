@@ -1,10 +1,14 @@
 """The engines that are connected to the learner: who is who, what each can take, what all have done so far."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from pipeline.messages import Progress
+
+_PRODUCERS = 4096
+"""remembered beyond those that are connected; engines that restart with new spools must not fill the memory"""
+_STATES = 32
+"""names of states that seconds are counted under; others, which no engine of ours has, are left out"""
 
 
 def short_name(producer: str) -> str:
@@ -70,6 +74,8 @@ class Roster:
         self._engines: dict[bytes, Engine] = {}
         self._incarnations: dict[str, int] = {}
         self._counters: dict[tuple[str, int], _Counters] = {}
+        self._past = _Counters(0, 0.0, 0, 0.0, {}, {})
+        """sum of counters that are not kept one by one any more"""
         self._expected: set[str] = set()
         """producers that said HELLO and did not leave in order"""
         self._failures: dict[str, str] = {}
@@ -96,9 +102,11 @@ class Roster:
         before = self.peer_of(engine.producer)
         replaced = self._engines.pop(before) if before is not None else None
         self._engines[engine.peer] = engine
+        self._incarnations.pop(engine.producer, None)  # so that the order is that of the last HELLO
         self._incarnations[engine.producer] = engine.incarnation
         self._expected.add(engine.producer)
         self._failures.pop(engine.producer, None)
+        self._forget_oldest()
         return replaced if replaced is not None and replaced.peer != engine.peer else None
 
     def remove(self, peer: bytes) -> Engine | None:
@@ -142,6 +150,21 @@ class Roster:
             state: seconds - counters.first_states.get(state, 0.0) for state, seconds in message.seconds.items()
         }
 
+    def _forget_oldest(self) -> None:
+        """Of producers and counters there are at most so many; totals keep what the counters said."""
+        connected = {engine.producer for engine in self._engines.values()}
+        while len(self._incarnations) > _PRODUCERS + len(connected):
+            producer = next(name for name in self._incarnations if name not in connected)
+            del self._incarnations[producer]
+            self._expected.discard(producer)
+            self._failures.pop(producer, None)
+        while len(self._counters) > _PRODUCERS + len(connected):
+            key = next(key for key in self._counters if key[0] not in connected or key[1] != self._incarnations[key[0]])
+            counters = self._counters.pop(key)
+            self._past.tokens += counters.tokens
+            self._past.seconds += counters.seconds
+            _add(self._past.states, counters.states)
+
     def freest(self, samples: int) -> Engine | None:
         """The engine with most credit of those that take a group of so many samples."""
         takers = (engine for engine in self._engines.values() if engine.takes(samples))
@@ -167,20 +190,19 @@ class Roster:
 
     @property
     def generated_tokens(self) -> int:
-        return sum(counters.tokens for counters in self._counters.values())
+        return self._past.tokens + sum(counters.tokens for counters in self._counters.values())
 
     @property
     def busy_seconds(self) -> float:
-        return sum(counters.seconds for counters in self._counters.values())
+        return self._past.seconds + sum(counters.seconds for counters in self._counters.values())
 
     @property
     def seconds(self) -> dict[str, float]:
         """By what engines did, summed over engines."""
-        total: dict[str, float] = defaultdict(float)
+        total = dict(self._past.states)
         for counters in self._counters.values():
-            for state, seconds in counters.states.items():
-                total[state] += seconds
-        return dict(total)
+            _add(total, counters.states)
+        return total
 
     @property
     def credit(self) -> int:
@@ -189,3 +211,9 @@ class Roster:
     @property
     def spooled_bytes(self) -> int:
         return sum(engine.spooled_bytes for engine in self._engines.values())
+
+
+def _add(total: dict[str, float], states: dict[str, float]) -> None:
+    for state, seconds in states.items():
+        if state in total or len(total) < _STATES:
+            total[state] = total.get(state, 0.0) + seconds

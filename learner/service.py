@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from learner.audit import TrainedSamples
 from learner.co_training import HeadCoTraining
 from learner.collapse import CollapseWatch
 from learner.composition import build_objective, uncorrected_sampler
+from learner.distillation import Distillation
 from learner.evaluation import evaluation_source
 from learner.followers import Begin, Leave, NoBatchYet, Publish, SaveCheckpoint, follow, tell, tell_batch
 from learner.hub import Hub, Limits
@@ -151,6 +153,10 @@ class Learner:
         if self.draft_head and restored and not self.draft_head.restore(run.draft_head, self.step):
             log(f"{run.draft_head} has no draft head of step {self.step}; it is trained anew from where it began")
 
+        self.distillation = Distillation.from_config(config, model, self.model_folder)
+        if self.distillation and restored and not self.distillation.restore(run.small_model, self.step):
+            log(f"{run.small_model} has no small model of step {self.step}; it is distilled anew from where it began")
+
         self.publisher = FilesystemPublisher(run.weights, config.weights.keep, self.model_folder)
         self.publish_dtype = _publish_dtype(config, model_config)
         self.metrics = MetricsWriter(run.metrics, self.step)
@@ -195,13 +201,16 @@ class Learner:
             began = time.perf_counter()
             groups = [group.trajectories for group in batch.groups]
             if keep := self.config.learner.dump_batches:
-                replay.dump(self.run.batches, self.step + 1, self.publisher.version, groups, keep)
+                dump = partial(replay.dump, self.run.batches, self.step + 1, self.publisher.version, groups, keep)
+                self._patiently(self.run.batches, dump)
             tell_batch(groups, self.publisher.version)
             self.observer.enter("learning")
             measured = self.trainer.train(groups, self.publisher.version)
             self.step += 1
             if self.draft_head:
                 measured |= self.draft_head.train(groups)
+            if self.distillation:
+                measured |= self.distillation.train(groups)
             for warning in self.collapse.look(measured):
                 self.log(f"warning: {warning}")
             failpoint("step.trained")
@@ -235,7 +244,8 @@ class Learner:
         tell(Leave())
         if found:
             content = {"step": self.step, "policy_version": self.publisher.version, **found}
-            self.run.evaluation.write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
+            text = msgspec.json.format(msgspec.json.encode(content)) + b"\n"
+            self._patiently(self.run.evaluation, partial(self.run.evaluation.write_bytes, text))
             self.hub.drain(DRAIN_SECONDS)
         return found
 
@@ -331,6 +341,8 @@ class Learner:
         tensors = gathered_state(self.trainer.model, self.publish_dtype)
         if self.draft_head:
             tensors |= self.draft_head.tensors(self.publish_dtype)
+        if self.distillation:
+            tensors |= self.distillation.tensors(self.publish_dtype)
         publication = self._patiently(self.run.weights, lambda: self.publisher.publish(tensors, self.step))
         self.hub.publish(publication.version)
         self.publisher.retire(self.hub.oldest_loaded_version())
@@ -344,6 +356,9 @@ class Learner:
         if head := self.draft_head:
             keep = self.config.learner.keep_checkpoints
             self._patiently(self.run.draft_head, lambda: head.save(self.run.draft_head, self.step, keep))
+        if distillation := self.distillation:
+            keep = self.config.learner.keep_checkpoints
+            self._patiently(self.run.small_model, lambda: distillation.save(self.run.small_model, self.step, keep))
         self._patiently(self.run.checkpoints, lambda: self._save(ledger))
         self.journal.drop_before(ledger.journal_offset)
         self.saved_step = self.step

@@ -12,7 +12,12 @@ from pipeline.messages import Trajectory
 
 
 def pack_for_ranks(
-    samples: Sequence[Trajectory], indices: Sequence[int], micro_batch_tokens: int, device: str
+    samples: Sequence[Trajectory],
+    indices: Sequence[int],
+    micro_batch_tokens: int,
+    device: str,
+    *,
+    share_prompts: bool = False,
 ) -> list[Pack]:
     """Packs of a mini-batch, rank after rank and the same number for each: all ranks step through their passes
     together, for a sharded layer's weights come from all of them.
@@ -21,7 +26,7 @@ def pack_for_ranks(
     """
     shares: list[list[int]] = [[] for _ in range(ranks.world_size())]
     if len(shares) == 1:
-        return pack(samples, indices, micro_batch_tokens, device)
+        return pack(samples, indices, micro_batch_tokens, device, share_prompts=share_prompts)
     tokens = [0] * len(shares)
     lengths = {i: len(samples[i].prompt_ids) + len(samples[i].token_ids) for i in indices}
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):
@@ -29,7 +34,7 @@ def pack_for_ranks(
             lightest = tokens.index(min(tokens))
             shares[lightest].append(index)
             tokens[lightest] += lengths[index]
-    packs = [pack(samples, share, micro_batch_tokens, device) for share in shares]
+    packs = [pack(samples, share, micro_batch_tokens, device, share_prompts=share_prompts) for share in shares]
     most = max(map(len, packs))
     return [row for own in packs for row in own + [idle_pack(device)] * (most - len(own))]
 

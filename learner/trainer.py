@@ -134,6 +134,8 @@ class Trainer:
             checkpoint_activations(model)
         self.optimizer = adamw(model, learner)
         needs = objective.needs
+        # A GPU's kernel takes whole sequences, and so do attention entropies.
+        self._shares_prompts = model.device.type == "cpu" and Needs.ATTENTION_ENTROPY not in needs
         self._wanted = Wanted(expected_score=Needs.EXPECTED_SCORE in needs, nucleus=objective.nucleus)
 
     def train(self, groups: Groups, publication: int) -> Metrics:
@@ -179,7 +181,9 @@ class Trainer:
         rewards = group_rewards(groups, self.temperature, self.max_response_tokens)
         shaped = objective.shaped(rewards)
         minibatches = [
-            pack_for_ranks(samples, indices, self.learner.micro_batch_tokens, str(device))
+            pack_for_ranks(
+                samples, indices, self.learner.micro_batch_tokens, str(device), share_prompts=self._shares_prompts
+            )
             for indices in self._split(samples)
         ]
         packs = [row for packs in minibatches for row in packs]

@@ -255,7 +255,10 @@ def _engine(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     if options.dry_run:
         return _dry_run(config, ("engine",))
+    from learner.composition import check_engine_gives
     from pipeline.engine.service import run_engine
+
+    check_engine_gives(config)
 
     return run_engine(config, options.connect, options.connect_timeout)
 
@@ -376,9 +379,11 @@ def _dry_run(config: object, parts: tuple[str, ...]) -> int:
 
         build_objective(config)
     if "engine" in parts:
+        from learner.composition import check_engine_gives
         from pipeline.engine.service import check_pieces
         from pipeline.tasks.rewards import load_reward
 
+        check_engine_gives(config)
         check_pieces(config)
         load_reward(config.task.reward)
     sys.stdout.write(render(config))

@@ -1,10 +1,11 @@
 """The wire schema between engines and the learner. Torch-free.
 
-Frame 0 of every message is one msgspec struct with a tag; arrays of a trajectory follow as raw little-endian frames.
-New fields go last and have a default. `decode` raises `BadMessage` for anything a peer should not have sent; it
-checks counts and types before it keeps a byte.
+Frame 0 of every message is one msgspec struct with a tag, without the fields that have their defaults; a trajectory's
+arrays follow in one raw little-endian frame. New fields go last and have a default. `decode` raises `BadMessage` for
+anything a peer should not have sent; it checks counts and types before it keeps a byte.
 """
 
+import math
 from enum import IntEnum
 from typing import Annotated, Any
 
@@ -12,12 +13,17 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-SCHEMA = 3
+SCHEMA = 4
 
 Text = Annotated[str, Meta(max_length=1 << 20)]
 Name = Annotated[str, Meta(max_length=256)]
 Id = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Small = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Version = Annotated[int, Meta(ge=-1, lt=1 << 31)]
+"""A publication; -1 before the first."""
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+Producer = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,128}\Z")]
+"""What may stand in a line of a log, or of a file, without being escaped."""
 SampleId = tuple[Id, Small]
 """(lease id, sample index in the group): the identity of a trajectory."""
 IDS_A_MESSAGE = 1 << 16
@@ -53,14 +59,14 @@ class Role(IntEnum):
     ENVIRONMENT = 1
 
 
-class Message(Struct, kw_only=True, frozen=True, forbid_unknown_fields=False):
+class Message(Struct, kw_only=True, frozen=True, forbid_unknown_fields=False, omit_defaults=True):
     """Base of everything in frame 0."""
 
 
 Finite = Annotated[float, Meta(ge=-1e6, le=1e6)]
 
 
-class SamplingParams(Struct, kw_only=True, frozen=True):
+class SamplingParams(Struct, kw_only=True, frozen=True, omit_defaults=True):
     """How tokens are drawn and when a response ends; `pipeline.sampling.processors` says in which order settings act.
     Every default leaves the model's own distribution as it is."""
 
@@ -120,7 +126,7 @@ DEEPEST = 32
 Depths = Annotated[tuple[Small, ...], Meta(max_length=DEEPEST)]
 
 
-class DraftCounts(Struct, kw_only=True, frozen=True):
+class DraftCounts(Struct, kw_only=True, frozen=True, omit_defaults=True):
     drafted: Small = 0
     accepted: Small = 0
     tried_at: Depths = ()
@@ -134,7 +140,7 @@ class DraftCounts(Struct, kw_only=True, frozen=True):
 
 class Hello(Message, tag="hello", kw_only=True, frozen=True):
     schema: Small
-    producer: Name
+    producer: Producer
     incarnation: Id
     digest: Annotated[dict[Name, Name], Meta(max_length=64)]
     capabilities: Capabilities
@@ -142,8 +148,8 @@ class Hello(Message, tag="hello", kw_only=True, frozen=True):
     """Leases this engine still works on; all its others are free to be reissued."""
     spooled: SampleIds = ()
     """Samples in its spool that are not known to be committed; the oldest when there are too many to list."""
-    version: int = -1
-    """Publication loaded, -1 before the first."""
+    version: Version = -1
+    """Publication loaded."""
     instance: Id = 0
     """A number the process drew when it started: tells two processes apart that share a copied spool."""
 
@@ -154,23 +160,24 @@ class Progress(Message, tag="progress", kw_only=True, frozen=True):
     running: LeaseIds
     credit: Small
     """Samples the engine could start now, beyond the leases it holds."""
-    version: int
+    version: Version
     generated_tokens: Id = 0
-    busy_seconds: float = 0.0
+    busy_seconds: Seconds = 0.0
     spooled_bytes: Id = 0
-    blocked_seconds: float = 0.0
+    blocked_seconds: Seconds = 0.0
     """That the engine took nothing new because its spool was full."""
     spool_damaged: Id = 0
     """Stretches of its spool that could not be read; what was in them is sampled anew."""
-    seconds: Annotated[dict[Name, float], Meta(max_length=16)] = {}
-    """What the engine's main thread did with its time since start, by state; `reward` beside it, in other threads."""
+    seconds: Annotated[dict[Name, Seconds], Meta(max_length=16)] = {}
+    """What the engine's main thread did with its time since start, by state; beside it `reward`, in other threads, and
+    `sending`, CPU time in all."""
 
 
 class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):
-    """One finished sample. Frames: prompt ids u32, token ids u32, log-probs f32, entropies f32 or empty, versions u32,
-    samplers u8, roles u8; all but the prompt have one entry a response token. Then what truncation left to draw each
-    token from: number of ids u32 (one entry a response token, 0: the whole vocabulary), and the ids u32, token by
-    token; both empty where nothing was truncated."""
+    """One finished sample. One frame of arrays follows, without gaps: prompt ids u32, token ids u32, log-probs f32,
+    entropies f32 (if there are any), versions u32; where something was truncated, what that left to draw each token
+    from: number of ids u32 (0: the whole vocabulary) and the ids u32, token by token; samplers u8, roles u8. All but
+    prompt and kept ids have one entry a response token."""
 
     schema: Small
     producer: Name
@@ -192,7 +199,7 @@ class TrajectoryHeader(Message, tag="trajectory", kw_only=True, frozen=True):
     kv_kept_across_update: bool = False
     text: Text = ""
     kept_ids: Small | None = None
-    """Length of the frame of kept ids; None where nothing was truncated."""
+    """Number of kept ids; None where nothing was truncated."""
     origins: Annotated[bytes, Meta(max_length=LARGEST_ORIGINS)] = b""
     """u8 an entry a response token, `pipeline.engine.generator.TokenOrigin`; only of samples that are to be shown."""
     draft_sources: Annotated[bytes, Meta(max_length=LARGEST_ORIGINS)] = b""
@@ -229,7 +236,7 @@ class WeightsRequest(Message, tag="weights-request", kw_only=True, frozen=True):
 class Welcome(Message, tag="welcome", kw_only=True, frozen=True):
     schema: Small
     run: Name
-    version: int
+    version: Version
     """Newest publication; the engine follows the weights folder of its own configuration."""
     received: SampleIds = ()
     """Of the samples in HELLO, those that need not be sent again."""
@@ -262,7 +269,7 @@ class Lease(Struct, kw_only=True, frozen=True):
     sampling: SamplingParams
     seeds: tuple[Id, ...]
     """One a sample: f(run seed, epoch, lease, sample)."""
-    version: int
+    version: Version
     """The engine must have loaded this publication, or a later one, before it starts."""
     temperatures: tuple[Annotated[float, Meta(gt=0)], ...] = ()
     """One a sample, for a lease that explores at another temperature than `sampling`'s; empty: they do not."""
@@ -289,7 +296,7 @@ class Committed(Message, tag="committed", kw_only=True, frozen=True):
 class Published(Message, tag="published", kw_only=True, frozen=True):
     """A hint that a newer publication exists; WELCOME repeats the state."""
 
-    version: int
+    version: Version
 
 
 class Revoke(Message, tag="revoke", kw_only=True, frozen=True):
@@ -381,7 +388,10 @@ class Trajectory(Struct, kw_only=True):
 
 
 _HUGE = float(np.finfo(np.float32).max)
-_FRAMES = ("<u4", "<u4", "<f4", "<f4", "<u4", "u1", "u1", "<u4", "<u4")
+_ARRAYS = ("<u4", "<u4", "<f4", "<f4", "<u4", "<u4", "<u4", "u1", "u1")
+_DTYPES = tuple(np.dtype(each) for each in _ARRAYS)
+_SIZES = tuple(dtype.itemsize for dtype in _DTYPES)
+_LAST_SAMPLER, _LAST_ROLE, _LAST_ORIGIN = max(Sampler), max(Role), 3
 
 
 def encode(message: Message) -> list[bytes]:
@@ -390,19 +400,17 @@ def encode(message: Message) -> list[bytes]:
 
 
 def encode_trajectory(trajectory: Trajectory) -> list[bytes]:
-    """Frames of a trajectory: header, then the arrays in the order of `TrajectoryHeader`."""
+    """Frames of a trajectory: header, and the arrays as `TrajectoryHeader` orders them."""
     arrays = (
         trajectory.prompt_ids, trajectory.token_ids, trajectory.logprobs, trajectory.entropies,
-        trajectory.versions, trajectory.samplers, trajectory.roles, trajectory.kept_counts, trajectory.kept_ids,
+        trajectory.versions, trajectory.kept_counts, trajectory.kept_ids, trajectory.samplers, trajectory.roles,
     )  # fmt: skip
-    bodies = [
-        b"" if a is None else np.ascontiguousarray(a, dtype=d).tobytes() for a, d in zip(arrays, _FRAMES, strict=True)
-    ]
-    return [_encoder.encode(trajectory.header), *bodies]
+    parts = [np.ascontiguousarray(a, dtype=d).data for a, d in zip(arrays, _DTYPES, strict=True) if a is not None]
+    return [_encoder.encode(trajectory.header), b"".join(parts)]
 
 
 def decode_trajectory(header: TrajectoryHeader, bodies: list[bytes]) -> Trajectory:
-    """Arrays of a trajectory (views of the frames, read-only).
+    """Arrays of a trajectory (views of the frame, read-only).
 
     Raises:
         BadMessage: another schema, a frame of the wrong length, a log-prob that is not finite or above zero, a token
@@ -410,35 +418,22 @@ def decode_trajectory(header: TrajectoryHeader, bodies: list[bytes]) -> Trajecto
     """
     if header.schema != SCHEMA:
         raise BadMessage(f"trajectory schema {header.schema}, this side speaks {SCHEMA}")
-    if len(bodies) != len(_FRAMES):
-        raise BadMessage(f"trajectory with {len(bodies)} array frames instead of {len(_FRAMES)}")
-    tokens = header.response_tokens
-    kept = header.kept_ids is not None
-    counts = (
-        header.prompt_tokens, tokens, tokens, tokens if header.has_entropy else 0, tokens, tokens, tokens,
-        tokens if kept else 0, header.kept_ids or 0,
-    )  # fmt: skip
-    arrays = []
-    for body, dtype, count in zip(bodies, _FRAMES, counts, strict=True):
-        if len(body) != count * np.dtype(dtype).itemsize:
-            raise BadMessage(f"array frame of {len(body)} bytes where {count} {dtype} were announced")
-        arrays.append(np.frombuffer(body, dtype))
-    prompt_ids, token_ids, logprobs, entropies, versions, samplers, roles, kept_counts, kept_ids = arrays
+    if len(bodies) != 1:
+        raise BadMessage(f"trajectory with {len(bodies)} array frames instead of 1")
+    arrays = _split(header, bodies[0])
+    prompt_ids, token_ids, logprobs, entropies, versions, kept_counts, kept_ids, samplers, roles = arrays
     if not _within(logprobs, -_HUGE, 1e-3):
         raise BadMessage("a log-prob is not finite or is above 0")
-    if header.has_entropy and not _within(entropies, -1e-3, _HUGE):
+    if not _within(entropies, -1e-3, _HUGE):
         raise BadMessage("an entropy is not finite or is below 0")
-    if not np.isfinite([header.reward, *header.reward_parts.values()]).all():
+    if not all(map(math.isfinite, (header.reward, *header.reward_parts.values()))):
         raise BadMessage(f"reward {header.reward}, or a part of it, is not finite")
-    for told in (header.origins, header.draft_sources):
-        if told and len(told) != tokens:
-            raise BadMessage(f"{len(told)} origins of tokens where {tokens} tokens were announced")
-    if any(origin > 3 for origin in header.origins) or any(n > len(header.drafters) for n in header.draft_sources):
-        raise BadMessage("an origin of a token that is not known, or a drafter that is not in the header")
-    if samplers.size and samplers.max() > max(Sampler):
-        raise BadMessage(f"unknown sampler {samplers.max()}")
-    if roles.size and roles.max() > max(Role):
-        raise BadMessage(f"unknown role {roles.max()}")
+    _check_origins(header)
+    if samplers.size and (highest := samplers.max()) > _LAST_SAMPLER:
+        raise BadMessage(f"unknown sampler {highest}")
+    if roles.size and (highest := roles.max()) > _LAST_ROLE:
+        raise BadMessage(f"unknown role {highest}")
+    kept = header.kept_ids is not None
     if kept:
         _check_kept(token_ids, kept_counts, kept_ids)
     return Trajectory(
@@ -446,6 +441,32 @@ def decode_trajectory(header: TrajectoryHeader, bodies: list[bytes]) -> Trajecto
         entropies=entropies if header.has_entropy else None, versions=versions, samplers=samplers, roles=roles,
         kept_counts=kept_counts if kept else None, kept_ids=kept_ids if kept else None,
     )  # fmt: skip
+
+
+def _split(header: TrajectoryHeader, body: bytes) -> list[np.ndarray]:
+    """The arrays in a frame; those that the header does not announce are empty."""
+    tokens = header.response_tokens
+    counts = (
+        header.prompt_tokens, tokens, tokens, tokens if header.has_entropy else 0, tokens,
+        tokens if header.kept_ids is not None else 0, header.kept_ids or 0, tokens, tokens,
+    )  # fmt: skip
+    announced = sum(count * size for count, size in zip(counts, _SIZES, strict=True))
+    if len(body) != announced:
+        raise BadMessage(f"array frame of {len(body)} bytes where {announced} were announced")
+    arrays, offset = [], 0
+    for dtype, size, count in zip(_DTYPES, _SIZES, counts, strict=True):
+        arrays.append(np.frombuffer(body, dtype, count, offset) if count else np.empty(0, dtype))
+        offset += count * size
+    return arrays
+
+
+def _check_origins(header: TrajectoryHeader) -> None:
+    """What a sample that is to be shown tells of each token."""
+    for told, last in ((header.origins, _LAST_ORIGIN), (header.draft_sources, len(header.drafters))):
+        if told and len(told) != header.response_tokens:
+            raise BadMessage(f"{len(told)} origins of tokens where {header.response_tokens} tokens were announced")
+        if told and max(told) > last:
+            raise BadMessage("an origin of a token that is not known, or a drafter that is not in the header")
 
 
 def _within(values: np.ndarray, low: float, high: float) -> bool:
@@ -481,7 +502,19 @@ def decode_from_learner(frames: list[bytes]) -> LearnerMessage:
     message = _decode(_learner_decoder, frames)
     if len(frames) > 1:
         raise BadMessage(f"{type(message).__name__} with {len(frames) - 1} frames it should not have")
+    if isinstance(message, Grant):
+        for lease in message.leases:
+            _check_lease(lease)
     return message
+
+
+def _check_lease(lease: Lease) -> None:
+    """What a lease says of its samples must agree."""
+    size = lease.group_size
+    if not 1 <= size == len(lease.seeds):
+        raise BadMessage(f"lease {lease.id} of {size} samples with {len(lease.seeds)} seeds")
+    if lease.temperatures and len(lease.temperatures) != size:
+        raise BadMessage(f"lease {lease.id} of {size} samples with {len(lease.temperatures)} temperatures")
 
 
 def _decode(decoder: msgspec.msgpack.Decoder, frames: list[bytes]) -> Any:

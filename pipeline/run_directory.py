@@ -30,6 +30,7 @@ class RunDirectory:
         self.checkpoints = root / "checkpoints"
         self.weights = root / "weights"
         self.draft_head = root / "draft-head"
+        self.small_model = root / "small-model"
         self.spool = root / "spool"
         self.received = root / "received-weights"
         self.journal = root / "journal"
@@ -102,9 +103,16 @@ class RunDirectory:
         self._lock = file
 
     def run_id(self) -> str:
-        """Stable identity of the run, made at the first start."""
+        """Stable identity of the run, made at the first start.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
         run_id = self.known_run_id() or os.urandom(8).hex()
-        write_durably(self.root / "run.json", msgspec.json.encode(RunState(run_id=run_id)))
+        try:
+            write_durably(self.root / "run.json", msgspec.json.encode(RunState(run_id=run_id)))
+        except OSError as error:
+            raise UsageError(f"{self.root} cannot be written ({error.strerror or error}); free space there") from error
         return run_id
 
     def known_run_id(self) -> str | None:

@@ -48,8 +48,26 @@ def _trained(config: Config, directory: RunDirectory, rows: list[dict[str, Any]]
         "  mismatch   "
         + (f"k3 {statistics.median(mismatch):.1e} (median, learner against engine, equal version)" if mismatch else
            "k3 not measured: no token was trained at the version that sampled it"),
+        f"  transport  {_transport(rows)}",
         f"  run        {directory.root}",
     ]  # fmt: skip
+
+
+def _transport(rows: list[dict[str, Any]]) -> str:
+    """What it costs the engines to get samples to the learner."""
+    seconds: dict[str, float] = {}
+    for row in rows:
+        for state, value in row["engine_time"].items():
+            seconds[state] = seconds.get(state, 0.0) + value
+    sending = seconds.pop("sending", None)
+    total = sum(value for state, value in seconds.items() if state != "reward")
+    if sending is None or not total:
+        return "not measured"
+    held = seconds.get("transport", 0.0)
+    return (
+        f"{sending / total:.2%} of the engines' time in CPU seconds ({sending:.2f} of {total:.0f} s); their main loops "
+        f"were at it for {held / total:.2%}"
+    )
 
 
 def _drafting(config: Config, directory: RunDirectory, rows: list[dict[str, Any]]) -> str:

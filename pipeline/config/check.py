@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from pipeline.config.check_vllm import check_vllm
-from pipeline.config.types import Config, SamplingSection
+from pipeline.config.types import Config, SamplingSection, SwitchingSection
 from pipeline.errors import UsageError
 
 
@@ -38,6 +38,7 @@ def check_config(config: Config) -> None:
         raise UsageError("sampling.temperature = 0 (greedy) gives nothing to learn from; use for example 1.0")
     check_vllm(config)
     _check_replay(sampling)
+    _check_switching(config)
     if task.kind == "jsonl" and not task.path:
         raise UsageError('task.kind = "jsonl" needs task.path, a file with one JSON object a line')
     if task.kind == "datasets" and not task.path:
@@ -87,6 +88,24 @@ def _check_replay(sampling: SamplingSection) -> None:
                 f"sampling.{key} = {value!r} changes probabilities in a way that the learner cannot recompute; "
                 f"leave it at {off!r} for training"
             )
+
+
+def _check_switching(config: Config) -> None:
+    switching, sampling = config.engine.switching, config.sampling
+    if not switching.small_model:
+        default = SwitchingSection()
+        for key in SwitchingSection.__struct_fields__:
+            if (value := getattr(switching, key)) != getattr(default, key):
+                raise UsageError(
+                    f"engine.switching.{key} = {value!r} without engine.switching.small_model switches to nothing; "
+                    "name a smaller checkpoint with the policy's tokenizer, or leave it out"
+                )
+    longest = sampling.max_prompt_tokens + sampling.max_new_tokens
+    if switching.distill and switching.distill_tokens < longest:
+        raise UsageError(
+            f"engine.switching.distill_tokens = {switching.distill_tokens} is less than one sample can be "
+            f"(sampling.max_prompt_tokens + sampling.max_new_tokens = {longest}); raise it"
+        )
 
 
 def check_against_model(config: Config, model_limit: int) -> None:

@@ -104,12 +104,20 @@ class SwitchingSection(Section):
     unit: Annotated[Literal["nats", "bits"], option("of the threshold")] = "nats"
     window: Annotated[PositiveInt, option("tokens of the rolling mean")] = 5
     min_run: Annotated[PositiveInt, option("tokens from one switch to the next, at least")] = 10
+    before_sampling: Annotated[
+        bool, option("the policy samples the token that the small model is uncertain of, not only what follows it")
+    ] = False
     policy_share: Annotated[
         Annotated[float, Meta(ge=0, lt=1)],
         option("share of tokens the policy is to sample; an engine finds the threshold when it starts; 0: it is given"),
     ] = 0.0
     calibration_prompts: Annotated[PositiveInt, option("training prompts the calibration generates from")] = 32
     evaluation: Annotated[bool, option("switch in evaluations, too")] = False
+    distill: Annotated[
+        bool, option("the learner trains the small model on fresh rollouts to be like the policy, and publishes both")
+    ] = False
+    distill_learning_rate: Annotated[PositiveFloat, option("AdamW learning rate of that")] = 1e-5
+    distill_tokens: Annotated[PositiveInt, option("most tokens of a batch that it reads, prompts included")] = 8192
 
 
 class KVCompressionSection(Section):
@@ -128,7 +136,10 @@ class EngineSection(Section):
     )
     threads: Annotated[Count, option("torch threads of an engine; 0: chosen from the machine's cores")] = 0
     max_sequences: Annotated[PositiveInt, option("sequences generated at once by one engine")] = 64
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("compute type; auto: the checkpoint's")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        option("compute type; auto: the checkpoint's, or on a CPU float32 where that is measured to be faster"),
+    ] = "auto"
     device: Annotated[str, option("auto, cpu, cuda or cuda:N")] = "auto"
     verification: Annotated[
         Literal["standard", "block"], option("rule for drafts that bring probabilities; both are exact")

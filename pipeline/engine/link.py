@@ -4,7 +4,9 @@ The main loop polls events, submits samples and says how it stands; the session 
 thread. Whenever a connection comes up it says HELLO; after WELCOME the outbox sends what is spooled and not received.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from msgspec import structs
@@ -72,6 +74,8 @@ class Link:
             on_weights=on_weights,
         )  # fmt: skip
         self._sequence = 0
+        self.cpu_seconds = 0.0
+        """of the main loop, in `poll`, `update` and `submit`"""
 
     @property
     def run(self) -> str:
@@ -98,7 +102,8 @@ class Link:
 
     def poll(self, timeout: float) -> list[Event]:
         """Events so far; waits at most `timeout` seconds for the first."""
-        return self._session.events(timeout)
+        with self._counted():
+            return self._session.events(timeout)
 
     def update(
         self,
@@ -119,7 +124,8 @@ class Link:
             busy_seconds: that the generator ran since the engine's start.
             seconds: by what the engine did since its start.
         """
-        self._session.update(running, credit, version, generated_tokens, busy_seconds, seconds)
+        with self._counted():
+            self._session.update(running, credit, version, generated_tokens, busy_seconds, seconds)
 
     def submit(self, trajectory: Trajectory) -> None:
         """Send a sample; producer, incarnation and sequence of its header are filled in. Does not wait: while the
@@ -128,6 +134,10 @@ class Link:
         Raises:
             UsageError: the sample is too large to be sent.
         """
+        with self._counted():
+            self._submit(trajectory)
+
+    def _submit(self, trajectory: Trajectory) -> None:
         header = structs.replace(
             trajectory.header, producer=self._spool.producer, incarnation=self._spool.incarnation,
             sequence=self._sequence,
@@ -177,6 +187,14 @@ class Link:
     def request_weights(self, request: messages.WeightsRequest) -> bool:
         """Ask the learner for a publication; False when it is not connected now."""
         return self._session.send(request)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            self.cpu_seconds += time.thread_time() - began
 
     def _spool_failed(self, reason: str) -> None:
         self.fatal(reason)

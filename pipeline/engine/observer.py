@@ -12,12 +12,15 @@ from pipeline.run_directory import RunDirectory
 from pipeline.telemetry.live import EngineView
 from pipeline.telemetry.log import Log
 from pipeline.telemetry.prometheus import PORTS, PrometheusSink
+from pipeline.telemetry.threads import cpu_seconds
 from pipeline.telemetry.trace import StateClock, Trace
 
 if TYPE_CHECKING:
     from pipeline.engine.service import Engine
 
 SHOW_SECONDS = 1.0
+SENDING_THREADS = ("spool", "engine-socket")
+_ZMQ_THREADS = "ZMQbg"
 
 
 class EngineObserver:
@@ -44,6 +47,7 @@ class EngineObserver:
             log(f"metrics at {self._server.address}/metrics, health at {self._server.address}/health")
         self._view = EngineView()
         self._shown = 0.0
+        self._sending: float | None = None
         self._tokens: deque[tuple[float, int]] = deque(maxlen=30)
         self._drafts: dict[str, list[int]] = {}
         self._samples = self._verifications = self._response_tokens = 0
@@ -53,8 +57,9 @@ class EngineObserver:
         self._clock.enter(state)
 
     def seconds(self, rewards: RewardWorker | None) -> dict[str, float]:
-        """By state since the start; rewards are computed in threads beside it."""
-        return self._clock.seconds | ({"reward": rewards.seconds} if rewards is not None else {})
+        """By state since the start; beside it what rewards took in other threads, and sending in all of them."""
+        beside = {} if self._sending is None else {"sending": self._sending}
+        return self._clock.seconds | beside | ({"reward": rewards.seconds} if rewards is not None else {})
 
     def scored(self, group: ScoredGroup) -> None:
         """A group is finished and has its rewards."""
@@ -73,6 +78,8 @@ class EngineObserver:
         if now - self._shown < SHOW_SECONDS:
             return
         self._shown = now
+        threads = cpu_seconds(SENDING_THREADS, _ZMQ_THREADS)
+        self._sending = None if threads is None else threads + engine.link.cpu_seconds
         row = self._row(engine, now)
         Log.about = {"version": row["policy_version"]}
         if self._server is not None:

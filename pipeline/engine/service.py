@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from msgspec import structs
 
+from pipeline.capabilities import capabilities_of
 from pipeline.config import Config, check_config, resolve_threads
 from pipeline.digest import run_digest
 from pipeline.engine.generator import FinishedSample, Generator, GeneratorLost, GroupRequest
@@ -22,7 +23,7 @@ from pipeline.engine.link import Drained, Failed, Granted, Link, Revoked, Versio
 from pipeline.engine.observer import EngineObserver
 from pipeline.engine.rewarding import FinishedGroup, RewardWorker, ScoredGroup, Scorer, build_scorers
 from pipeline.errors import RollaheadError, RunFailed, UsageError
-from pipeline.messages import LARGEST_ORIGINS, SCHEMA, Capabilities, Lease, Role, Trajectory, TrajectoryHeader
+from pipeline.messages import LARGEST_ORIGINS, SCHEMA, Lease, Role, Trajectory, TrajectoryHeader
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.telemetry import Log
@@ -33,6 +34,7 @@ from pipeline.transport.spool import Spool
 from pipeline.watchdog import Watchdog
 from pipeline.weights import FilesystemFollower, StreamFollower, WeightsError, WeightsFollower, WeightsPending
 
+REPORT_SECONDS = 0.1
 IDLE_SECONDS = 0.02
 FLUSH_SECONDS = 20.0
 WEIGHTS_RETRY_SECONDS = 1.0
@@ -93,7 +95,7 @@ def _connect(
         ),
         spool,
         digest=run_digest(config),
-        capabilities=_capabilities(config),
+        capabilities=capabilities_of(config),
         heartbeat_seconds=transport.heartbeat_seconds,
         connect_timeout=transport.connect_timeout if connect_timeout is None else connect_timeout,
         on_event=log,
@@ -153,6 +155,8 @@ class Engine:
         self.config, self.link, self.follower, self.stop, self.log = config, link, follower, stop, log
         self._scorers, self._beat, self.observer = scorers, beat, observer
         self._weights_due = 0.0
+        self._standing: tuple[int, ...] = ()
+        self._reported = 0.0
         self._lost = 0
         self._rewards: RewardWorker | None = None
         self.generator: Generator | None = None
@@ -311,11 +315,17 @@ class Engine:
                     self.link.submit(trajectory_of(scored, index))
 
     def _report(self) -> None:
+        """How we stand: whenever leases or room change, else a few times a second."""
         held = sum(work.unfinished for work in self.work.values())
+        version = self.generator.version if self.generator is not None else -1
+        now, standing = time.monotonic(), (version, held, *self.work)
+        if standing == self._standing and now - self._reported < REPORT_SECONDS:
+            return
+        self._standing, self._reported = standing, now
         self.link.update(
             running=tuple(self.work),
             credit=max(0, self.config.engine.max_sequences - held),
-            version=self.generator.version if self.generator is not None else -1,
+            version=version,
             generated_tokens=self.generated_tokens,
             busy_seconds=self.busy_seconds,
             seconds=self.observer.seconds(self._rewards),
@@ -380,14 +390,6 @@ def check_pieces(config: Config) -> None:
     check_switching(config, drafter)
 
 
-def _capabilities(config: Config) -> Capabilities:
-    if config.engine.generator == "vllm":
-        from pipeline.engine.vllm.generator import CAPABILITIES
-
-        return CAPABILITIES
-    return Capabilities(entropy=True, kept_ids=True)
-
-
 def build_generator(config: Config, folder: Path, log: Log) -> Generator:
     """The generator of the configuration, on the model in `folder`."""
     if config.engine.generator == "vllm":
@@ -401,6 +403,7 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
     from pipeline.engine.native.compression import KVCompression
     from pipeline.engine.native.generator import NativeGenerator
     from pipeline.engine.native.switching import SwitchingRule
+    from pipeline.models.precision import choose
 
     torch.set_num_threads(resolve_threads(config.engine.threads, config))
     switching = config.engine.switching
@@ -422,6 +425,8 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         switching=SwitchingRule.from_config(switching),
         on_event=log,
     )
+    if config.engine.dtype == "auto":
+        log(f"engine.dtype = auto: {choose(generator.decoder.config, generator.decoder.device)}")
     if switching.small_model and switching.policy_share:
         calibrate_for_run(generator, config, folder, log)
     return generator

@@ -240,7 +240,14 @@ class Session:
                 f"belong to run {self._spool.run}; connect to that run's learner or delete the folder", refused=True,
             )  # fmt: skip
             return
-        self._spool.bind(message.run)
+        try:
+            self._spool.bind(message.run)
+        except OSError as error:
+            self.fail(
+                f"the spool {self._spool.folder} cannot be written ({error.strerror or error}); free space on its disk "
+                "and start the engine again", refused=False,
+            )  # fmt: skip
+            return
         self.run = message.run
         if not self.welcomed:
             self._on_event(f"connected to the learner at {self._socket.address}")

@@ -1,5 +1,5 @@
-"""From fused queries, keys and values of new tokens to what they attended to: for any device in torch, and for a few
-tokens a sequence on a CPU in compiled kernels."""
+"""From fused queries, keys and values of new tokens to what they attended to: for any device in torch, and on a CPU in
+compiled kernels."""
 
 from typing import Protocol
 
@@ -12,11 +12,8 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.kv_cache import AttentionPlan, KVCache
 from pipeline.models.rope import RopeTable, rotate
 
-_WIDEST = 8
-"""New tokens a sequence up to which the kernels are used; wider passes (prompts) are work for matrix units."""
-
 _WORTH_SHARING = 8192
-"""Query heads times keys (some 20 microseconds of work) from which on several threads attend."""
+"""Queries times keys (some 20 microseconds of work) from which on several threads attend."""
 
 
 class Attention(Protocol):
@@ -103,7 +100,8 @@ class QueryProbe(TorchAttention):
 
 
 class CPUAttention:
-    """Compiled kernels (`pipeline.models.cpu_kernels`) for narrow passes, `TorchAttention` for wide ones."""
+    """Compiled kernels (`pipeline.models.cpu_kernels`), for one token a sequence, for drafts of any lengths and for
+    prompts: nothing is padded, no key is copied."""
 
     @staticmethod
     def takes(config: ModelConfig) -> bool:
@@ -116,11 +114,13 @@ class CPUAttention:
         from pipeline.models import cpu_kernels
 
         self._kernels, self._config = cpu_kernels, config
-        self._wide = TorchAttention(config, dtype, device)
         self._rope = RopeTable(config.rope, config.head_dim, torch.float32, device)
         self._epsilon = config.rms_norm_eps
         self._scale = config.head_dim**-0.5
         self._no_norm = np.zeros((0, config.head_dim), np.float32)
+        self._plan: AttentionPlan | None = None
+        self._shared = False
+        """whether attending as `_plan` says is worth several threads"""
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         out = torch.empty_like(x)
@@ -128,9 +128,11 @@ class CPUAttention:
         return out
 
     def __call__(self, layer: int, qkv: Tensor, qk_norm: Tensor | None, plan: AttentionPlan, cache: KVCache) -> Tensor:
-        if plan.width > _WIDEST:
-            return self._wide(layer, qkv, qk_norm, plan, cache)
         c = self._config
+        if plan is not self._plan:
+            new = np.diff(plan.starts)
+            pairs = int((new * (plan.cached + new)).sum()) * c.heads
+            self._plan, self._shared = plan, torch.get_num_threads() > 1 and pairs > _WORTH_SHARING
         parts = _array(qkv).reshape(len(qkv), -1, c.head_dim)
         keys, values = _array(cache.keys(layer)), _array(cache.values(layer))
         cos, sin = self._rope.halves(plan.positions_end)
@@ -144,7 +146,7 @@ class CPUAttention:
             queries, keys, values, plan.tables, plan.cached, plan.starts, c.window(layer), self._scale,
             _array(out).reshape(queries.shape),
         )  # fmt: skip
-        if torch.get_num_threads() > 1 and int(plan.cached.sum()) * c.heads * plan.width > _WORTH_SHARING:
+        if self._shared:
             self._kernels.attend_in_parallel(*arguments)
         else:
             self._kernels.attend(*arguments, np.zeros(1, np.int64).ctypes.data)

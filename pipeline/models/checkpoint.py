@@ -1,20 +1,24 @@
 """Weights from safetensors, single file or sharded, into a decoder."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from pipeline.errors import UsageError
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import Decoder, LayerWeights
+from pipeline.models.decoder import Decoder
+from pipeline.models.precision import choose
 
 MTP_LAYERS = "model.mtp_layers."
 """where MiMo's checkpoints keep their multi-token-prediction layers, which `drafters.mtp` reads"""
+SMALL_MODEL = "small_model."
+"""Before the names of a publication's tensors that are of the small model beside the policy."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -29,17 +33,20 @@ def load_decoder(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
         UsageError: folder, file or tensor missing, truncated or of the wrong shape; the text names it.
     """
     config = ModelConfig.from_folder(folder)
-    decoder = Decoder(config, compute_dtype(dtype, config), compute_device(device))
+    on = compute_device(device)
+    decoder = Decoder(config, compute_dtype(dtype, config, on), on)
     load_weights_into(decoder, folder)
     return decoder
 
 
-def compute_dtype(dtype: torch.dtype | str, config: ModelConfig) -> torch.dtype:
-    """`auto` is the checkpoint's type, float16 widened to float32."""
+def compute_dtype(dtype: torch.dtype | str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto` is chosen by `pipeline.models.precision`."""
     if isinstance(dtype, torch.dtype):
         return dtype
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto" and config.dtype in (*kinds, "float16"):
+        return choose(config, device).dtype
     name = config.dtype if dtype == "auto" else dtype
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
     if name not in kinds:
         raise UsageError(f"dtype {name!r} is not supported; use float32 or bfloat16")
     return kinds[name]
@@ -70,8 +77,43 @@ def load_weights_into(decoder: Decoder, folder: str | Path) -> None:
     decoder.source = Path(folder)
 
 
+class _Prefixed:
+    """A decoder whose tensors have longer names in the file."""
+
+    def __init__(self, decoder: Decoder, prefix: str) -> None:
+        self._decoder, self._prefix = decoder, prefix
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {self._prefix + name: shape for name, shape in self._decoder.shapes.items()}
+
+    def load(self, tensor: Callable[[str], Tensor]) -> None:
+        self._decoder.load(lambda name: tensor(self._prefix + name))
+
+
+def load_small_model_into(decoder: Decoder, folder: str | Path) -> bool:
+    """Overwrites a small model's weights with those published beside the policy; False where there are none.
+
+    Raises:
+        UsageError: as for `load_decoder`.
+    """
+    files = files_with(Path(folder), SMALL_MODEL)
+    if files:
+        load_tensors(_Prefixed(decoder, SMALL_MODEL), files, SMALL_MODEL)
+    return bool(files)
+
+
+class Loads(Protocol):
+    """What has named tensors."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    def load(self, tensor: Callable[[str], Tensor]) -> None: ...
+
+
 @torch.no_grad()
-def load_tensors(model: LayerWeights, files: Sequence[Path], prefix: str, beside: str | None = None) -> None:
+def load_tensors(model: Loads, files: Sequence[Path], prefix: str, beside: str | None = None) -> None:
     """Overwrites every weight of `model` from safetensors files, where no other tensor's name may begin with `prefix`,
     unless it begins with `beside`.
 

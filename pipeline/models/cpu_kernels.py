@@ -1,4 +1,4 @@
-"""What a decoding step does between its matrix products, compiled by numba: for a few tokens a sequence, on a CPU.
+"""What a forward pass does between its matrix products, compiled by numba, on a CPU.
 
 There ATen's kernels are slow: `rms_norm` is six passes, attention over a ragged batch pays for the longest sequence in
 every row. These do one pass over what is live, in float32. Arrays are float32, or int16 holding the bits of bfloat16.
@@ -17,6 +17,9 @@ from pipeline.models.openmp import pointer, take_number, team
 
 FAST = {"contract", "reassoc", "nsz"}
 """Sums may be reordered; infinities and NaN keep their meaning."""
+_BLOCK_ROWS = 48
+"""Queries that are scored together, heads that share keys counted each: their scores stay near, and a long prompt's
+first tokens are not scored against its last."""
 
 
 @intrinsic
@@ -179,25 +182,29 @@ def attend(
         number: address of an int64, 0 at first: which piece of work is next, for the threads that share it.
     """
     kv_heads = keys.shape[1]
-    item = take_number(number)
-    while item < len(cached) * kv_heads:
-        b, kv = item // kv_heads, item % kv_heads
-        if starts[b + 1] > starts[b]:
+    block = max(1, _BLOCK_ROWS * kv_heads // queries.shape[1])
+    item, b, before = take_number(number), 0, 0
+    while b < len(cached):
+        blocks = (starts[b + 1] - starts[b] + block - 1) // block
+        while item < (before + blocks) * kv_heads:
+            first = (item // kv_heads - before) * block
             _attend_one(
                 queries,
                 keys,
                 values,
                 tables,
-                cached[b],
-                starts[b],
-                starts[b + 1],
+                cached[b] + first,
+                starts[b] + first,
+                min(starts[b] + first + block, starts[b + 1]),
                 b,
-                kv,
+                item % kv_heads,
                 window,
                 np.float32(scale),
                 out,
             )
-        item = take_number(number)
+            item = take_number(number)
+        before += blocks
+        b += 1
 
 
 @njit(fastmath=FAST, cache=True)
@@ -215,7 +222,7 @@ def _attend_one(
     scale: float,
     out: np.ndarray,
 ) -> None:
-    """One sequence, one KV head."""
+    """Consecutive new tokens of one sequence, one KV head; `cached` keys are before them."""
     kv_heads, dimension, page = keys.shape[1:]
     group = queries.shape[1] // kv_heads
     rows, length = (stop - start) * group, cached + stop - start

@@ -12,6 +12,7 @@ from pipeline.tasks.base import Task
 
 _MASK64 = (1 << 64) - 1
 _FEISTEL_ROUNDS = 6
+_PLAIN = SamplingParams()
 
 
 def mix64(*values: int) -> int:
@@ -41,9 +42,13 @@ def rollout_sampling(section: SamplingSection, eos_token_ids: Sequence[int]) -> 
     try:
         options["logit_bias"] = [(int(token), value) for token, value in section.logit_bias.items()]
         options["stop_token_ids"] = [*dict.fromkeys([*eos_token_ids, *section.stop_token_ids])]
-        return msgspec.convert(options, SamplingParams)
+        params = msgspec.convert(options, SamplingParams)
     except ValueError as error:  # of int() and of msgspec
         raise UsageError(f"the table [sampling] cannot be used: {error}") from None
+    # A float that equals a default is left out of messages only when it is that very object.
+    return SamplingParams(**{
+        name: value for name, value in msgspec.structs.asdict(params).items() if value != getattr(_PLAIN, name)
+    })  # fmt: skip
 
 
 class PromptOrder:

@@ -6,6 +6,10 @@ import sys
 import time
 from typing import Any, ClassVar
 
+_CONTROL = dict.fromkeys([*range(32), *range(127, 160)], "?")
+del _CONTROL[ord("\n")], _CONTROL[ord("\t")]
+"""signs that a terminal obeys; a peer's error message may hold any"""
+
 
 class Log:
     """`Log("engine")("text")` prints one line; safe from any thread because it is one write."""
@@ -23,6 +27,7 @@ class Log:
         sys.stderr.flush()
 
     def _line(self, text: str) -> str:
+        text = text.translate(_CONTROL)
         if not Log.structured:
             return f"{time.strftime('%H:%M:%S')} {self.process}: {text}"
         level = "warning" if text.lower().startswith("warning") else "info"

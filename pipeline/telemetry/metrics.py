@@ -55,7 +55,8 @@ class StepMetrics(Struct, kw_only=True):
     learner_time: dict[str, float] = field(default_factory=dict)
     """seconds of the learner's main thread since the step before, by state"""
     engine_time: dict[str, float] = field(default_factory=dict)
-    """seconds of engines' main threads since the step before, by state, summed over engines; `reward` beside them"""
+    """seconds of engines' main threads since the step before, by state, summed over engines; beside them `reward`, and
+    `sending`: CPU seconds, in whatever thread, of spooling samples and speaking with the learner"""
     acceptance_by_depth: dict[str, list[float]] = field(default_factory=dict)
     """drafter -> share of its drafts' first tokens that were accepted, of second ones after an accepted first, ..."""
     response_length_max: float | None = None

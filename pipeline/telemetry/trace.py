@@ -4,12 +4,15 @@ A trace file is the Trace Event Format's array form, whose closing bracket may b
 leaves a file that opens. Times are of the system's clock: processes of one machine line up.
 """
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
+
+from pipeline.telemetry.log import Log
 
 SHORTEST_SPAN = 0.02
 """seconds; what is shorter is counted, and in the trace belongs to the span around it"""
@@ -74,8 +77,8 @@ class Trace:
         self._write({"name": name, "ph": "C", "ts": time.time() * 1e6, "args": values})
 
     def close(self) -> None:
-        if not self._file.closed:
-            self._file.write("\n]\n")
+        self._append("\n]\n")
+        with contextlib.suppress(OSError):  # of what could not be written before
             self._file.close()
 
     def _write(self, event: dict[str, Any], first: bool = False) -> None:
@@ -83,8 +86,19 @@ class Trace:
         if len(text) > self._left or self._file.closed:
             return
         self._left -= len(text)
-        self._file.write(text)
-        self._file.flush()
+        self._append(text)
+
+    def _append(self, text: str) -> None:
+        """A trace is not worth a run: what cannot be written ends it, with a line."""
+        if self._file.closed:
+            return
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            Log("trace")(f"warning: {self._file.name} cannot be written and ends here: {error.strerror or error}")
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 def merge(files: Iterable[Path]) -> list[dict[str, Any]]:

@@ -55,7 +55,8 @@ class ZmqEngineSocket(SocketThread):
             if not self._connected or len(self._outbox) >= BACKLOG:
                 return False
             self._outbox.append(message)
-        return self.call(self._work.set)
+            sending = len(self._outbox) > 1
+        return sending or self.call(self._work.set)
 
     def reconnect(self) -> None:
         self.call(self._renew.set)

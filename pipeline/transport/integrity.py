@@ -7,7 +7,8 @@ frames and their lengths as a last frame. Encrypted connections need none: CURVE
 
 from collections.abc import Sequence
 from struct import Struct, pack
-from zlib import crc32
+
+from pipeline.transport.checksum import crc32
 
 _TRAILER = Struct("<I")
 RESET = [b"\x15"]

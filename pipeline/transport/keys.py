@@ -52,8 +52,7 @@ class AllowList:
     def _refresh(self) -> None:
         try:
             status = self.path.stat()
-            if status.st_mode & 0o022:
-                raise UsageError(f"{self.path} can be written by others; run chmod 600 {self.path}")
+            _check_writers(self.path, status)
             if (status.st_mtime_ns, status.st_size) != self._stamp:
                 self._names = _parse_allow_list(self.path)
                 self._stamp = status.st_mtime_ns, status.st_size
@@ -98,7 +97,12 @@ def load_engine_keys(folder: Path, name: str = DEFAULT_ENGINE) -> EngineKeys:
         UsageError: a file is missing, not a key, or open to other users.
     """
     secret = _read_secret(folder / f"{name}.secret")
-    return EngineKeys(_read_key(folder / f"{LEARNER}.public"), zmq.curve_public(secret), secret)
+    public = folder / f"{LEARNER}.public"
+    try:
+        _check_writers(public, public.stat())  # who can exchange it can pass for the learner
+    except OSError as error:
+        raise _unreadable(public, error) from error
+    return EngineKeys(_read_key(public), zmq.curve_public(secret), secret)
 
 
 def keygen(folder: Path, engines: list[str]) -> list[str]:
@@ -142,6 +146,14 @@ def _write_new(path: Path, key: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(key + b"\n")
+
+
+def _check_writers(path: Path, status: os.stat_result) -> None:
+    """Raises UsageError when somebody else could write a file that decides who is trusted."""
+    if status.st_mode & 0o022:
+        raise UsageError(f"{path} can be written by others; run chmod 600 {path}")
+    if status.st_uid not in (os.geteuid(), 0):
+        raise UsageError(f"{path} belongs to another user (id {status.st_uid}); use a copy of your own")
 
 
 def _read_secret(path: Path) -> bytes:

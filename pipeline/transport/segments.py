@@ -12,7 +12,6 @@ nothing is synced: what was written survives the process, not the machine.
 
 import os
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +19,14 @@ from struct import Struct
 
 from pipeline.durable import sync
 from pipeline.failpoints import armed, failpoint
+from pipeline.transport.checksum import crc32
 
 MAGIC = b"\x93RLg"
 _HEADER = Struct("<4sII")
 _CHECKED = Struct("<QI")
 _SUFFIX = ".log"
+_MOST_PARTS = 1024
+"""that one writev takes"""
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -32,6 +34,15 @@ def write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def _write_parts(descriptor: int, parts: Sequence[bytes]) -> None:
+    """One after the other, without putting them together in memory first."""
+    for begin in range(0, len(parts), _MOST_PARTS):
+        some = parts[begin : begin + _MOST_PARTS]
+        written = os.writev(descriptor, some)
+        if written < sum(map(len, some)):  # no space, as a rule: writing on says so
+            write_all(descriptor, b"".join(some)[written:])
 
 
 class DamagedRecord(OSError):
@@ -85,8 +96,12 @@ class SegmentLog:
         """A sync failed: nothing more can be written."""
         return bool(self._broken)
 
-    def append(self, payloads: Sequence[bytes], sync: bool = True) -> list[int]:
+    def append(self, payloads: Sequence[Sequence[bytes]], sync: bool = True) -> list[int]:
         """Write records in one go; all of them are in the log afterwards, or none.
+
+        Args:
+            payloads: one a record, in parts that are written one after the other.
+            sync: return after fsync.
 
         Returns:
             The offset of each.
@@ -102,10 +117,11 @@ class SegmentLog:
                 self._rotate()
             offsets, parts, end = [], [], self._end
             for payload in payloads:
+                length = sum(map(len, payload))
                 offsets.append(end)
-                parts += [_HEADER.pack(MAGIC, len(payload), _checksum(end, payload)), payload]
-                end += _HEADER.size + len(payload)
-            self._write(b"".join(parts), sync)
+                parts += [_HEADER.pack(MAGIC, length, _checksum(end, length, payload)), *payload]
+                end += _HEADER.size + length
+            self._write(parts, end - self._end, sync)
             return offsets
 
     def read(self, offset: int) -> bytes:
@@ -181,7 +197,8 @@ class SegmentLog:
     def _create(self, base: int) -> None:
         descriptor = os.open(self._path(base), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.close(descriptor)
-        sync(self._folder)
+        if self._fsync:
+            sync(self._folder)
         self._sizes[base] = 0
 
     def _rotate(self) -> None:
@@ -190,15 +207,16 @@ class SegmentLog:
         os.close(self._active)
         self._active = os.open(self._path(self._base), os.O_WRONLY | os.O_APPEND)
 
-    def _write(self, data: bytes, sync: bool) -> None:
-        base, size = self._base, len(data)
+    def _write(self, parts: list[bytes], size: int, sync: bool) -> None:
+        base = self._base
         try:
             failpoint(f"{self._name}.write")
             if armed(f"{self._name}.torn"):
-                write_all(self._active, data[: len(data) // 2])
+                data = b"".join(parts)
+                write_all(self._active, data[: size // 2])
                 failpoint(f"{self._name}.torn")
-                data = data[len(data) // 2 :]
-            write_all(self._active, data)
+                parts = [data[size // 2 :]]
+            _write_parts(self._active, parts)
         except OSError:
             self._undo(base)
             raise
@@ -236,8 +254,11 @@ class SegmentLog:
             self.torn_bytes = len(data) - end
 
 
-def _checksum(offset: int, payload: bytes) -> int:
-    return zlib.crc32(payload, zlib.crc32(_CHECKED.pack(offset, len(payload))))
+def _checksum(offset: int, length: int, payload: Sequence[bytes]) -> int:
+    value = crc32(_CHECKED.pack(offset, length))
+    for part in payload:
+        value = crc32(part, value)
+    return value
 
 
 def _parse(data: bytes, position: int, offset: int) -> bytes | None:
@@ -249,7 +270,7 @@ def _parse(data: bytes, position: int, offset: int) -> bytes | None:
     if magic != MAGIC or len(data) < start + length:
         return None
     payload = data[start : start + length]
-    return payload if _checksum(offset, payload) == checksum else None
+    return payload if _checksum(offset, length, [payload]) == checksum else None
 
 
 def _scan(data: bytes, base: int) -> tuple[list[tuple[int, bytes]], int]:

@@ -17,6 +17,7 @@ import msgspec
 from pipeline.durable import sync
 from pipeline.errors import UsageError
 from pipeline.messages import SampleId
+from pipeline.transport.frames import pack_frames, unpack_frames
 from pipeline.transport.segments import DamagedRecord, SegmentLog, write_all
 
 _LARGEST_SEGMENT = 16 << 20
@@ -53,13 +54,8 @@ class _Identity(msgspec.Struct, kw_only=True):
     run: str = ""
 
 
-class _Record(msgspec.Struct, array_like=True):
-    sample: SampleId
-    frames: list[bytes]
-
-
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_Record)
+_decoder = msgspec.msgpack.Decoder(SampleId)
 
 
 class Spool:
@@ -79,7 +75,7 @@ class Spool:
         )
         self._offsets: dict[SampleId, int] = {}
         for offset, payload in self._log.records():
-            self._offsets.setdefault(self._decode(payload).sample, offset)
+            self._offsets.setdefault(self._decode(payload)[0], offset)
 
     @classmethod
     def acquire(cls, root: Path, limit_bytes: int, *, owner: str = "", fsync: bool = True) -> "Spool":
@@ -156,11 +152,11 @@ class Spool:
         Raises:
             OSError: the disk would not take them; none of them is in the spool.
         """
-        fresh: dict[SampleId, bytes] = {}
+        fresh: dict[SampleId, list[bytes]] = {}
         with self._lock:
             for sample, frames in entries:
                 if sample not in self._offsets and sample not in fresh:
-                    fresh[sample] = _encoder.encode(_Record(sample, list(frames)))
+                    fresh[sample] = pack_frames([_encoder.encode(sample), *frames])
         # Outside the lock: whoever forgets or lists samples must not wait for this fsync.
         offsets = self._log.append(list(fresh.values())) if fresh else []
         with self._lock:
@@ -184,7 +180,7 @@ class Spool:
         if offset is None:
             return None
         try:
-            return self._decode(self._log.read(offset)).frames
+            return self._decode(self._log.read(offset))[1]
         except DamagedRecord:
             self.damaged += 1
             self.forget([sample])
@@ -207,10 +203,11 @@ class Spool:
             oldest = next(iter(self._offsets.values()), None)
         self._log.drop_before(self._log.end if oldest is None else oldest)
 
-    def _decode(self, payload: bytes) -> _Record:
+    def _decode(self, payload: bytes) -> tuple[SampleId, list[bytes]]:
         try:
-            return _decoder.decode(payload)
-        except msgspec.MsgspecError as error:
+            sample, *frames = unpack_frames(payload)
+            return _decoder.decode(sample), frames
+        except ValueError as error:  # msgspec's are such, too
             raise UsageError(
                 f"the spool {self.folder} was written by another version ({error}); start an engine of that version "
                 "once, or delete the folder"

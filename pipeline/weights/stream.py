@@ -61,9 +61,9 @@ class WeightsServer:
             BadMessage: the engine asks faster than it takes answers.
         """
         with self._lock:
-            self._outstanding[peer] += 1
-            if self._outstanding[peer] > _REQUESTS:
+            if self._outstanding[peer] >= _REQUESTS:
                 raise BadMessage(f"more than {_REQUESTS} requests for weights at once")
+            self._outstanding[peer] += 1
         self._waiting.put((peer, request))
 
     def stop(self) -> None:
@@ -134,7 +134,7 @@ class StreamFollower:
         self.root, self._request, self._on_event = root, request, on_event
         root.mkdir(parents=True, exist_ok=True)
         self._local = FilesystemFollower(root)
-        self._messages: queue.Queue[WeightsFiles | WeightsChunk | None] = queue.Queue()
+        self._messages: queue.Queue[WeightsFiles | WeightsChunk] = queue.Queue(2 * _AHEAD)
         self._wanted = -1
         self._download: _Download | None = None
         self._stopped = threading.Event()
@@ -156,13 +156,13 @@ class StreamFollower:
         raise WeightsPending(f"weights version {version} is on its way")
 
     def receive(self, message: WeightsFiles | WeightsChunk) -> None:
-        """An answer of the learner; returns at once."""
-        self._messages.put(message)
+        """An answer of the learner; returns at once. What comes faster than the disk takes it is asked for again."""
+        with contextlib.suppress(queue.Full):
+            self._messages.put_nowait(message)
 
     def close(self) -> None:
         """What has arrived stays, and is gone on with by the next engine that uses the folder."""
         self._stopped.set()
-        self._messages.put(None)
         self._thread.join()
 
     def _work(self) -> None:
@@ -204,9 +204,9 @@ class StreamFollower:
             begin += _CHUNK
             download.asked_to[file.name], download.asked_at = begin, now
 
-    def _take(self, message: WeightsFiles | WeightsChunk | None) -> None:
+    def _take(self, message: WeightsFiles | WeightsChunk) -> None:
         download = self._download
-        if message is None or download is None or message.version != download.version:
+        if download is None or message.version != download.version:
             return
         if isinstance(message, WeightsFiles):
             self._begin(download, message)

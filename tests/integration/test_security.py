@@ -160,7 +160,7 @@ def test_damaged_messages_are_noticed_and_sent_again(tmp_path):
             if len(frames) > 1 and not damaged:
                 damaged.append(frames)
                 with link._socket._lock:
-                    sent = [*frames[:2], bytes([frames[2][0] ^ 1]) + frames[2][1:], *frames[3:], b"crc?"]
+                    sent = [frames[0], bytes([frames[1][0] ^ 1]) + frames[1][1:], b"crc?"]
                     link._socket._outbox.append(sent)
                 return link._socket.call(link._socket._work.set)
             return send(frames)

@@ -18,6 +18,13 @@ def test_a_target_is_held_within_a_tenth():
     found = held([9.0, 9.0, 0.21, 0.19, 0.2, 0.26], 0.2)
     assert found["target_mean_error"] == pytest.approx(0.0833, abs=1e-3)
     assert found["target_steps_inside"] == pytest.approx(2 / 3)
+    assert found["target_windows_inside"] == 1.0
+
+
+def test_windows_show_a_target_that_is_held_only_on_average():
+    found = held([0.0] * 20 + [0.08] * 10 + [0.32] * 10, 0.2)
+    assert found["target_mean_error"] == pytest.approx(0, abs=1e-9)
+    assert found["target_windows_inside"] == pytest.approx(1 / 11) and found["target_steps_inside"] == 0
 
 
 def test_a_run_is_summed_up_at_both_ends():

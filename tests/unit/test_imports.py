@@ -10,8 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {
     f"pipeline.{name}"
-    for name in ("errors", "config", "messages", "digest", "stop", "plugins", "durable", "failpoints", "watchdog")
-}
+    for name in (
+        "errors", "config", "messages", "capabilities", "digest", "stop", "plugins", "durable", "failpoints",
+        "watchdog",
+    )
+}  # fmt: skip
 STORES = BASE | {
     "pipeline.transport",
     "pipeline.weights",
@@ -64,8 +67,8 @@ def test_imports_follow_the_rule(place):
 @pytest.mark.parametrize(
     "module",
     [
-        "pipeline.config", "pipeline.messages", "pipeline.transport.router", "pipeline.transport.dealer",
-        "pipeline.transport.spool",
+        "pipeline.config", "pipeline.messages", "pipeline.capabilities", "pipeline.transport.router",
+        "pipeline.transport.dealer", "pipeline.transport.spool",
         "pipeline.weights", "pipeline.tasks", "pipeline.telemetry", "pipeline.telemetry.progress", "pipeline.cli",
         "learner.hub", "learner.leases", "pipeline.engine.link",
     ],

@@ -6,8 +6,9 @@ import threading
 import pytest
 
 from learner.journal import Arrived, Dropped, Failed, Granted, Journal
-from pipeline.errors import UsageError
+from pipeline.errors import RunFailed, UsageError
 from pipeline.failpoints import arm
+from pipeline.transport.segments import SegmentLog
 
 RECORDS = [
     Granted(0, 0, 3, "producer"),
@@ -116,3 +117,14 @@ def test_closing_does_not_wait_for_space(tmp_path):
     finally:
         arm("")
     assert acknowledged == []
+
+
+@pytest.mark.parametrize("payload", [b"\x94\xa1a\0\0\x90", b"\1\0\0\0\3\0\0\0abc", b"\0\0\0\0", b""])
+def test_a_journal_of_another_version_is_refused_with_its_folder(tmp_path, payload):
+    log = SegmentLog(tmp_path)
+    log.append([[payload]])
+    log.close()
+    journal = Journal(tmp_path)
+    with pytest.raises(RunFailed, match="written by another version"):
+        list(journal.replay())
+    journal.close()

@@ -47,6 +47,10 @@ def test_secrets_are_made_for_the_owner_only_and_refused_when_open_to_others(tmp
     (tmp_path / "engines.allow").chmod(0o620)
     with pytest.raises(UsageError, match=r"engines\.allow can be written by others"):
         load_learner_keys(tmp_path)
+    (tmp_path / "engine.secret").chmod(0o600)
+    (tmp_path / "learner.public").chmod(0o666)
+    with pytest.raises(UsageError, match=r"learner\.public can be written by others"):
+        load_engine_keys(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")

@@ -88,7 +88,7 @@ def test_kept_ids_that_do_not_fit_the_tokens_are_refused(change, complaint):
 def test_arrays_travel_little_endian_whatever_their_type_was():
     sent = make_trajectory(2)
     sent.token_ids = np.array([1, 258], dtype=">i8")
-    assert messages.encode_trajectory(sent)[2] == bytes([1, 0, 0, 0, 2, 1, 0, 0])
+    assert messages.encode_trajectory(sent)[1][12:20] == bytes([1, 0, 0, 0, 2, 1, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,54 @@ def test_header_that_contradicts_the_arrays_is_refused(header, complaint):
         [*messages.encode(messages.Leaving()), b"body"],
         [msgspec.msgpack.encode({"type": "leaving", "handed_back": [-1]})],
         [msgspec.msgpack.encode({"type": "progress", "running": [], "credit": 1 << 40, "version": 0})],
+        *[
+            [msgspec.msgpack.encode({"type": "progress", "running": [], "credit": 0, "version": 0} | wrong)]
+            for wrong in (
+                {"busy_seconds": float("nan")},
+                {"blocked_seconds": float("inf")},
+                {"seconds": {"a": -1.0}},
+                {"version": 1 << 40},
+                {"version": -2},
+            )
+        ],
+        *[
+            messages.encode(
+                messages.Hello(
+                    schema=SCHEMA, producer=producer, incarnation=0, digest={}, capabilities=messages.Capabilities()
+                )
+            )
+            for producer in ("", "a\nb", "../a", "a" * 200, "\x1b[2J")
+        ],
         [msgspec.msgpack.encode({"type": "sample-failed", "lease": 0, "sample": 0, "reason": b"\xff", "detail": ""})],
     ],
 )
 def test_malformed_engine_messages_are_refused(frames):
     with pytest.raises(BadMessage):
         messages.decode_from_engine(frames)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"group_size": 0}, {"group_size": 3}, {"seeds": ()}, {"temperatures": (1.0,)}, {"temperatures": (0.0, 1.0)}],
+)
+def test_leases_that_contradict_themselves_are_refused(wrong):
+    lease = messages.Lease(
+        id=0, epoch=0, kind="train", prompt="", prompt_ids=(1,), columns={}, group_size=2, seeds=(1, 2), version=0,
+        sampling=SamplingParams(),
+    )  # fmt: skip
+    grant = messages.Grant(leases=(lease,))
+    assert messages.decode_from_learner(messages.encode(grant)) == grant
+    with pytest.raises(BadMessage):
+        messages.decode_from_learner(
+            messages.encode(messages.Grant(leases=(lease, msgspec.structs.replace(lease, **wrong))))
+        )
+
+
+def test_a_header_holds_only_what_differs_from_the_defaults():
+    plain = make_trajectory(sampling=SamplingParams(), drafters={}, reward_parts={})
+    told = msgspec.msgpack.decode(messages.encode_trajectory(plain)[0])
+    assert told["sampling"] == {} and "origins" not in told and "text" not in told
+    assert len(messages.encode_trajectory(plain)[0]) < 260
 
 
 @given(st.lists(st.binary(max_size=60), max_size=9))
@@ -153,7 +195,7 @@ def test_arbitrary_bytes_raise_nothing_but_bad_message(frames):
             continue
 
 
-@given(position=st.integers(0, 10_000), value=st.integers(0, 255), frame=st.integers(0, 9))
+@given(position=st.integers(0, 10_000), value=st.integers(0, 255), frame=st.integers(0, 1))
 def test_damaged_trajectories_raise_nothing_but_bad_message(position, value, frame):
     frames = messages.encode_trajectory(with_kept_ids(make_trajectory()))
     damaged = bytearray(frames[frame])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from msgspec import structs
 
-from learner.composition import check_composition
+from learner.composition import check_composition, check_engine_gives
 from learner.logprobs import pack_logprobs
 from learner.objective import Objective
 from learner.packing import pack
@@ -194,6 +194,42 @@ def test_impossible_compositions_are_refused_in_one_sentence(overrides, said, ca
     assert main(["run", "--dry-run", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error
+
+
+ENTROPY_OF_THE_ENGINE = (
+    'engine.generator="vllm"', "objective.recipe=grpo-erc", "objective.proximal=behaviour", "objective.corrections=[]",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["run", "learner", "engine"])
+def test_an_input_that_the_configured_engine_does_not_give_is_refused_at_start(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.engine.vllm.install.installed_version", lambda: "0.32.0")
+    path = tmp_path / "c.toml"
+    path.write_text(f'run.out = "{tmp_path / "run"}"\n')
+    arguments = [text for override in ENTROPY_OF_THE_ENGINE for text in ("--set", override)]
+    assert main([command, str(path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "erc needs entropies of pi_old" in error and '"recompute"' in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_piece_that_reads_the_engines_entropies_is_refused_with_any_pi_old(monkeypatch):
+    monkeypatch.setattr("learner.gates.high_entropy.HighEntropyTokens.needs", Needs.ENGINE_ENTROPY)
+    overrides = ["objective.gates=['high-entropy']", "objective.corrections=[]"]
+    config = load_config(None, ['engine.generator="vllm"', *overrides])
+    with pytest.raises(UsageError, match=r"high-entropy needs the entropy that the engine sampled .* records none"):
+        check_engine_gives(config)
+    check_engine_gives(load_config(None, overrides))
+
+
+def test_what_the_learner_computes_itself_needs_no_engine_that_gives_it():
+    for overrides in (["objective.recipe=grpo-erc"], ["objective.recipe=bypass"], ["objective.gates=mine:gate"]):
+        check_engine_gives(load_config(None, ['engine.generator="vllm"', *overrides]))
+    with pytest.raises(UsageError, match="erc needs entropies"):
+        check_composition(
+            Objective.from_config(load_config(None, [*ENTROPY_OF_THE_ENGINE]).objective),
+            load_config(None, [*ENTROPY_OF_THE_ENGINE]),
+        )
 
 
 def test_signed_rewards_and_a_reward_of_ones_own_make_entrocraft_possible():

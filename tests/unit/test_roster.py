@@ -92,3 +92,22 @@ def test_all_have_failed_only_when_nobody_is_left_who_may_come_back():
     assert roster.all_failed() == ["a no memory", "c no disk"]
     connect(roster, "a")
     assert roster.all_failed() == []
+
+
+def test_engines_that_come_and_go_for_ever_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr("learner.roster._PRODUCERS", 10)
+    roster = Roster()
+    stays = connect(roster, "stays")
+    roster.progress(stays, progress())
+    for number in range(100):
+        guest = connect(roster, f"guest-{number}", incarnation=number)
+        roster.progress(guest, Progress(running=(), credit=0, version=0))
+        seconds = {f"state-{number}": 1.0, "generating": 2.0}
+        roster.progress(
+            guest, Progress(running=(), credit=0, version=0, generated_tokens=3, busy_seconds=0.5, seconds=seconds)
+        )
+        roster.remove(guest.peer)
+    assert len(roster._incarnations) <= 12 and len(roster._counters) <= 13 and len(roster._expected) <= 12
+    assert roster.generated_tokens == 300 and roster.busy_seconds == 50.0
+    assert roster.seconds["generating"] == 200.0 and len(roster.seconds) <= 32
+    assert roster.newest_incarnation("stays") == 0 and roster.newest_incarnation("guest-99") == 99

@@ -105,9 +105,12 @@ def test_spools_of_another_key_are_left_alone(tmp_path):
     again.close()
 
 
-def test_spool_of_another_version_is_refused_with_its_folder(tmp_path):
+@pytest.mark.parametrize(
+    "record", [b"", b"no record of this version", b"\1\0\0\0\3\0\0\0abc", b"\x92\x92\7\0\x91\xc4\1x"]
+)
+def test_spool_of_another_version_is_refused_with_its_folder(tmp_path, record):
     spool = Spool.acquire(tmp_path, LIMIT)
-    spool._log.append([b"no record of this version"])
+    spool._log.append([[record]])
     spool.close()
     with pytest.raises(UsageError, match="another version"):
         Spool.acquire(tmp_path, LIMIT)

@@ -12,17 +12,18 @@ from pipeline.config import load_config
 from pipeline.engine.generator import GroupRequest
 from pipeline.engine.native.calibration import calibrate, policy_share, rolling_mean
 from pipeline.engine.native.generator import NativeGenerator
-from pipeline.engine.native.small_model import SmallModel
+from pipeline.engine.native.small_model import Copy, SmallModel
 from pipeline.engine.native.switching import SwitchingRule, SwitchState, in_nats
 from pipeline.engine.service import check_pieces
 from pipeline.errors import UsageError
 from pipeline.messages import Sampler, SamplingParams
 from pipeline.models.config import ModelConfig
-from pipeline.models.kv_cache import page_bytes
+from pipeline.models.kv_cache import PAGE, page_bytes
 from tests.unit.generation import Sampled, finish, group, hostile, oracle, texts
 from tests.unit.tiny_models import VOCABULARY, reference, reference_logits, save_tiny
 
 RULE = SwitchingRule(threshold=2.0, window=3, min_run=4)
+BEFORE = SwitchingRule(threshold=2.2, window=2, min_run=2, before_sampling=True)
 LONG = tuple(
     group(i, prompt=[t % 60 for t in range(n)], samples=3, max_new_tokens=60) for i, n in enumerate((40, 70, 1, 33))
 )
@@ -108,6 +109,61 @@ def test_traces_of_random_entropies_equal_the_definition(window, min_run):
         assert (runs >= min_run).all()
 
 
+def before_sampling_by_definition(small_entropies, large_entropies, rule):
+    """Who samples each token: entropies are of either model at each position, [T] each."""
+    small, last_switch, own, trace = False, 0, [], []
+
+    def uncertain(entropies):
+        window = entropies[max(0, len(entropies) - rule.window) :]
+        return sum(window) / len(window) > rule.threshold
+
+    for t, (h_small, h_large) in enumerate(zip(small_entropies, large_entropies, strict=True)):
+        if t - last_switch >= rule.min_run:
+            here = uncertain([*own, h_small])
+            wanted = not here if small else not uncertain(own) and not here
+            if wanted != small:
+                small, last_switch = wanted, t
+        trace.append(small)
+        own.append(h_small if small else h_large)
+    return trace
+
+
+def test_before_sampling_the_uncertain_token_is_the_large_models():
+    state = SwitchState(SwitchingRule(1.0, 1, 1, before_sampling=True))
+    trace = []
+    # the small and the large model's entropy at each position
+    for h_small, h_large in [(0, 0), (0, 0), (3, 0), (0, 0), (3, 3), (0, 3), (3, 0), (2, 0), (0.5, 9)]:
+        state.hand_over(h_small)
+        trace.append("SL"[not state.small])
+        state.step(h_small if state.small else h_large)
+    # the large one first, then the small one until it is uncertain, and the large one until both are certain
+    assert "".join(trace) == "LSLSLLLLS"
+
+
+def test_nothing_is_handed_over_by_the_papers_rule_or_before_min_run():
+    paper, held = SwitchState(SwitchingRule(1.0, 1, 3)), SwitchState(SwitchingRule(1.0, 1, 3, before_sampling=True))
+    for state in (paper, held):
+        for _ in range(3):
+            state.step(0.0)
+        assert state.small
+    assert not paper.hand_over(9.0) and paper.small
+    for _ in range(3):
+        assert not held.hand_over(0.0)
+        held.step(9.0)  # no switch once the token has been sampled
+        assert held.small
+    assert held.hand_over(9.0) and not held.small
+
+
+def test_a_large_model_that_does_not_leave_goes_on_as_if_it_had_not_been_about_to():
+    state = SwitchState(SwitchingRule(1.0, 1, 3, before_sampling=True))
+    for _ in range(3):
+        state.step(0.0)
+    assert state.small and state.hand_over(9.0)
+    assert state.step(0.0) and state.small  # at once again, not after three more tokens
+    assert not state.hand_over(0.0) and not state.step(0.0)
+    assert not state.hand_over(9.0)  # one token of three
+
+
 def test_a_mean_equal_to_the_threshold_means_the_small_model():
     state = SwitchState(SwitchingRule(1.0, 1, 1))
     assert state.step(1.0) and state.small
@@ -160,10 +216,34 @@ def test_samplers_follow_the_definition_and_log_probs_are_a_fresh_forward_of_who
     assert switches >= 10
 
 
+@pytest.mark.parametrize("rule", [BEFORE, SwitchingRule(2.2, 1, 1, before_sampling=True)], ids=["mean", "each"])
+@pytest.mark.parametrize("drafter", ["none", "suffix-automaton", "sampled"])
+def test_before_sampling_samplers_follow_the_definition_and_log_probs_are_a_fresh_forward(make, models, drafter, rule):
+    build = {"none": lambda: None, "suffix-automaton": SuffixAutomatonDrafter, "sampled": Sampled}[drafter]
+    requests = [group(i, prompt=range(i, i + 9), samples=3, temperature=0.7, max_new_tokens=60) for i in (0, 1)]
+    generator = make(build(), rule=rule)
+    switches = 0
+    for sample in run(generator, requests).values():
+        prompt = requests[sample.group].prompt_ids.tolist()
+        laws = forward(models, prompt + sample.token_ids.tolist(), len(prompt))
+        h = {who: -(law.exp() * law).sum(-1) for who, law in laws.items()}
+        trace = before_sampling_by_definition(h[Sampler.SWITCHED_MODEL].tolist(), h[Sampler.POLICY].tolist(), rule)
+        assert [s == Sampler.SWITCHED_MODEL for s in sample.samplers] == trace
+        if rule.window == 1:
+            assert (h[Sampler.SWITCHED_MODEL][torch.tensor(trace)] <= rule.threshold).all() and any(trace)
+        raw = torch.stack([laws[Sampler(s)][t] for t, s in enumerate(sample.samplers)])
+        tempered = torch.log_softmax(raw / 0.7, -1)
+        expected = tempered[torch.arange(len(raw)), torch.from_numpy(sample.token_ids)]
+        assert np.allclose(sample.logprobs, expected.numpy(), atol=1e-4)
+        switches += int(np.abs(np.diff(sample.samplers.astype(int))).sum())
+    assert switches >= 10 and generator.small.handed_over >= 5
+
+
+@pytest.mark.parametrize("rule", [RULE, BEFORE], ids=["paper", "before"])
 @pytest.mark.parametrize("build", [lambda: hostile(3), SuffixAutomatonDrafter], ids=["hostile", "suffix-automaton"])
-def test_drafting_leaves_texts_and_samplers_as_they_are(make, build):
-    expected = run(make())
-    done = run(make(build()))
+def test_drafting_leaves_texts_and_samplers_as_they_are(make, build, rule):
+    expected = run(make(rule=rule))
+    done = run(make(build(), rule=rule))
     assert texts(done) == texts(expected)
     assert all((done[key].samplers == expected[key].samplers).all() for key in done)
     assert {int(s) for sample in done.values() for s in sample.samplers} == {0, 1}
@@ -181,17 +261,45 @@ def test_a_whole_draft_that_is_right_is_cut_at_the_switch_and_never_stands_on_th
 
 
 @pytest.mark.parametrize("build", [lambda: None, SuffixAutomatonDrafter], ids=["plain", "suffix-automaton"])
+@pytest.mark.parametrize("rule", [RULE, BEFORE], ids=["paper", "before"])
 @pytest.mark.parametrize("budget", [6, 9, 14])
-def test_texts_are_the_same_when_both_caches_run_out(make, folder, small_folder, budget, build):
-    expected = run(make(build()))
+def test_texts_are_the_same_when_both_caches_run_out(make, folder, small_folder, budget, build, rule):
+    expected = run(make(build(), rule=rule))
     bytes_ = budget * sum(page_bytes(ModelConfig.from_folder(f), torch.float32) for f in (folder, small_folder))
-    tight = make(build(), kv_bytes=bytes_)
+    tight = make(build(), rule=rule, kv_bytes=bytes_)
     done = run(tight)
     assert texts(done) == texts(expected)
     assert all(np.allclose(done[key].logprobs, expected[key].logprobs, atol=1e-4) for key in done)
     assert tight.stats().preemptions > 0 or budget > 9
     assert tight.kv_bytes <= bytes_
     assert tight._memory.cache.free == tight.small.memory.cache.free == budget
+
+
+def test_a_sequence_starts_only_where_both_caches_have_room_for_all(make, folder, small_folder):
+    """What a model at rest has missed is room that its cache will need, although nothing of it is taken yet."""
+    requests = [group(i, prompt=range(20 + i), max_new_tokens=10 + 10 * i) for i in range(6)]
+    rule = SwitchingRule(threshold=math.inf, window=1, min_run=6)  # all go to the small model for good
+    bytes_ = 12 * sum(page_bytes(ModelConfig.from_folder(f), torch.float32) for f in (folder, small_folder))
+    generator = make(rule=rule, kv_bytes=bytes_)
+    running, admit = generator._running, generator._running.admit
+    waited = 0
+
+    def checked():
+        nonlocal waited
+        before = len(running)
+        admit()
+        waited += len(generator._scheduler) > 0
+        held = [*running.starting, *running.batch]
+        if before < len(held) > 1:
+            copies = [s.copy or Copy(s, rule, False, VOCABULARY) for s in held]
+            for memory, sequences in ((generator._memory, held), (generator.small.memory, copies)):
+                missing = sum(max(0, -(-(s.target + 1) // PAGE) - len(s.pages)) for s in sequences)
+                assert missing <= memory.cache.free
+
+    running.admit = checked
+    done = run(generator, requests)
+    assert waited > 0
+    assert texts(done) == texts(run(make(rule=rule), requests))
 
 
 def test_cancelling_frees_both_caches(make):

@@ -267,3 +267,19 @@ def test_the_engine_view_says_what_it_does(tmp_path):
     for _ in range(EngineView.EVERY):
         view.show(row)
     assert written.getvalue().count("\n") == 1 and "v4" in written.getvalue()
+
+
+def test_a_peers_text_cannot_speak_to_the_terminal(capsys):
+    Log("learner")("engine failed: \x1b[2J\x07gone\r\nat line 3\n\tin step")
+    told = capsys.readouterr().err
+    assert "\x1b" not in told and "\x07" not in told and "\r" not in told and "gone?\nat line 3\n\tin step" in told
+
+
+def test_a_trace_that_cannot_be_written_ends_and_says_so(tmp_path, capsys):
+    trace = Trace(tmp_path, "engine")
+    trace._file.close()
+    trace._file = open("/dev/full", "w")  # noqa: SIM115
+    for _ in range(2):
+        trace.span("generating", 0.0, 1.0)
+    trace.close()
+    assert capsys.readouterr().err.count("cannot be written and ends here: No space left on device") == 1

@@ -15,6 +15,7 @@ class Batch:
 
     def __init__(self, most: int, length: int) -> None:
         """Room for `most` sequences of `length` tokens."""
+        self.max_sequences = most
         self._sequences: list[Sequence] = []
         self._tables = np.zeros((most, -(-length // PAGE)), np.int64)
         """row b: pages of live sequence b; what is behind them means nothing"""

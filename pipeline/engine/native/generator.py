@@ -5,7 +5,9 @@ from collections.abc import Sequence as Items
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from drafters.base import Drafter, Needs, Proposal
 from drafters.none import NoDrafter
@@ -18,7 +20,7 @@ from pipeline.engine.native.running import Running
 from pipeline.engine.native.scheduler import Scheduler
 from pipeline.engine.native.scoring import Scorer, Scores
 from pipeline.engine.native.sequence import Emission, Sequence
-from pipeline.engine.native.small_model import SmallModel
+from pipeline.engine.native.small_model import SmallModel, on_small
 from pipeline.engine.native.stats import GeneratorStats, Laps
 from pipeline.engine.native.stop_strings import StopStrings
 from pipeline.engine.native.switching import SwitchingRule
@@ -151,11 +153,13 @@ class NativeGenerator:
             UsageError: the folder does not hold this model's weights; nothing has changed then.
         """
         load_weights_into(self.decoder, folder)
+        small = self.small is not None and self.small.load_weights(folder)
         self.version = version
         self._memory.forget_prompts()
         self._running.restart(live=self._recompute)
         for sequence in self._running.batch:
-            sequence.kv_kept = sequence.kv_kept or sequence.cached > 0
+            copied = sequence.copy.cached if small and sequence.copy is not None else 0
+            sequence.kv_kept = sequence.kv_kept or sequence.cached > 0 or copied > 0
         self._drafting.weights_changed(version)
 
     def add(self, request: GroupRequest, limits: Items[int] | None = None) -> None:
@@ -240,14 +244,9 @@ class NativeGenerator:
         laps.forward()
         self._begin(ready)
         laps.drafter()
-        running.catch_up()
-        laps.forward()
-        budgets = running.make_room()
-        laps.other()
+        budgets, small_logits = self._prepare()
         if not len(batch):
             return []
-        small_logits = self._scorer.small_logits(batch)
-        laps.forward()
         proposal = self._drafting.draft(batch, budgets)
         laps.drafter()
         began = laps.mark
@@ -280,6 +279,25 @@ class NativeGenerator:
                 stream = self._target.need_tokenizer().stream()
                 sequence.stop_strings = StopStrings(params.stop_strings, stream, params.min_new_tokens)
         self._drafting.start(new, restored)
+
+    def _prepare(self) -> tuple[np.ndarray, Tensor | None]:
+        """Whoever samples next has caught up and has memory: longest drafts, int64 [B], and the small model's logits of
+        its rows."""
+        running, laps = self._running, self._laps
+        running.catch_up()
+        laps.forward()
+        budgets = running.make_room()
+        laps.other()
+        asked = [s for s in running.batch if on_small(s)]
+        logits = self._scorer.small_logits(running.batch)
+        if self.small and logits is not None and self.small.hand_over(asked, logits):
+            running.catch_up()
+            budgets = running.make_room()
+            row_of = {s.id: row for row, s in enumerate(asked)}
+            rows = [row_of[s.id] for s in running.batch if on_small(s)]  # memory may have run out for some
+            logits = logits[rows] if rows else None
+        laps.forward()
+        return budgets, logits
 
     def _append(self, emissions: list[Emission], scores: Scores, proposal: Proposal) -> None:
         """Sequences grow by what they emit."""

@@ -155,11 +155,15 @@ class Memory:
 
 
 class Admission:
-    """Pages promised to sequences that start, and those left for each sequence to grow into."""
+    """Pages promised to sequences that start, and those left for each sequence to grow into.
+
+    A live sequence that another model samples has fallen behind here; what it misses is promised to it as well.
+    """
 
     def __init__(self, memory: Memory, live: Items[Sequence]) -> None:
         self._memory, self._others = memory, len(live)
         self._promised = sum(map(memory.growth, live))
+        self._promised += sum(max(0, memory.needs(s, False)) for s in live if not s.ready)
         self._sharing = memory.shared_groups()
 
     def fits(self, sequence: Sequence) -> bool:

@@ -50,10 +50,17 @@ class Running:
         if len(self) >= self._most or not len(self._scheduler):
             return
         admission = self._memory.admission(self.starting, list(self.batch))
+        small = self._small
+        beside = small.admission(self.starting, list(self.batch)) if small else None
         while len(self) < self._most:
             sequence = self._scheduler.next()
             if sequence is None or not admission.fits(sequence):
                 break
+            if small and beside and not sequence.request.policy_only:
+                copy = small.copy_of(sequence)
+                if not beside.fits(copy):
+                    break
+                beside.add(copy)
             admission.add(sequence)
             self._scheduler.start()
             self.starting.append(sequence)

@@ -10,13 +10,13 @@ from torch import Tensor
 from drafters.base import Drafter, Needs
 from pipeline.config.types import Config
 from pipeline.engine.native.compression import page_table
-from pipeline.engine.native.memory import Memory
+from pipeline.engine.native.memory import Admission, Memory
 from pipeline.engine.native.prefill import prefill
 from pipeline.engine.native.sequence import Emission, Sequence
 from pipeline.engine.native.switching import SwitchingRule, SwitchState
 from pipeline.errors import UsageError
 from pipeline.messages import Sampler
-from pipeline.models.checkpoint import load_decoder
+from pipeline.models.checkpoint import load_decoder, load_small_model_into
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import KVCache, page_bytes
@@ -95,6 +95,8 @@ class SmallModel:
         self._vocab_size = policy.config.vocab_size
         self.caught_up = {Sampler.POLICY: 0, Sampler.SWITCHED_MODEL: 0}
         """tokens that catch-ups computed, by the model that took over"""
+        self.handed_over = 0
+        """tokens that the small model was asked for, and the policy sampled"""
         self.page_bytes = page_bytes(self.decoder.config, self.decoder.dtype)
 
     @classmethod
@@ -125,10 +127,33 @@ class SmallModel:
         decoder = self.decoder
         self.memory = Memory(KVCache(decoder.config, decoder.dtype, decoder.device, pages))
 
+    def load_weights(self, folder: Path) -> bool:
+        """Those of a publication, where it has any, which is returned; keys and values go on as the policy's do.
+
+        Raises:
+            UsageError: they are not this model's; nothing has changed then.
+        """
+        loaded = load_small_model_into(self.decoder, folder)
+        if loaded:
+            self.memory.forget_prompts()
+        return loaded
+
     def begin(self, sequence: Sequence, recorded: bool) -> None:
         """`recorded`: whether entropies are."""
         if not sequence.request.policy_only:
             sequence.copy = Copy(sequence, self.rule, recorded, self.decoder.config.vocab_size)
+
+    def admission(self, starting: Items[Sequence], live: Items[Sequence]) -> Admission:
+        """Who may start for all that this cache holds: any sequence may come to the small model at any token."""
+        admission = Admission(self.memory, [s.copy for s in live if s.copy is not None])
+        for sequence in starting:
+            if not sequence.request.policy_only:
+                admission.add(self.copy_of(sequence))
+        return admission
+
+    def copy_of(self, sequence: Sequence) -> Copy:
+        """What the small model holds of a sequence, or would."""
+        return sequence.copy or Copy(sequence, self.rule, False, self.decoder.config.vocab_size)
 
     def free(self, sequence: Sequence) -> None:
         if sequence.copy is not None:
@@ -176,21 +201,52 @@ class SmallModel:
             return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
         return logits[:, : self._vocab_size]
 
-    def cut(self, sequence: Sequence, emission: Emission, logits: Tensor) -> Emission:
-        """The emission up to a switch; the rest was sampled by a model that was no longer to sample.
+    def hand_over(self, sequences: Items[Sequence], logits: Tensor) -> bool:
+        """The policy takes over those tokens that the small model is too uncertain of; whether there were any.
 
         Args:
-            logits: [at least n, V], that the emission's n tokens were sampled from, before any setting.
+            sequences: that `forward` was asked about.
+            logits: [B, V], what it returned.
         """
-        copy = sequence.copy
+        if not self.rule.before_sampling:
+            return False
+        logprobs, before = log_probabilities(logits), self.handed_over
+        for sequence, h in zip(sequences, entropy(logprobs.exp(), logprobs).tolist(), strict=True):
+            copy = sequence.copy
+            if copy is not None and copy.state.hand_over(h):
+                copy.cached += 1  # the pass read the last token
+                self.handed_over += 1
+        return self.handed_over > before
+
+    def entropies(self, batch: Items[Sequence], logits: Tensor, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """float32 [N], nats, before any setting, of the positions of sequences that may switch and whose recorded
+        entropies are others; 0 elsewhere.
+
+        Args:
+            batch: B sequences.
+            logits: [N, V] of their positions, packed row by row.
+            starts: int64 [B], each row's first position.
+            counts: int64 [B], its positions.
+        """
+        found = np.zeros(len(logits), np.float32)
+        rows = [row for row, s in enumerate(batch) if s.copy is not None and not s.copy.reads_record]
+        if rows:
+            where = np.concatenate([np.arange(starts[row], starts[row] + counts[row]) for row in rows])
+            logprobs = log_probabilities(logits[torch.from_numpy(where).to(logits.device)])
+            found[where] = entropy(logprobs.exp(), logprobs).cpu().numpy()
+        return found
+
+    def cut(self, sequence: Sequence, emission: Emission, entropies: np.ndarray) -> Emission:
+        """The emission up to a switch; the rest was sampled by a model that was no longer to sample.
+
+        `entropies` [at least n] are those of `entropies` for the emission's n tokens.
+        """
+        copy, count = sequence.copy, len(emission.token_ids)
         if copy is None:
             return emission
-        entropies = emission.entropies
-        if not copy.reads_record or entropies is None:
-            logprobs = log_probabilities(logits[: len(emission.token_ids)])
-            entropies = entropy(logprobs.exp(), logprobs).cpu().numpy()
-        n = copy.state.follow(entropies.tolist())
-        return emission if n == len(emission.token_ids) else emission.first(n)
+        recorded = emission.entropies if copy.reads_record else None
+        n = copy.state.follow((entropies[:count] if recorded is None else recorded).tolist())
+        return emission if n == count else emission.first(n)
 
 
 def together(rows: np.ndarray, counts: np.ndarray, logits: Tensor, small_logits: Tensor) -> Tensor:

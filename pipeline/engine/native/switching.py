@@ -9,7 +9,7 @@ sequence starts on the large model, and while fewer than w tokens are there, the
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +31,8 @@ class SwitchingRule:
     """w, tokens"""
     min_run: int = 10
     """d_min, tokens from one switch to the next, and to the first"""
+    before_sampling: bool = False
+    """the small model hands over the token that it is uncertain of, not the one after"""
     noise: bool = False
     """uniform random numbers in [0, 1) take the entropies' place: a control that switches as often, but anywhere"""
 
@@ -46,7 +48,7 @@ class SwitchingRule:
         """None where the configuration names no small model."""
         if not section.small_model:
             return None
-        return cls(in_nats(section.threshold, section.unit), section.window, section.min_run)
+        return cls(in_nats(section.threshold, section.unit), section.window, section.min_run, section.before_sampling)
 
 
 def in_nats(entropy: float, unit: Literal["nats", "bits"]) -> float:
@@ -57,26 +59,46 @@ def in_nats(entropy: float, unit: Literal["nats", "bits"]) -> float:
 class SwitchState:
     """One sequence's: the model at work and what the next decision needs."""
 
-    __slots__ = ("_noise", "_recent", "_rule", "_run", "small")
+    __slots__ = ("_left", "_noise", "_recent", "_rule", "_run", "small")
 
     def __init__(self, rule: SwitchingRule, seed: int = 0) -> None:
         """`seed` is the sequence's; only `SwitchingRule.noise` draws."""
         self.small = False
         """whether the small model samples the next token"""
-        self._rule, self._run = rule, 0
+        self._rule, self._run, self._left = rule, 0, 0
         self._recent: deque[float] = deque(maxlen=rule.window)
         self._noise = np.random.default_rng((seed, 0x5EED)) if rule.noise else None
 
     def step(self, entropy: float) -> bool:
         """A token was sampled, from a distribution of this entropy (nats); whether the other model takes over."""
-        self._recent.append(entropy if self._noise is None else float(self._noise.random()))
+        self._recent.append(self._measure(entropy))
         self._run += 1
-        if self._run < self._rule.min_run:
+        if self._run < self._rule.min_run or (self.small and self._rule.before_sampling):
             return False
-        small = sum(self._recent) / len(self._recent) <= self._rule.threshold
+        return self._switch(self._recent)
+
+    def hand_over(self, entropy: float) -> bool:
+        """The small model is to sample from a distribution of this entropy (nats); whether the large one does instead.
+
+        Nothing is remembered of this entropy then: the large model's takes its place.
+        """
+        returns = self._run == 0
+        if not (self.small and self._rule.before_sampling) or (self._run < self._rule.min_run and not returns):
+            return False
+        run = self._left if returns else 0
+        if not self._switch([*self._recent, self._measure(entropy)][-self._rule.window :]):
+            return False
+        self._run = run
+        return True
+
+    def _measure(self, entropy: float) -> float:
+        return entropy if self._noise is None else float(self._noise.random())
+
+    def _switch(self, recent: Collection[float]) -> bool:
+        small = sum(recent) / len(recent) <= self._rule.threshold
         if small == self.small:
             return False
-        self.small, self._run = small, 0
+        self.small, self._run, self._left = small, 0, self._run
         return True
 
     def follow(self, entropies: Iterable[float]) -> int:

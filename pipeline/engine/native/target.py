@@ -44,5 +44,9 @@ class PolicyTarget:
             self._tokenizer = Tokenizer(self._folder)
         return self._tokenizer
 
+    @property
+    def max_sequences(self) -> int:
+        return self._batch.max_sequences
+
     def places(self, ids: Items[int]) -> Places:
         return self._batch.places(ids, self._memory.compresses)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.capabilities import GENERATORS
 from pipeline.engine.generator import FinishedSample, GeneratorLost, GroupRequest
 from pipeline.engine.native.stop_strings import StopStrings
 from pipeline.engine.vllm import proposer, rejection
@@ -17,10 +18,9 @@ from pipeline.engine.vllm.client import Ended, EngineClient, Key
 from pipeline.engine.vllm.install import require_vllm
 from pipeline.engine.vllm.sampling import translated
 from pipeline.errors import RunFailed, UsageError
-from pipeline.messages import Capabilities, DraftCounts, Sampler
+from pipeline.messages import DraftCounts, Sampler
 from pipeline.models.tokenizer import Tokenizer
 
-CAPABILITIES = Capabilities(entropy=False, kept_ids=False)
 WAIT_SECONDS = 0.1
 
 
@@ -80,7 +80,7 @@ class VllmGenerator:
             max_draft_tokens=max_draft_tokens, max_length=max_length, scratch=Path(self._scratch.name), dtype=dtype,
             kv_bytes=kv_bytes,
         )  # fmt: skip
-        self.capabilities, self.version, self.max_length = CAPABILITIES, version, max_length
+        self.capabilities, self.version, self.max_length = GENERATORS["vllm"], version, max_length
         self._speculating = arguments.speculative_config is not None
         self._drafter = str(drafter["name"])
         if "speculative_config" in (options or {}):

@@ -1,0 +1,76 @@
+"""What `rollahead bench switching` concludes from what it measures, and how interrupted benchmarks go on."""
+
+import argparse
+
+import pytest
+
+from benchmarks.results import earlier_rows, write_results
+from benchmarks.switching import _rules, compared, conclusions, name_of, simulated_share
+from benchmarks.switching_training import conclusions as training_conclusions
+from pipeline.engine.native.switching import SwitchingRule
+from pipeline.errors import UsageError
+
+
+def test_rules_are_read_as_they_are_written():
+    paper, ours = _rules("5:10,1:1:before")
+    assert (paper.window, paper.min_run, paper.before_sampling) == (5, 10, False)
+    assert (ours.window, ours.min_run, ours.before_sampling) == (1, 1, True)
+    assert [name_of(rule) for rule in (paper, ours)] == ["5:10", "1:1:before"]
+    with pytest.raises(argparse.ArgumentTypeError, match="write 5:10 or 1:1:before"):
+        _rules("1:1:after")
+
+
+def test_a_random_control_that_looks_at_each_token_has_the_share_of_its_threshold():
+    # with one token a window and a run, a token is the large model's unless a uniform number is below the threshold,
+    # and after a large one only if two are
+    for threshold in (0.3, 0.8):
+        rule = SwitchingRule(threshold, 1, 1, before_sampling=True, noise=True)
+        to_large, to_small = 1 - threshold, threshold**2
+        assert simulated_share(rule, 2000, 20) == pytest.approx(to_large / (to_large + to_small), abs=0.02)
+
+
+def row(system, share, reward, rule="5:10"):
+    return {"system": system, "rule": rule, "share": share, "reward": reward, "reward_error": 0.01}
+
+
+def test_half_of_the_tokens_with_93_percent_is_said_and_its_absence_too():
+    ends = [row("large", 1.0, 0.8), row("small", 0.0, 0.4)]
+    good = [*ends, row("entropy", 0.2, 0.76), row("random", 0.2, 0.5)]
+    compared(good)
+    lines = conclusions(good)
+    assert "50.0%" in lines[0] and "95.0% of the reward with 20.0% of the tokens" in lines[1]
+    assert "difference +0.260" in lines[2]
+    poor = [*ends, row("entropy", 0.6, 0.78), row("random", 0.6, 0.7)]
+    compared(poor)
+    assert conclusions(poor)[1].startswith("no point with at most half")
+
+
+@pytest.mark.parametrize(
+    ("policy", "uncorrected", "words"),
+    [
+        ((0.80, 0.80, 0.80), (0.5, 0.5, 0.5), ["equivalent", "better"]),
+        ((0.5, 0.9, 0.8), (0.9, 0.7, 0.8), ["not", "not"]),
+    ],
+)
+def test_training_is_concluded_from_differences_seed_by_seed(policy, uncorrected, words):
+    rows = [{"setting": "before", "seed": -1, "held_out": 0.1}]
+    for seed in range(3):
+        for name, values in (("policy", policy), ("corrected", (0.8, 0.81, 0.79)), ("uncorrected", uncorrected)):
+            rows.append({"setting": name, "seed": seed, "held_out": values[seed]})
+    lines = training_conclusions(rows, 0.05)
+    assert len(lines) == 2
+    for line, word in zip(lines, words, strict=True):
+        assert line.partition("]: ")[2].startswith(word)
+
+
+def test_rows_of_the_same_settings_are_taken_up_and_others_refused(tmp_path):
+    assert earlier_rows(tmp_path, "what", {"steps": "3"}) == []
+    write_results(tmp_path, "what", [{"a": 1}], settings={"steps": "3"})
+    assert earlier_rows(tmp_path, "what", {"steps": "3"}) == [{"a": 1}]
+    with pytest.raises(UsageError, match=r"of another run \(steps differ\); give another --out"):
+        earlier_rows(tmp_path, "what", {"steps": "4"})
+    with pytest.raises(UsageError, match="give another --out"):
+        earlier_rows(tmp_path, "something", {"steps": "3"})
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(UsageError, match="cannot be read"):
+        earlier_rows(tmp_path, "what", {})
