@@ -143,7 +143,7 @@ class VLLM:
         elif job.fresh:
             self._engine.collective_rpc(_forget)
         core = self._engine.llm_engine.engine_core.engine_core
-        core.scheduler.max_num_running_reqs = job.batch
+        core.scheduler.max_num_active_reqs = job.batch
         return self._engine
 
     def _started(self, job: Job) -> Any:

@@ -12,7 +12,6 @@ from benchmarks.exactness_suite.model import random_checkpoint
 from drafters.mtp.head import FILE
 from drafters.mtp.module import MTPModule
 from drafters.mtp.vllm_form import write_for_vllm
-from pipeline.cli import main
 from pipeline.errors import UsageError
 from pipeline.models.config import ModelConfig
 
@@ -80,7 +79,7 @@ def glm_layer(tensors, config, embedded, hidden):
 
 def test_the_layer_in_vllms_form_computes_what_the_head_does(folders, tmp_path):
     model, head, module = folders
-    assert main(["export", str(model), "--drafter", str(head), "--out", str(tmp_path / "out")]) == 0
+    write_for_vllm(model, head, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert sum(t.numel() for n, t in tensors.items() if "mlp.gate." not in n) == sum(

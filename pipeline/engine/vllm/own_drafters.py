@@ -12,13 +12,14 @@ from drafters.mtp.vllm_form import write_for_vllm
 from pipeline.errors import UsageError
 from pipeline.models.tokenizer import Tokenizer
 
-NAMES = (MTPDrafter.name, DraftModelDrafter.name)
+NAMES: tuple[str, ...] = ()
+"""none until a run with the installed vLLM has shown it: its GLM class reads the target's configuration for the head's"""
 HEAD = "mtp-head"
 
 
 def runs_itself(drafter: Drafter) -> bool:
     """Whether vLLM has this drafter as a method of its own."""
-    return isinstance(drafter, MTPDrafter | DraftModelDrafter)
+    return drafter.name in NAMES
 
 
 def speculative_config(

@@ -42,7 +42,7 @@ def refresh_tied_head(model: torch.nn.Module, tied: bool) -> None:
             head.quant_method.process_weights_after_loading(head)
 
 
-def load_head(model: torch.nn.Module, config: Any, folder: Path) -> None:
+def load_head(model: Any, config: Any, folder: Path) -> None:
     """A publication's multi-token-prediction head into vLLM's `Glm4MoeMTP`, whose embedding and output layer are the
     target's own and stay as they are.
 
