@@ -7,6 +7,7 @@ about half of it for 1B parameters on an H100. Without a GPU it runs the same co
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def _row(name: str, decoder: Decoder, batch: int, tokens: int, repeats: int, ban
     speeds = [_speed(decoder, batch, tokens, seed) for seed in range(repeats + 1)][1:]  # the first warms up
     config = decoder.config
     kv = config.layers * 2 * config.kv_heads * config.head_dim * 2 * (PROMPT + tokens // 2)
-    read = decoder.bytes + batch * kv
+    read = decoder.read_bytes + batch * kv
     return {
         "system": "rollahead", "generator": "native", "drafter": "none", "model": name, "batch": batch,
         "temperature": 1.0, "tokens": tokens * batch, "tokens_per_second": spread(speeds),
@@ -101,3 +102,7 @@ def _speed(decoder: Decoder, batch: int, tokens: int, seed: int) -> float:
     while generator.has_work():
         generator.step()
     return (generator.stats().generated_tokens - before) / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
+from benchmarks.memory import Growth
 from benchmarks.results import resident_bytes
+from pipeline.engine.generator import FinishedSample
 
 VLLM_SYSTEM = "rollahead-vllm"
 """our drafters in vLLM's engine, beside the peer vllm"""
@@ -36,6 +38,8 @@ class Job(msgspec.Struct, kw_only=True):
     temperature: float
     max_draft_tokens: int
     seed: int
+    measure_memory: bool = False
+    """then the time means nothing"""
 
 
 class Timing(msgspec.Struct, kw_only=True):
@@ -47,13 +51,23 @@ class Timing(msgspec.Struct, kw_only=True):
     """once an engine, before its first prompt, the model's loading apart: an arbiter measures what verifying costs"""
     drafted: int = 0
     accepted: int = 0
+    tried_at: list[int] = []
+    """drafts that had a first token; a second one, after an accepted first; ..."""
+    accepted_at: list[int] = []
+    """of these, where it was accepted"""
     verifications: int = 0
     outside_forward: float | None = None
     """share of the time that was not the model's forward pass"""
+    dtype: str = ""
+    """that the model was computed in; empty: not known"""
     weights_bytes: int = 0
+    read_bytes: int = 0
+    """of the weights, what every forward pass reads; 0: not known"""
     kv_bytes: int = 0
+    workspace_bytes: int | None = None
+    """most that the run took beside weights, keys and values; None: not measured"""
     resident_bytes: int = 0
-    """peak of the process so far"""
+    """peak of the process"""
 
 
 class System(Protocol):
@@ -96,6 +110,7 @@ class Rollahead:
         from pipeline.messages import SamplingParams
 
         sampling = SamplingParams(temperature=job.temperature, max_new_tokens=job.tokens)
+        growth = Growth() if job.measure_memory else None
         began = time.perf_counter()
         generator = self._generator(job)
         before = generator.stats()
@@ -103,22 +118,46 @@ class Rollahead:
             seeds = tuple(job.seed * 1_000_003 + i * job.group_size + s for s in range(job.group_size))
             generator.add(GroupRequest(next(self._groups), np.array(prompt, np.int64), sampling, seeds))
         start = time.perf_counter()
+        done: list[FinishedSample] = []
         while generator.has_work():
-            generator.step()
+            done += generator.step()
         seconds = time.perf_counter() - start
         stats = generator.stats()
+        tried_at, accepted_at = _depths(done)
         return Timing(
             seconds=seconds,
             start_seconds=start - began,
             tokens=stats.generated_tokens - before.generated_tokens,
             drafted=stats.drafted - before.drafted,
             accepted=stats.accepted - before.accepted,
+            tried_at=tried_at,
+            accepted_at=accepted_at,
             verifications=stats.verifications - before.verifications,
             outside_forward=1 - (stats.forward_seconds - before.forward_seconds) / seconds,
+            dtype=str(self._decoder.dtype).removeprefix("torch."),
             weights_bytes=self._decoder.bytes,
+            read_bytes=self._decoder.read_bytes,
             kv_bytes=generator.kv_bytes,
+            workspace_bytes=_workspace(growth, generator.kv_bytes),
             resident_bytes=resident_bytes(peak=True),
         )
+
+
+def _depths(done: list[FinishedSample]) -> tuple[list[int], list[int]]:
+    """Drafts tried and accepted at each depth, of all samples and drafters."""
+    counts = [found for sample in done for found in sample.drafters.values()]
+    deepest = max((len(found.tried_at) for found in counts), default=0)
+    sums = np.zeros((2, deepest), np.int64)
+    for found in counts:
+        for row, at in enumerate((found.tried_at, found.accepted_at)):
+            sums[row, : len(at)] += np.array(at, np.int64)
+    return sums[0].tolist(), sums[1].tolist()
+
+
+def _workspace(growth: Growth | None, kv_bytes: int) -> int | None:
+    """What of a run's memory was neither keys nor values."""
+    most = growth.most() if growth else None
+    return None if most is None else max(0, most - kv_bytes)
 
 
 class Transformers:
@@ -140,6 +179,7 @@ class Transformers:
             options |= {"temperature": job.temperature, "top_k": 0, "top_p": 1.0}
         if job.drafter != "none":
             options["prompt_lookup_num_tokens"] = max(1, job.max_draft_tokens)
+        growth = Growth() if job.measure_memory else None
         made = 0
         start = time.perf_counter()
         with torch.no_grad():
@@ -158,11 +198,14 @@ class Transformers:
         width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         row_bytes = config.num_key_value_heads * width * next(self._model.parameters()).element_size()
         length = max(map(len, job.prompts)) + job.tokens
+        kv_bytes = config.num_hidden_layers * 2 * row_bytes * length * min(job.batch, len(rows))
         return Timing(
             seconds=seconds,
             tokens=made,
+            dtype=str(self._model.dtype).removeprefix("torch."),
             weights_bytes=sum(p.numel() * p.element_size() for p in self._model.parameters()),
-            kv_bytes=config.num_hidden_layers * 2 * row_bytes * length * min(job.batch, len(rows)),
+            kv_bytes=kv_bytes,
+            workspace_bytes=_workspace(growth, kv_bytes),
             resident_bytes=resident_bytes(peak=True),
         )
 

@@ -26,6 +26,7 @@ from benchmarks.rollout_systems import VLLM_SYSTEM, Job, Timing
 from benchmarks.rollout_vllm import environment, find_vllm
 from pipeline.errors import RunFailed, UsageError
 from pipeline.models.config import ModelConfig
+from pipeline.models.precision import choose
 
 PEER_DRAFTERS = {"transformers": ("none", "prompt-lookup"), "vllm": ("none", "ngram", "suffix")}
 Configuration = tuple[str, str]
@@ -46,22 +47,26 @@ def main(arguments: list[str]) -> int:
     prompts = _prompts(options, model)
     bandwidth = read_bandwidth()
     rows: list[dict[str, Any]] = []
-    workers = _Workers(model, threads, options)
+    workers, read, length = _Workers(model, threads, options), 0, _longest(prompts) + options.tokens
     try:
         for (label, chosen), batch in itertools.product(prompts.items(), options.batch):
             configurations = _configurations(options, batch)
-            timings = _interleaved(workers, configurations, options, batch, chosen, _longest(prompts) + options.tokens)
-            rows += [{"prompts": label, **row} for row in _rows(timings, options, batch)]
+            timings = _interleaved(workers, configurations, options, batch, chosen, length)
+            memory = {
+                c: _weighed(workers, c, timings[c], _job(options, c[1], batch, chosen, length, 0)) for c in timings
+            }
+            read = max(read, *(timing.read_bytes for timing in memory.values()))
+            rows += [{"prompts": label, **row} for row in _rows(timings, memory, options, batch)]
             _print(rows[-len(configurations) :])
     finally:
         workers.stop()
-    weights = max(row["memory"]["weights_bytes"] for row in rows)
     path = write_results(
         options.out, "rollouts", rows, model=str(options.model), seed=options.seed, threads=threads,
         same_prompts=options.same_prompts, vllm_compiled=bool(options.vllm) and not options.vllm_eager,
-        bandwidth_bytes_per_second=bandwidth, bound_tokens_per_second_at_batch_1=bandwidth / weights,
+        dtype_measured=dict(choose(ModelConfig.from_folder(model), torch.device("cpu")).seconds),
+        bandwidth_bytes_per_second=bandwidth, bound_tokens_per_second_at_batch_1=bandwidth / read,
     )  # fmt: skip
-    print(f"written {path}; {bandwidth / 1e9:.1f} GB/s read: at most {bandwidth / weights:.0f} tokens/s at batch 1")
+    print(f"written {path}; {bandwidth / 1e9:.1f} GB/s read: at most {bandwidth / read:.0f} tokens/s at batch 1")
     return 0
 
 
@@ -172,25 +177,42 @@ def _interleaved(
     max_length: int,
 ) -> dict[Configuration, list[Timing]]:
     """Every configuration once a repeat, in an order that turns round; the first round warms up and is not counted."""
-    groups = _groups(options, batch)
     timings: dict[Configuration, list[Timing]] = {configuration: [] for configuration in configurations}
     for repeat in range(options.repeats + 1):
-        first = 0 if options.same_prompts else repeat * groups
         for configuration in configurations if repeat % 2 else reversed(configurations):
             system, drafter = configuration
-            job = Job(
-                drafter=drafter, batch=batch, most=max(options.batch), prompts=prompts[first : first + groups],
-                group_size=options.group_size, tokens=options.tokens, max_length=max_length, fresh=repeat == 0,
-                temperature=options.temperature, max_draft_tokens=options.max_draft_tokens,
-                seed=options.seed * 1000 + repeat,
-            )  # fmt: skip
-            timing = workers[configuration].run(job)
+            timing = workers[configuration].run(_job(options, drafter, batch, prompts, max_length, repeat))
             if repeat:
                 timings[system, drafter].append(timing)
     return timings
 
 
-def _rows(timings: dict[Configuration, list[Timing]], options: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
+def _job(
+    options: argparse.Namespace, drafter: str, batch: int, prompts: list[list[int]], max_length: int, repeat: int
+) -> Job:
+    groups = _groups(options, batch)
+    first = 0 if options.same_prompts else repeat * groups
+    return Job(
+        drafter=drafter, batch=batch, most=max(options.batch), prompts=prompts[first : first + groups],
+        group_size=options.group_size, tokens=options.tokens, max_length=max_length, fresh=repeat == 0,
+        temperature=options.temperature, max_draft_tokens=options.max_draft_tokens,
+        seed=options.seed * 1000 + repeat,
+    )  # fmt: skip
+
+
+def _weighed(workers: "_Workers", configuration: Configuration, timed: list[Timing], job: Job) -> Timing:
+    """A run that measures memory; vLLM, which takes its memory at its start, says in every run what it knows."""
+    if configuration[0] in ("vllm", VLLM_SYSTEM):
+        return timed[-1]
+    return workers[configuration].run(msgspec.structs.replace(job, measure_memory=True))
+
+
+def _rows(
+    timings: dict[Configuration, list[Timing]],
+    memory: dict[Configuration, Timing],
+    options: argparse.Namespace,
+    batch: int,
+) -> list[dict[str, Any]]:
     speeds = {c: [t.tokens / t.seconds for t in found] for c, found in timings.items()}
     best = {}
     for peer in options.peers:
@@ -199,7 +221,7 @@ def _rows(timings: dict[Configuration, list[Timing]], options: argparse.Namespac
     for (system, drafter), found in timings.items():
         mine = speeds[system, drafter]
         plain = speeds.get(("vllm" if system == VLLM_SYSTEM else system, "none"))
-        drafted, last = sum(t.drafted for t in found), found[-1]
+        drafted, held = sum(t.drafted for t in found), memory[system, drafter]
         verifications = sum(t.verifications for t in found)
         rows.append({
             "system": "rollahead" if system == VLLM_SYSTEM else system,
@@ -207,23 +229,42 @@ def _rows(timings: dict[Configuration, list[Timing]], options: argparse.Namespac
             "drafter": drafter,
             "batch": batch,
             "temperature": options.temperature,
-            "tokens": last.tokens,
+            "dtype": found[-1].dtype or None,
+            "tokens": found[-1].tokens,
             "seconds": spread(t.seconds for t in found),
             "tokens_per_second": spread(mine),
             "ratio_to_plain": _ratio(mine, plain),
             "ratio_to_peer": {peer: _ratio(mine, speeds[best[peer]]) for peer in options.peers if peer != system},
             "peer_configuration": {peer: best[peer][1] for peer in options.peers},
             "acceptance_rate": sum(t.accepted for t in found) / drafted if drafted else None,
+            "acceptance_by_depth": _by_depth(found),
             "tokens_per_verification": sum(t.tokens for t in found) / verifications if verifications else None,
             "outside_forward": _known([t.outside_forward for t in found]),
             "start_seconds": _known([t.start_seconds for t in found]),
-            "memory": {
-                "weights_bytes": last.weights_bytes,
-                "kv_bytes": last.kv_bytes,
-                "resident_bytes": last.resident_bytes,
-            },
+            "memory": _memory(held),
         })  # fmt: skip
     return rows
+
+
+def _by_depth(found: Sequence[Timing]) -> list[float] | None:
+    """Share of drafts accepted at each depth, of those accepted up to there; None where the system does not say."""
+    tried, accepted = (
+        [list(counts) for counts in itertools.zip_longest(*(getattr(t, at) for t in found), fillvalue=0)]
+        for at in ("tried_at", "accepted_at")
+    )
+    return [sum(a) / sum(t) for a, t in zip(accepted, tried, strict=True)] or None
+
+
+def _memory(held: Timing) -> dict[str, int | None]:
+    """Bytes; `total_bytes` is what the model takes altogether, beside the program."""
+    known = held.workspace_bytes is not None and held.weights_bytes > 0
+    return {
+        "weights_bytes": held.weights_bytes,
+        "kv_bytes": held.kv_bytes,
+        "workspace_bytes": held.workspace_bytes,
+        "total_bytes": held.weights_bytes + held.kv_bytes + (held.workspace_bytes or 0) if known else None,
+        "resident_bytes": held.resident_bytes,
+    }
 
 
 def _ratio(mine: list[float], other: list[float] | None) -> dict[str, float] | None:
@@ -240,14 +281,16 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         ratios = [f"{peer} {ratio['median']:.2f}x" for peer, ratio in row["ratio_to_peer"].items()]
         plain = row["ratio_to_plain"]
-        accepted = row["tokens_per_verification"]
+        accepted, outside, total = row["tokens_per_verification"], row["outside_forward"], row["memory"]["total_bytes"]
         print(
             f"{'/'.join(Path(row['prompts']).with_suffix('').parts[-2:])} batch {row['batch']:<3}"
             f" {row['system']:<12} {'in ' + row['generator']:<16} {row['drafter']:<20}"
             f" {row['tokens_per_second']['median']:>8.0f} tokens/s"
             + (f"  plain {plain['median']:.2f}x ({plain['min']:.2f}-{plain['max']:.2f})" if plain else "")
             + (f"  {accepted:.2f} tokens/verification" if accepted else "")
-            + "".join(f"  {ratio}" for ratio in ratios),
+            + "".join(f"  {ratio}" for ratio in ratios)
+            + (f"  outside the forward pass {outside['median']:.0%}" if outside else "")
+            + (f"  {total / 2**20:.0f} MiB" if total else ""),
             flush=True,
         )
 

@@ -403,6 +403,7 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
     from pipeline.engine.native.compression import KVCompression
     from pipeline.engine.native.generator import NativeGenerator
     from pipeline.engine.native.switching import SwitchingRule
+    from pipeline.models.precision import choose
 
     torch.set_num_threads(resolve_threads(config.engine.threads, config))
     switching = config.engine.switching
@@ -424,6 +425,8 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
         switching=SwitchingRule.from_config(switching),
         on_event=log,
     )
+    if config.engine.dtype == "auto":
+        log(f"engine.dtype = auto: {choose(generator.decoder.config, generator.decoder.device)}")
     if switching.small_model and switching.policy_share:
         calibrate_for_run(generator, config, folder, log)
     return generator

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.errors import UsageError
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Decoder
+from pipeline.models.precision import choose
 
 MTP_LAYERS = "model.mtp_layers."
 """where MiMo's checkpoints keep their multi-token-prediction layers, which `drafters.mtp` reads"""
@@ -32,17 +33,20 @@ def load_decoder(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
         UsageError: folder, file or tensor missing, truncated or of the wrong shape; the text names it.
     """
     config = ModelConfig.from_folder(folder)
-    decoder = Decoder(config, compute_dtype(dtype, config), compute_device(device))
+    on = compute_device(device)
+    decoder = Decoder(config, compute_dtype(dtype, config, on), on)
     load_weights_into(decoder, folder)
     return decoder
 
 
-def compute_dtype(dtype: torch.dtype | str, config: ModelConfig) -> torch.dtype:
-    """`auto` is the checkpoint's type, float16 widened to float32."""
+def compute_dtype(dtype: torch.dtype | str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto` is chosen by `pipeline.models.precision`."""
     if isinstance(dtype, torch.dtype):
         return dtype
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto" and config.dtype in (*kinds, "float16"):
+        return choose(config, device).dtype
     name = config.dtype if dtype == "auto" else dtype
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
     if name not in kinds:
         raise UsageError(f"dtype {name!r} is not supported; use float32 or bfloat16")
     return kinds[name]

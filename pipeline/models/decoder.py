@@ -45,8 +45,8 @@ class LayerWeights:
         self._plain[name] = weight = torch.zeros(*shape, dtype=dtype, device=self.device)
         return weight
 
-    def _linear(self, weights: dict[str, int], inputs: int, bias: bool = False) -> Linear:
-        linear = Linear(weights, inputs, self.dtype, self.device, bias=bias)
+    def _linear(self, weights: dict[str, int], inputs: int, bias: bool = False, tied: Tensor | None = None) -> Linear:
+        linear = Linear(weights, inputs, self.dtype, self.device, bias=bias, tied=tied)
         self._linears.append(linear)
         return linear
 
@@ -120,9 +120,16 @@ class Decoder(LayerWeights):
         self._plain["model.embed_tokens.weight"] = self.embedding
         self.layers = [self._layer(f"model.layers.{i}.") for i in range(config.layers)]
         self.final_norm = self._norm_weight("model.norm.weight", config.hidden_size)
-        # A tied head is a matrix product all the same: on a CPU it has its own, packed copy.
-        name = "model.embed_tokens" if config.tied_head else "lm_head"
-        self.head = self._linear({name: config.vocab_size}, config.hidden_size)
+        # On a CPU a tied head has a copy of its own, packed for the matrix product.
+        name, tied = ("model.embed_tokens", self.embedding) if config.tied_head else ("lm_head", None)
+        self.head = self._linear({name: config.vocab_size}, config.hidden_size, tied=tied)
+
+    @property
+    def read_bytes(self) -> int:
+        """Of the weights that a forward pass reads whole: of the embedding it reads rows."""
+        embedding = self.embedding.numel() * self.embedding.element_size()
+        shared = self.config.tied_head and self.head.bytes == 0
+        return self.bytes - (0 if shared else embedding)
 
     @torch.no_grad()
     def forward(

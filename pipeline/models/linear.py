@@ -17,18 +17,30 @@ class Linear:
     """
 
     def __init__(
-        self, weights: Mapping[str, int], inputs: int, dtype: torch.dtype, device: torch.device, *, bias: bool = False
+        self,
+        weights: Mapping[str, int],
+        inputs: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        bias: bool = False,
+        tied: Tensor | None = None,
     ) -> None:
         """
         Args:
             weights: name of each tensor, without `.weight`, and its rows.
             inputs: columns.
             bias: whether each tensor has a bias beside it.
+            tied: somebody else's weight [out, in] that is the same; used as it is where weights are not packed.
         """
         self._rows, self._inputs, self._dtype = dict(weights), inputs, dtype
         self._packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
         outputs = sum(weights.values())
-        self._weight = torch.zeros(outputs, inputs, dtype=dtype, device=device)
+        self._borrowed = tied is not None and not self._packed
+        if tied is not None and self._borrowed:
+            self._weight = tied
+        else:
+            self._weight = torch.zeros(outputs, inputs, dtype=dtype, device=device)
         self._bias = torch.zeros(outputs, dtype=dtype, device=device) if bias else None
 
     @property
@@ -48,7 +60,7 @@ class Linear:
         if self._packed:
             plain = torch.cat([tensor(f"{name}.weight").to(self._dtype) for name in self._rows])
             self._weight = torch.ops.mkldnn._reorder_linear_weight(plain, None)
-        else:
+        elif not self._borrowed:
             for name, view in zip(self._rows, self._weight.split(list(self._rows.values())), strict=True):
                 view.copy_(tensor(f"{name}.weight"))
         if self._bias is not None:
@@ -68,7 +80,8 @@ class Linear:
 
     @property
     def bytes(self) -> int:
-        rows = sum(self._rows.values())
+        """Of its own weights in memory."""
+        rows = 0 if self._borrowed else sum(self._rows.values())
         return rows * (self._inputs + (self._bias is not None)) * torch.empty(0, dtype=self._dtype).element_size()
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -129,23 +129,24 @@ def verify(
 
 
 def _collect(layout: "_Layout", target: Target, tokens: Tensor, accepted: Tensor, width: int) -> VerifiedTokens:
-    """What the B rows emit, padded to `width` columns."""
-    emitted = layout.depth <= accepted[layout.row]
-    place = (layout.row * width + layout.depth)[emitted]
+    """What the B rows emit, padded to `width` columns; without waiting for a GPU, unless something was truncated."""
+    column = torch.arange(width, device=accepted.device)
+    index = (layout.first.unsqueeze(1) + column).clamp_max(len(tokens) - 1)
+    inside = column <= accepted.unsqueeze(1)
 
     def padded(values: Tensor, fill: int) -> Tensor:
-        out = torch.full((len(accepted) * width,), fill, dtype=values.dtype, device=values.device)
-        return out.index_copy_(0, place, values).view(-1, width)
+        return torch.where(inside, values[index], fill)
 
     kept_counts = kept_ids = None
     if target.kept is not None:
+        emitted = layout.depth <= accepted[layout.row]
         counts, kept_ids = target.kept.of(emitted)
-        kept_counts = padded(counts, 0)
+        kept_counts = torch.where(inside, torch.zeros_like(tokens).masked_scatter_(emitted, counts)[index], 0)
     return VerifiedTokens(
-        tokens=padded(tokens[emitted], -1),
+        tokens=padded(tokens, -1),
         accepted=accepted,
-        logprobs=padded(target.logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)[emitted], 0),
-        entropies=None if target.entropies is None else padded(target.entropies[emitted], 0),
+        logprobs=padded(target.logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), 0),
+        entropies=None if target.entropies is None else padded(target.entropies, 0),
         kept_counts=kept_counts,
         kept_ids=kept_ids,
     )

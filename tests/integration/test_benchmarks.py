@@ -43,6 +43,18 @@ def test_rollouts_are_measured_against_transformers(tmp_path):
     ours = [row for row in rows if row["system"] == "rollahead"]
     assert all(row["ratio_to_peer"]["transformers"]["median"] > 0 for row in ours)
     assert all(0 < row["outside_forward"]["median"] < 1 for row in ours)
+    assert all(row["memory"]["total_bytes"] > row["memory"]["weights_bytes"] > 0 for row in rows)
+    assert all(len(row["acceptance_by_depth"] or [0]) <= 4 for row in ours) and ours[0]["acceptance_by_depth"] is None
+
+
+def test_a_long_queue_is_measured_against_a_short_one(tmp_path):
+    bench(
+        "queue", "--model", "random-2x64x256", "--queued", "300", "--batch", "2", "--steps", "6", "--repeats", "2",
+        "--tokens", "8", "--out", str(tmp_path),
+    )  # fmt: skip
+    rows = results(tmp_path)["rows"]
+    assert [row["drafter"] for row in rows] == ["none", "suffix-automaton"]
+    assert all(row["queued"] == 300 and row["tokens"] > 0 and row["cost"]["median"] < 1 for row in rows)
 
 
 def test_bandwidth_share_runs_without_a_gpu(tmp_path):

@@ -173,7 +173,7 @@ def test_layers_that_do_nothing_are_found_and_skipped_without_a_loss(idle, optio
     assert (stats.preemptions > 0) == (pages == 6)
     assert ours._shared == IDLE and ours.counters()["sets_chosen"] >= 1
     assert stats.drafter_failures == 0 and stats.accepted == stats.drafted > 40
-    assert made.cache.free == made.cache.pages
+    assert made._memory.cache.free == made._memory.cache.pages
 
 
 def test_sequences_with_sets_of_their_own_draft_in_one_pass_what_each_would_draft_alone(deep):

@@ -1,5 +1,7 @@
 """The order in which samples start, alone and in the generator."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -69,3 +71,29 @@ def test_staggered_texts_are_the_same_and_drafts_better(folder):
         done[stagger], stats[stagger] = texts(finish(generator)), generator.stats()
     assert done[True] == done[False] and len(done[True]) == 64
     assert stats[True].verifications < 0.9 * stats[False].verifications
+
+
+def calls_of_steps(folder, queued):
+    """Calls of Python functions in steps of which some let queued sequences take the place of finished ones."""
+    generator = NativeGenerator(folder, max_sequences=4, stop_token_ids=(), stagger=True)
+    for i in range(queued):
+        generator.add(group(i, samples=2, max_new_tokens=4))
+    counts = []
+    for _ in range(14):
+        calls = 0
+
+        def count(frame, event, argument):
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            generator.step()
+        finally:
+            sys.setprofile(None)
+        counts.append(calls)
+    return counts[2:]  # the first ones fill caches
+
+
+def test_a_step_costs_what_is_live_whoever_waits(folder):
+    assert calls_of_steps(folder, 10_000) == calls_of_steps(folder, 40)

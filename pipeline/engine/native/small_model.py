@@ -218,21 +218,35 @@ class SmallModel:
                 self.handed_over += 1
         return self.handed_over > before
 
-    def cut(self, sequence: Sequence, emission: Emission, logits: Tensor) -> Emission:
-        """The emission up to a switch; the rest was sampled by a model that was no longer to sample.
+    def entropies(self, batch: Items[Sequence], logits: Tensor, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """float32 [N], nats, before any setting, of the positions of sequences that may switch and whose recorded
+        entropies are others; 0 elsewhere.
 
         Args:
-            logits: [at least n, V], that the emission's n tokens were sampled from, before any setting.
+            batch: B sequences.
+            logits: [N, V] of their positions, packed row by row.
+            starts: int64 [B], each row's first position.
+            counts: int64 [B], its positions.
         """
-        copy = sequence.copy
+        found = np.zeros(len(logits), np.float32)
+        rows = [row for row, s in enumerate(batch) if s.copy is not None and not s.copy.reads_record]
+        if rows:
+            where = np.concatenate([np.arange(starts[row], starts[row] + counts[row]) for row in rows])
+            logprobs = log_probabilities(logits[torch.from_numpy(where).to(logits.device)])
+            found[where] = entropy(logprobs.exp(), logprobs).cpu().numpy()
+        return found
+
+    def cut(self, sequence: Sequence, emission: Emission, entropies: np.ndarray) -> Emission:
+        """The emission up to a switch; the rest was sampled by a model that was no longer to sample.
+
+        `entropies` [at least n] are those of `entropies` for the emission's n tokens.
+        """
+        copy, count = sequence.copy, len(emission.token_ids)
         if copy is None:
             return emission
-        entropies = emission.entropies
-        if not copy.reads_record or entropies is None:
-            logprobs = log_probabilities(logits[: len(emission.token_ids)])
-            entropies = entropy(logprobs.exp(), logprobs).cpu().numpy()
-        n = copy.state.follow(entropies.tolist())
-        return emission if n == len(emission.token_ids) else emission.first(n)
+        recorded = emission.entropies if copy.reads_record else None
+        n = copy.state.follow((entropies[:count] if recorded is None else recorded).tolist())
+        return emission if n == count else emission.first(n)
 
 
 def together(rows: np.ndarray, counts: np.ndarray, logits: Tensor, small_logits: Tensor) -> Tensor:

@@ -52,6 +52,9 @@ class Verifier:
         tokens = verified.tokens.cpu().numpy()
         entropies = None if verified.entropies is None else verified.entropies.cpu().numpy()
         emissions, kept = [], _kept_by_row(verified)
+        before = None  # any setting, which is what a switch of models goes by
+        if self._small:
+            before = self._small.entropies(list(batch), scores.logits, scores.starts, proposal.lengths + 1)
         for row, sequence in enumerate(batch):
             n = int(accepted[row])
             emission = Emission(
@@ -62,8 +65,8 @@ class Verifier:
                 n,
                 kept[row].first(n + 1) if sequence.request.sampling.truncates else None,
             )
-            if self._small:
-                emission = self._small.cut(sequence, emission, scores.logits[scores.starts[row] :])
+            if self._small and before is not None:
+                emission = self._small.cut(sequence, emission, before[scores.starts[row] :])
             emissions.append(sequence.cut_at_stop(emission))
         return emissions
 
