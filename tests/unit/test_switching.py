@@ -279,7 +279,7 @@ def test_a_sequence_starts_only_where_both_caches_have_room_for_all(make, folder
     """What a model at rest has missed is room that its cache will need, although nothing of it is taken yet."""
     requests = [group(i, prompt=range(20 + i), max_new_tokens=10 + 10 * i) for i in range(6)]
     rule = SwitchingRule(threshold=math.inf, window=1, min_run=6)  # all go to the small model for good
-    bytes_ = 12 * sum(page_bytes(ModelConfig.from_folder(f), torch.float32) for f in (folder, small_folder))
+    bytes_ = 8 * sum(page_bytes(ModelConfig.from_folder(f), torch.float32) for f in (folder, small_folder))
     generator = make(rule=rule, kv_bytes=bytes_)
     running, admit = generator._running, generator._running.admit
     waited = 0
