@@ -13,7 +13,7 @@ from pipeline.errors import UsageError
 from pipeline.models.tokenizer import Tokenizer
 
 NAMES: tuple[str, ...] = ()
-"""none until a run with the installed vLLM has shown it: its GLM class reads the target's configuration for the head's"""
+"""none until a run with the installed vLLM has shown it: its GLM class reads the target's configuration for its own"""
 HEAD = "mtp-head"
 
 
