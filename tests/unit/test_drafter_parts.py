@@ -82,13 +82,8 @@ def test_token_recycling_follows_without_logits_and_learns_with_them():
     drafter.begin([SequenceStart(5, np.array([1]), 0, 1.0, 0), SequenceStart(6, np.array([2]), 0, 1.0, 0)])
     logits = np.full((3, 10), -1.0, np.float32)
     logits[[0, 1, 2], [4, 5, 9]] = 1.0
-    import torch
-
-    drafter.observe(
-        Verified(
-            [5, 6], [np.array([4, 7]), np.array([3])], np.array([1, 0]), None, torch.tensor(logits), np.array([0, 2])
-        )
-    )
+    emitted = [np.array([4, 7]), np.array([3])]
+    drafter.observe(Verified([5, 6], emitted, np.array([1, 0]), None, torch.tensor(logits), np.array([0, 2])))
     assert drafter._successors[[1, 4, 2]].tolist() == [4, 5, 9]
     drafter.observe(verified({5: [8, 1], 6: []}))
     assert drafter._last[drafter._slots.of([5, 6])].tolist() == [1, 3]
