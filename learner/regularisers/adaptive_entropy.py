@@ -18,7 +18,7 @@ class AdaptiveEntropy(Piece):
     below the target and down by it for one above, within [0, 1].
 
     Skywork-OR1, arXiv 2505.22312 (adaptive entropy control), as in TRL. The entropy is that at the start of the batch,
-    mean over tokens. With `proportional` above 0 it is a controller of our own instead: the bonus acts on either side of
+    mean over tokens. With `proportional` above 0 it is a controller of our own instead: the bonus acts on both sides of
     the target, c_k = I_k + proportional e_k within [-1, 1], where e_k is how far the entropy is below its target, in
     targets and at most 1, and I_k goes up by `step` e_k a batch. A target that changes over the run is entropy
     scheduling (ACL Findings 2026.206), of which only the idea is known to us: it is reconstructed.
