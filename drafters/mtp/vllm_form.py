@@ -21,6 +21,7 @@ from pipeline.models.config import ModelConfig
 ARCHITECTURE = "RollaheadMTP"
 MODEL_TYPE = "mtp"
 """one by which vLLM knows models of that method"""
+MIMO = "MiMoForCausalLM"
 
 
 def vllm_config(model: Path) -> dict[str, Any]:
@@ -95,7 +96,13 @@ def write_for_vllm(model: Path, head: Path, out: Path) -> None:
         UsageError: no head, one that does not fit, a model of a kind for which vLLM has none, or `out` exists.
     """
     config, tensors = vllm_config(model), head_tensors(model, head)
-    config["normed_goes_round"] = is_mimos(head_files(head))
+    config["normed_goes_round"] = mimos = is_mimos(head_files(head))
+    if mimos != (ModelConfig.from_folder(model).architecture == MIMO):
+        raise UsageError(
+            f"{head} holds a head {'of' if mimos else 'that is not of'} MiMo's kind and {model} is "
+            f"{'no' if mimos else 'a'} MiMo, whose hidden states vLLM hands out before the final norm; use the native "
+            "generator for drafter mtp"
+        )
     if out.exists():
         raise UsageError(f"--out {out} exists already; choose a new folder")
     try:

@@ -64,11 +64,27 @@ def test_a_model_with_such_a_head_drafts_with_it(folder):
     assert generator.stats().drafted > 0 and generator.stats().drafter_failures == 0
 
 
+def test_of_the_target_it_reads_the_state_before_the_final_norm(folder):
+    decoder = load_decoder(folder, torch.float32)
+    head = MTPHead(decoder)
+    norm, before = head.attention.norm, torch.randn(5, decoder.config.hidden_size)
+    after = norm(before, decoder.final_norm)
+    assert torch.equal(head.target_input(after), after)
+    load_head(head, folder)
+    wanted = norm(before, head.norm_hidden)
+    assert (norm(head.target_input(after), head.norm_hidden) - wanted).abs().max() < 1e-4
+    assert (norm(after, head.norm_hidden) - wanted).abs().max() > 0.1
+
+
 def test_its_form_for_vllm_says_that_it_feeds_itself_the_normed_state(folder, tmp_path):
     write_for_vllm(folder, folder, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["normed_goes_round"] and config["attention_bias"] and not config["qk_norm"]
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == head_tensors(head_files(folder)).keys()
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("MiMoForCausalLM", "Qwen2ForCausalLM"))
+    with pytest.raises(UsageError, match=r"MiMo's kind and .* is no MiMo"):
+        write_for_vllm(folder, folder, tmp_path / "other")
 
 
 def test_a_damaged_head_is_named(folder):

@@ -37,7 +37,7 @@ def save_tiny(folder: Path, family: str = "Qwen3", seed: int = 0, sharpness: flo
 
 
 def add_mimos_head(folder: Path) -> Path:
-    """Makes a checkpoint of Qwen2's decoder one of MiMo's, by one more layer with two norms and a projection before it."""
+    """Makes a checkpoint of Qwen2's decoder one of MiMo's: one more layer, before it two norms and a projection."""
     text = (folder / "config.json").read_text().replace("Qwen2ForCausalLM", "MiMoForCausalLM")
     (folder / "config.json").write_text(text)
     tensors = load_file(folder / "model.safetensors")
