@@ -37,9 +37,10 @@ SETTINGS = {
     "entropy-held": [*BASE, TIS],
 }
 """What is compared -> overrides. "erc" against "tis" is ERC on and off; "entropy-held" adds an entropy controller: a
-bonus whose coefficient moves by 1 / steps a batch. Advantages have unit variance, so a bonus competes with them at some
-tenths; a coefficient that starts at 0 gets there within the first half of a run of any length, and the second half is
-judged."""
+bonus on either side of the target. Advantages have unit variance, so a bonus competes with them at some tenths: that is
+what its coefficient comes to for an entropy one target away, at once and, by its integral, within half a run of any
+length; the second half is judged."""
+HELD_AT_ONCE, HELD_IN_HALF_A_RUN = 0.2, 1.0
 HELD_WITHIN = 0.1
 """A controller holds its target where entropy is within this share of it."""
 WINDOW = 10
@@ -149,7 +150,11 @@ def _measure(options: argparse.Namespace, folder: Path, setting: str, staleness:
     target = options.target
     if setting == "entropy-held":
         target = target or _first_entropy(options, folder, seed)
-        more = [f"objective.regularisers=[{{name='adaptive-entropy', target={target}, step={1 / options.steps:.3g}}}]"]
+        step = 2 * HELD_IN_HALF_A_RUN / options.steps
+        more = [
+            f"objective.regularisers=[{{name='adaptive-entropy', target={target}, step={step:.3g}, "
+            f"proportional={HELD_AT_ONCE}}}]"
+        ]
     began = time.perf_counter()
     curve = list(train(_config(options, setting, seed, *more), folder, staleness))
     row = {

@@ -62,7 +62,7 @@ class TokenRecyclingDrafter(BaseDrafter):
         if verified.logits is None or verified.starts is None:
             self._last[slots] = [
                 emitted[-1] if len(emitted) else self._last[slot]
-                for slot, emitted in zip(slots, verified.emitted, strict=True)
+                for slot, emitted in zip(slots.tolist(), verified.emitted, strict=True)
             ]
             return
         if not len(self._successors):

@@ -22,7 +22,7 @@ def test_a_switching_run_trains_distils_publishes_both_models_and_goes_on(tmp_pa
     run = tmp_path / "run"
     options = SMALL | {
         "engine__switching__small_model": beside,
-        "engine__switching__threshold": 0.3,
+        "engine__switching__policy_share": 0.5,
         "engine__switching__window": 1,
         "engine__switching__min_run": 1,
         "engine__switching__before_sampling": "true",
@@ -36,7 +36,7 @@ def test_a_switching_run_trains_distils_publishes_both_models_and_goes_on(tmp_pa
     found = rows(run)
     assert [row["step"] for row in found] == [1, 2, 3]
     for row in found:
-        assert 0.02 < row["sampler/policy/share"] < 0.98 and row["small_model_kl"] >= 0
+        assert 0.02 < row["extra"]["sampler/policy/share"] < 0.98 and row["extra"]["small_model_kl"] >= 0
         assert row["mismatch_k3"] is None or row["mismatch_k3"] < 1e-4
     assert "eval_reward_mean" in found[1]
     ids = trained(run)
@@ -61,7 +61,7 @@ def test_a_compressed_run_is_corrected_and_trains(tmp_path, cache):
     assert done.returncode == 0, done.stderr
     found = rows(run)
     assert [row["step"] for row in found] == [1, 2]
-    assert all(row["compressed/fraction"] > 0 and row["compressed/k3"] > 0 for row in found)
+    assert all(row["extra"]["compressed/fraction"] > 0 and row["extra"]["compressed/k3"] > 0 for row in found)
     assert all(row["tokens_trained"] > 0 for row in found)
     ids = trained(run)
     assert len(ids) == len(set(ids)) == 2 * 16

@@ -79,10 +79,11 @@ SHAPES = [
     (5, 5, 48, [7, 40], [1, 1]),
     (14, 2, 80, [70, 3], [2, 1]),
     (3, 1, 16, [0], [8]),
+    (6, 2, 64, [100, 0, 31, 5], [1, 70, 17, 33]),
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["grouped", "odd", "seven", "from nothing"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["grouped", "odd", "seven", "from nothing", "drafts and prompts"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [1 << 40, 33, 1])
 def test_attention_over_pages_equals_torchs(kind, shape, window):
@@ -93,8 +94,9 @@ def test_attention_over_pages_equals_torchs(kind, shape, window):
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_share_the_work_and_change_nothing(kind, two_threads):
     assert team() is not None, "torch's wheels for Linux come with GNU OpenMP"
-    pages = Pages(kind, *SHAPES[0])
-    assert torch.equal(pages.attend(parallel=True), pages.attend())
+    for shape in SHAPES:
+        pages = Pages(kind, *shape)
+        assert torch.equal(pages.attend(parallel=True), pages.attend())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -112,6 +112,18 @@ def test_the_adaptive_coefficient_rises_below_its_target_and_falls_above():
     assert again.state() == piece.state() == {"coefficient": pytest.approx(0.005)}
 
 
+def test_a_proportional_coefficient_acts_on_both_sides_of_the_target_and_keeps_its_integral():
+    piece = build("regulariser", {"name": "adaptive-entropy", "target": 0.2, "step": 0.1, "proportional": 0.5})
+    tokens = tokens_of([1.0] * 2, [0.0] * 2, entropy=torch.tensor([0.1, 0.3]).double())
+    coefficients = []
+    for entropy in (0.1, 0.3, 0.3, 9.0, 9.0, 0.2):
+        piece.begin(batch_of([1.0] * 2, entropy_old=torch.full((2,), entropy)))
+        coefficients.append(float(piece(tokens)[1]["coefficient"][0]))
+    # errors 0.5, -0.5, -0.5, then at most -1 each; the integral is what is left where there is no error
+    assert coefficients == pytest.approx([0.05 + 0.25, -0.25, -0.05 - 0.25, -0.15 - 0.5, -0.25 - 0.5, -0.25])
+    assert piece.state() == {"coefficient": pytest.approx(-0.25)}
+
+
 def siren_mean(entropy, sequence):
     """Mean over samples of the mean over the tokens from the 0.8 quantile on."""
     means = []

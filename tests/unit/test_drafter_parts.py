@@ -1,0 +1,170 @@
+"""What drafters keep their sequences in, and what an arbiter keeps of its drafters."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from drafters.base import BaseDrafter, Needs, Proposal, SequenceStart, Verified
+from drafters.guard import Guard
+from drafters.late import LateObserver, merged
+from drafters.slots import Slots, with_room
+from drafters.stack import Stack
+from drafters.standing import DEAR, Standing
+from drafters.token_recycling import TokenRecyclingDrafter, likeliest
+from drafters.urgency import GroupProgress
+
+# ---- slots ----------------------------------------------------------------------------------------------------------
+
+
+def test_slots_are_used_again_and_a_batch_is_never_answered_with_an_old_ones():
+    slots = Slots()
+    assert [slots.take(i) for i in (7, 8, 9)] == [0, 1, 2] and slots.of([9, 7]).tolist() == [2, 0]
+    assert slots.free(7) == 0 and slots.free(7) is None and 7 not in slots
+    assert slots.take(10) == 0 and slots.room == 3
+    assert slots.of([9, 10]).tolist() == [2, 0]
+    slots.free(9)
+    slots.take(11), slots.take(9)
+    assert slots.of([9, 10]).tolist() == [3, 0]
+    assert slots.of([]).tolist() == []
+    with pytest.raises(KeyError):
+        slots.of([7])
+
+
+def test_arrays_get_room_and_keep_what_they_hold():
+    values = with_room(np.array([[1, 2]]), 3, -1)
+    assert len(values) >= 3 and values[0].tolist() == [1, 2] and (values[1:] == -1).all()
+    assert with_room(values, 2) is values
+
+
+# ---- observing late -------------------------------------------------------------------------------------------------
+
+
+class Noting(BaseDrafter):
+    """Keeps what it was told."""
+
+    def __init__(self, needs=Needs.NOTHING):
+        self.needs, self.told = needs, []
+
+    def observe(self, verified):
+        self.told.append({i: tokens.tolist() for i, tokens in zip(verified.ids, verified.emitted, strict=True)})
+
+
+def verified(emitted, accepted=0):
+    return Verified(
+        list(emitted), [np.array(t) for t in emitted.values()], np.full(len(emitted), accepted), seconds=1.0
+    )
+
+
+def test_a_sleeper_is_told_all_at_once_in_order():
+    drafter = Noting()
+    late = LateObserver(Guard(drafter, 10, print))
+    late.observe(verified({1: [3], 2: [4, 5]}), asleep=True)
+    late.observe(verified({2: [6], 3: [7]}), asleep=True)
+    assert drafter.told == []
+    late.observe(verified({1: [8]}), asleep=False)
+    late.deliver()
+    assert drafter.told == [{1: [3], 2: [4, 5, 6], 3: [7]}, {1: [8]}]
+    both = merged([verified({1: [3]}, 1), verified({1: [4]}, 2)])
+    assert both.accepted.tolist() == [3] and both.seconds == 2.0
+
+
+def test_who_keeps_a_state_for_every_token_is_told_every_step():
+    for needs in (Needs.HIDDEN_STATES, Needs.LAYER_STATES | Needs.LOGITS):
+        drafter = Noting(needs)
+        LateObserver(Guard(drafter, 10, print)).observe(verified({1: [3]}), asleep=True)
+        assert drafter.told == [{1: [3]}]
+
+
+def test_token_recycling_follows_without_logits_and_learns_with_them():
+    drafter = TokenRecyclingDrafter()
+    drafter.begin([SequenceStart(5, np.array([1]), 0, 1.0, 0), SequenceStart(6, np.array([2]), 0, 1.0, 0)])
+    logits = np.full((3, 10), -1.0, np.float32)
+    logits[[0, 1, 2], [4, 5, 9]] = 1.0
+    emitted = [np.array([4, 7]), np.array([3])]
+    drafter.observe(Verified([5, 6], emitted, np.array([1, 0]), None, torch.tensor(logits), np.array([0, 2])))
+    assert drafter._successors[[1, 4, 2]].tolist() == [4, 5, 9]
+    drafter.observe(verified({5: [8, 1], 6: []}))
+    assert drafter._last[drafter._slots.of([5, 6])].tolist() == [1, 3]
+
+
+def test_the_first_of_the_largest_logits_counts():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(0, 9, (7, 1000)).astype(np.float32)  # many equals
+    logits[3] = -np.inf
+    logits[3, 700] = -5
+    starts, borders = np.array([0, 4]), np.array([0, 3, 6])
+    places = [0, 1, 2, 4, 5, 6]
+    assert likeliest(logits, starts, borders).tolist() == logits[places].argmax(1).tolist()
+    assert likeliest(logits[3:4], np.array([0]), np.array([0, 1])).tolist() == [700]
+
+
+# ---- standings ------------------------------------------------------------------------------------------------------
+
+
+def sleeps(gain, seconds, steps=200):
+    """Steps of `steps` in which a drafter of such gain and cost, in steps of one second, is asked."""
+    standing, asked = Standing(), 0
+    for step in range(1, steps + 1):
+        if standing.awake(step, 4):
+            asked += 1
+            standing.was_asked(step, 4, seconds, 3)
+            standing.judged(gain(step), 1.0, step)
+    return asked
+
+
+def test_who_pays_is_always_asked_and_who_does_not_seldom_the_seldomer_the_dearer():
+    assert sleeps(lambda step: 0.1, 0.5) == 200
+    cheap, dear = sleeps(lambda step: -0.01, DEAR / 2), sleeps(lambda step: -0.5, 0.5)
+    assert 2 <= dear < cheap < 60
+
+
+def test_a_sleeper_wakes_where_it_begins_to_pay():
+    assert sleeps(lambda step: 0.3 if step > 100 else -0.01, 0.01) > 80
+
+
+def test_a_batch_of_another_size_is_a_reason_to_ask_again():
+    standing = Standing()
+    for step in range(1, 8):
+        standing.was_asked(step, 64, 0.5, 3)
+        standing.judged(-0.5, 1.0, step)
+    assert not standing.awake(10, 64) and not standing.awake(10, 2)
+    assert not standing.awake(16, 64) and standing.awake(16, 2)
+
+
+def test_the_least_of_late_counts_so_that_a_pause_is_no_cost():
+    standing = Standing()
+    assert math.isnan(standing.gain) and standing.seconds == 0
+    for seconds in (3.0, 0.01, 5.0, 0.01):
+        standing.was_asked(1, 1, seconds, 1)
+        standing.was_told(seconds)
+    assert standing.seconds < 0.025 and standing.part_of(1.0) == standing.seconds
+
+
+# ---- stacks and groups ----------------------------------------------------------------------------------------------
+
+
+def test_of_stacked_drafts_the_chosen_beginnings_are_taken():
+    stack = Stack(2, 3, 4)
+    stack.put(0, Proposal(np.array([[1, 2], [3, 0], [0, 0]]), np.array([2, 1, 0]), matches=np.array([5, 6, 0])))
+    confidences = np.linspace(0.1, 0.9, 12, dtype=np.float32).reshape(3, 4)
+    stack.put(1, Proposal(np.arange(12).reshape(3, 4) + 10, np.array([4, 4, 4]), confidences=confidences))
+    assert stack.tokens[0].tolist() == [[1, 2, -1, -1], [3, -1, -1, -1], [-1] * 4]
+    assert stack.matches.tolist() == [[5, 6, 0], [-1, -1, -1]] and (stack.confidences[0] == -1).all()
+    chosen = stack.chosen(np.array([0, 1, -1]), np.array([4, 3, 4]), ["a", "b"])
+    assert chosen.token_ids.tolist() == [[1, 2, 0], [14, 15, 16], [0, 0, 0]] and chosen.lengths.tolist() == [2, 3, 0]
+    assert list(chosen.drafted_by) == ["a", "b", ""] and chosen.matches.tolist() == [5, 0, 0]
+    assert chosen.confidences[1].tolist() == confidences[1, :3].tolist()
+
+
+def test_groups_are_forgotten_with_their_last_sequence():
+    progress = GroupProgress()
+    for round_ in range(3):
+        progress.begin([SequenceStart(10 * round_ + i, np.array([1]), 4, 1.0, 0) for i in range(2)])
+        progress.observe([10 * round_, 10 * round_ + 1], np.array([0, 3, 4]))
+        progress.end([10 * round_])
+        progress.begin([SequenceStart(10 * round_ + 5, np.array([1]), 9, 1.0, 0)])
+        urgency = progress.urgency([10 * round_ + 1, 10 * round_ + 5], 0.4)
+        assert urgency.tolist() == [1 + 0.4 * 0.5, 1.0]
+        progress.end([10 * round_ + 1, 10 * round_ + 5, 999])
