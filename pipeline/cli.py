@@ -34,6 +34,7 @@ COMMAND_EXAMPLES = {
 """,
     "export": """\
   rollahead export runs/mine --out final --dtype bfloat16
+  rollahead export MODEL --drafter runs/head --out head-for-vllm
 """,
     "corpus": "  rollahead corpus build answers.jsonl --tokenizer DIR --out corpus\n",
     "keygen": "  rollahead keygen keys --engine gpu-1 --engine gpu-2\n",
@@ -116,10 +117,13 @@ def build_parser() -> argparse.ArgumentParser:
     _sampling_options(generate)
 
     export = _command(commands, "export", "a checkpoint of a run as a plain Hugging Face folder", _export)
-    export.add_argument("run", type=Path, help="run directory")
+    export.add_argument("run", type=Path, help="run directory; with --drafter the checkpoint directory of the model")
     export.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    export.add_argument(
+        "--drafter", type=Path, metavar="DIR", help="write this multi-token-prediction head in the form that vLLM runs"
+    )
 
     train = _command(commands, "train-drafter", "fit a multi-token-prediction head to a frozen model", _train_drafter)
     train.add_argument("config", nargs="?", type=Path, help="TOML file: model, task, sampling, engine, drafter, run")
@@ -276,6 +280,13 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.drafter is not None:
+        from drafters.mtp.vllm_form import write_for_vllm
+
+        write_for_vllm(options.run, options.drafter, options.out)
+        print(f'{options.out} is written; vllm serve {options.run} --speculative-config \'{{"method": "mtp", "model": '
+              f'"{options.out}", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}}\'')  # fmt: skip
+        return 0
     from learner.export import export
 
     print(f"{options.out} is written from {export(options.run, options.step, options.out, options.dtype)}")

@@ -10,7 +10,8 @@ h_{t+1}, the draft that of x_{t+2}. Details are those of GLM-4.5's head as vLLM 
 Qwen3 or Llama: h' goes round before the final norm, and the embedding counts as zero at position 0.
 
 MiMo's checkpoints hold such a head under other names (`model.mtp_layers.0`), with the two inputs of W_fc the other way
-round and h' going round after the final norm; its first layer is read.
+round, h_t taken before the target's final norm, and h' going round after its own, as vLLM runs it; its first layer is
+read.
 """
 
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ class MTPHead(LayerWeights):
         self.layer = self._layer("mtp.layers.0.")
         self.final_norm = self._norm_weight("mtp.norm.weight", hidden)
         self.normed_goes_round = False
-        """whether further tokens read norm(h') in place of h'"""
+        """MiMo's: further tokens read norm(h') in place of h', the first the target's states before its final norm"""
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor, hidden: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
@@ -71,6 +72,14 @@ class MTPHead(LayerWeights):
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [N, V] of h' [N, H]."""
         return self._target.logits(self.attention.norm(hidden, self.final_norm))
+
+    def target_input(self, hidden: Tensor) -> Tensor:
+        """What the head reads of the target's final-norm hidden states [N, H].
+
+        MiMo's reads those before that norm, of which its own norm takes the scale away: dividing by weights is enough.
+        """
+        weight = self._target.final_norm
+        return torch.where(weight == 0, 0, hidden / weight) if self.normed_goes_round else hidden
 
     def next_input(self, hidden: Tensor) -> Tensor:
         """What takes the place of the target's hidden states [N, H] for the token after the one of h' [N, H]."""

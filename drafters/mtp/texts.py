@@ -157,7 +157,7 @@ class Texts:
         cached = np.array([text.cached for text in texts], np.int64)
         taken = [text.take(count) for text, count in chunks]
         tokens = torch.from_numpy(np.concatenate([t for t, _ in taken])).to(self.head.device)
-        hidden = torch.cat([h for _, h in taken])
+        hidden = self.head.target_input(torch.cat([h for _, h in taken]))
         plan = self.cache.plan(self.tables(texts, (cached + counts).tolist()), cached, counts)
         out = self.head.forward(tokens, hidden, plan, self.cache)
         for (text, count), end in zip(chunks, np.cumsum(counts).tolist(), strict=True):

@@ -24,7 +24,7 @@ COMMAND_LINE = {
     "corpus": ["action", "files", "--out", "--tokenizer", "--template"],
     "drafters": [],
     "train-drafter": ["[config]", "--set", "--dry-run", "--out"],
-    "export": ["run", "--step", "--out", "--dtype"],
+    "export": ["run", "--step", "--out", "--dtype", "--drafter"],
     "report": ["folder", "--out"],
     "doctor": [],
     "completion": ["shell"],

@@ -1,40 +1,27 @@
 """A head in the naming of MiMo's checkpoints is read as what it is, its equations written out from their source."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from drafters.mtp.drafter import MTPDrafter
-from drafters.mtp.head import MTPHead, load_head
+from drafters.mtp.head import MTPHead, head_files, head_tensors, load_head
 from drafters.mtp.vllm_form import write_for_vllm
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from pipeline.models.checkpoint import load_decoder
 from pipeline.models.kv_cache import KVCache
 from tests.unit.generation import finish, group
-from tests.unit.tiny_models import save_tiny
-
-LAYER = "model.mtp_layers.0."
+from tests.unit.tiny_models import MIMOS_LAYER as LAYER
+from tests.unit.tiny_models import add_mimos_head, save_tiny
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint of MiMo's: Qwen2's decoder, and one more layer with two norms and a projection before it."""
-    path = save_tiny(tmp_path, "Qwen2", head_dim=None)
-    text = (path / "config.json").read_text()
-    (path / "config.json").write_text(text.replace("Qwen2ForCausalLM", "MiMoForCausalLM"))
-    tensors = load_file(path / "model.safetensors")
-    generator = torch.Generator().manual_seed(3)
-    last = f"model.layers.{max(int(n.split('.')[2]) for n in tensors if n.startswith('model.layers.'))}."
-    for name in [n for n in tensors if n.startswith(last)]:
-        tensors[LAYER + name.removeprefix(last)] = tensors[name].clone()
-    width = tensors["model.norm.weight"].shape[0]
-    for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
-        tensors[f"{LAYER}{name}.weight"] = 1 + 0.3 * torch.randn(width, generator=generator)
-    tensors[f"{LAYER}input_proj.weight"] = torch.randn(width, 2 * width, generator=generator) / width**0.5
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    return path
+    return add_mimos_head(save_tiny(tmp_path, "Qwen2", head_dim=None))
 
 
 def test_the_first_row_is_mimos_own(folder):
@@ -75,8 +62,29 @@ def test_a_model_with_such_a_head_drafts_with_it(folder):
     generator.add(group(0, [1, 4, 2, 6, 3], samples=4, max_new_tokens=12))
     finish(generator)
     assert generator.stats().drafted > 0 and generator.stats().drafter_failures == 0
-    with pytest.raises(UsageError, match="which vLLM runs as it is"):
-        write_for_vllm(folder, folder, folder / "out")
+
+
+def test_of_the_target_it_reads_the_state_before_the_final_norm(folder):
+    decoder = load_decoder(folder, torch.float32)
+    head = MTPHead(decoder)
+    norm, before = head.attention.norm, torch.randn(5, decoder.config.hidden_size)
+    after = norm(before, decoder.final_norm)
+    assert torch.equal(head.target_input(after), after)
+    load_head(head, folder)
+    wanted = norm(before, head.norm_hidden)
+    assert (norm(head.target_input(after), head.norm_hidden) - wanted).abs().max() < 1e-4
+    assert (norm(after, head.norm_hidden) - wanted).abs().max() > 0.1
+
+
+def test_its_form_for_vllm_says_that_it_feeds_itself_the_normed_state(folder, tmp_path):
+    write_for_vllm(folder, folder, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["normed_goes_round"] and config["attention_bias"] and not config["qk_norm"]
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == head_tensors(head_files(folder)).keys()
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("MiMoForCausalLM", "Qwen2ForCausalLM"))
+    with pytest.raises(UsageError, match=r"MiMo's kind and .* is no MiMo"):
+        write_for_vllm(folder, folder, tmp_path / "other")
 
 
 def test_a_damaged_head_is_named(folder):

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from drafters.testing import tiny_target
 
 VOCABULARY = 61
+MIMOS_LAYER = "model.mtp_layers.0."
 SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
@@ -32,6 +33,23 @@ def save_tiny(folder: Path, family: str = "Qwen3", seed: int = 0, sharpness: flo
                 weight.normal_(0, 0.2 * (SHAPE["hidden_size"] / config.hidden_size) ** 0.5)
         model.get_output_embeddings().weight.mul_(sharpness)
     model.save_pretrained(folder)
+    return folder
+
+
+def add_mimos_head(folder: Path) -> Path:
+    """Makes a checkpoint of Qwen2's decoder one of MiMo's: one more layer, before it two norms and a projection."""
+    text = (folder / "config.json").read_text().replace("Qwen2ForCausalLM", "MiMoForCausalLM")
+    (folder / "config.json").write_text(text)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    last = f"model.layers.{max(int(n.split('.')[2]) for n in tensors if n.startswith('model.layers.'))}."
+    for name in [n for n in tensors if n.startswith(last)]:
+        tensors[MIMOS_LAYER + name.removeprefix(last)] = tensors[name].clone()
+    width = tensors["model.norm.weight"].shape[0]
+    for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        tensors[f"{MIMOS_LAYER}{name}.weight"] = 1 + 0.3 * torch.randn(width, generator=generator)
+    tensors[f"{MIMOS_LAYER}input_proj.weight"] = torch.randn(width, 2 * width, generator=generator) / width**0.5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -70,6 +70,7 @@ def engine_arguments(
         "generation_config": "vllm",
         "worker_extension_cls": WORKER,
         "disable_log_stats": True,
+        "load_format": "rollahead",
         **options,
     }
     arguments |= speculation(drafter, options, max_draft_tokens, folder, scratch)
@@ -110,7 +111,7 @@ def speculation(
     built = build(drafter)
     proposer.check_needs(built)
     if own_drafters.runs_itself(built):
-        speculative = own_drafters.speculative_config(built, drafter, folder, most, scratch)
+        speculative = own_drafters.speculative_config(built, drafter, options, folder, most, scratch)
         return {"speculative_config": speculative, "additional_config": extra}
     return {"speculative_config": proposer.speculative_config(most), "additional_config": extra}
 

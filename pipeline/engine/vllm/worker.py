@@ -3,17 +3,19 @@
 Importing this module in a worker corrects the rejection sampler where the installed version is known to need it.
 """
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from drafters.mtp.head import head_files
-from drafters.mtp.vllm_form import head_tensors, vllm_tensors
-from pipeline.engine.vllm import rejection
+from drafters.mtp.head import head_files, is_mimos
+from drafters.mtp.vllm_form import ARCHITECTURE, head_tensors
+from pipeline.engine.vllm import head_config, rejection
 from pipeline.engine.vllm.install import installed_version
 from pipeline.engine.vllm.proposer import DrafterProposer
+from pipeline.errors import RunFailed
 
 
 def _correct() -> None:
@@ -24,6 +26,12 @@ def _correct() -> None:
         rejection.correct(rejection_sampler)
 
 
+def _prepare() -> None:
+    head_config.register()
+    importlib.import_module("pipeline.engine.vllm.loading")
+
+
+_prepare()
 if not os.environ.get(rejection.STOCK):
     _correct()
 
@@ -43,21 +51,24 @@ def refresh_tied_head(model: torch.nn.Module, tied: bool) -> None:
 
 
 def load_head(model: Any, config: Any, folder: Path) -> None:
-    """A publication's multi-token-prediction head into vLLM's `Glm4MoeMTP`, whose embedding and output layer are the
-    target's own and stay as they are.
+    """A publication's multi-token-prediction head in place of the one loaded; the target's embedding and output layer,
+    which it shares, stay as they are.
 
     Args:
-        model: of vLLM's proposer.
+        model: `RollaheadMTP`, of vLLM's proposer.
         config: its `ModelConfig`.
         folder: checkpoint directory with a head.
+
+    Raises:
+        UsageError: the head does not fit the model.
+        RunFailed: it is MiMo's and the one loaded is not, or the other way round.
     """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    layers = config.hf_config.num_hidden_layers
-    tensors = vllm_tensors(head_tensors(folder, folder), layers)
-    layer = model.get_submodule(f"model.layers.{layers}")
-    parts = [part for name, part in layer.named_children() if name != "shared_head"]
-    parts.append(layer.get_submodule("shared_head.norm"))
+    if is_mimos(head_files(folder)) != config.hf_config.normed_goes_round:
+        raise RunFailed(f"the head in {folder} feeds itself another state than the one vLLM was started with; restart")
+    tensors = head_tensors(folder, folder)
+    parts = [part for name, part in model.model.named_children() if name != "embed_tokens"]
     for part in parts:
         initialize_layerwise_reload(part)
     model.load_weights(tensors.items())
@@ -89,7 +100,7 @@ class RollaheadWorker:
         tied = getattr(runner.model_config.hf_text_config, "tie_word_embeddings", False)
         refresh_tied_head(runner.get_model(), bool(tied))
         config = runner.vllm_config.speculative_config
-        if config is not None and config.method == "mtp" and head_files(folder):
+        if config is not None and ARCHITECTURE in config.draft_model_config.architectures and head_files(folder):
             load_head(runner.drafter.model, config.draft_model_config, Path(folder))
         proposer = self._rollahead_proposer()
         if proposer is not None:

@@ -1,0 +1,22 @@
+"""Our multi-token-prediction head as a model that vLLM finds: its configuration, and the name of its class."""
+
+from transformers import AutoConfig, Qwen3Config
+
+from drafters.mtp.vllm_form import ARCHITECTURE, MODEL_TYPE
+
+CLASS = "pipeline.engine.vllm.head_model:RollaheadMTP"
+
+
+class HeadConfig(Qwen3Config):
+    """`config.json` of a head as `drafters.mtp.vllm_form` writes it: one layer, most fields those of its target."""
+
+    model_type = MODEL_TYPE
+
+
+def register() -> None:
+    """In a process of vLLM's; again is fine. vLLM calls it as its plugin (`vllm.general_plugins`)."""
+    from vllm import ModelRegistry
+
+    AutoConfig.register(MODEL_TYPE, HeadConfig, exist_ok=True)
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, CLASS)
