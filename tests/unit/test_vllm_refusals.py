@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
+from drafters.draft_model import DraftModelDrafter
+from drafters.mtp.drafter import MTPDrafter
 from pipeline.config import check_config
 from pipeline.config.load import load_config
 from pipeline.engine.vllm import install, rejection
+from pipeline.engine.vllm.own_drafters import speculative_config
 from pipeline.engine.vllm.sampling import refusal
 from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
+from tests.unit.tiny_models import save_tiny
 
 VLLM = 'engine.generator="vllm"'
 
@@ -80,3 +86,26 @@ def test_expanding_rows_is_repeating_them():
     assert rejection.expand_batch_to_tokens(x, cumulative, 5, 0, 1).tolist() == [1.0, 1.0, 2.0, 2.0, 2.0]
     assert rejection.needs_correction("0.32.0", "cpu") and not rejection.needs_correction("0.32.0", "cuda")
     assert not rejection.needs_correction("0.33.1", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "engine", "said"),
+    [
+        ({"stop_below": 0.5}, {}, r"stop_below = 0.5 of drafter mtp is the native generator's"),
+        ({}, {"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2 leaves drafter mtp without"),
+    ],
+)
+def test_what_vllm_has_no_counterpart_for_in_a_drafter_it_runs_itself_is_refused(options, engine, said, tmp_path):
+    drafter = MTPDrafter(MTPDrafter.Options(path=str(tmp_path), **options))
+    with pytest.raises(UsageError, match=said):
+        speculative_config(drafter, options, engine, tmp_path, 4, tmp_path / "scratch")
+
+
+def test_a_draft_model_of_another_tokenizer_is_refused(tmp_path):
+    for name, words in (("policy", ["a", "b"]), ("draft", ["a", "c"])):
+        save_tiny(tmp_path / name)
+        tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="a"))
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+    drafter = DraftModelDrafter(DraftModelDrafter.Options(path=str(tmp_path / "draft")))
+    with pytest.raises(UsageError, match="first token that differs is 1, 'c' there"):
+        speculative_config(drafter, {}, {}, tmp_path / "policy", 4, tmp_path / "scratch")
