@@ -158,7 +158,8 @@ class VLLM:
             arguments["per_request_spec_decode_metrics"] = "summary"
         engine = LLM(
             str(self._model), max_num_seqs=job.most, enable_prefix_caching=True, max_model_len=job.max_length + 16,
-            disable_log_stats=True, worker_extension_cls=WORKER, kv_cache_memory_bytes=KV_BYTES,
+            disable_log_stats=True, worker_extension_cls=WORKER, load_format="rollahead",
+            kv_cache_memory_bytes=KV_BYTES,
             distributed_executor_backend="uni", enforce_eager=bool(os.environ.get(EAGER)), **arguments,
         )  # fmt: skip
         engine.collective_rpc("rollahead_bind")
@@ -176,8 +177,8 @@ class RollaheadVLLM(VLLM):
 
 
 def _forget(worker: Any) -> None:
-    """A drafter without memory in place of the worker's."""
+    """A drafter without memory in place of the worker's; models remember nothing."""
     runner = worker.model_runner
-    if getattr(runner, "drafter", None) is not None:
+    if getattr(runner, "drafter", None) is not None and not hasattr(runner.drafter, "model"):
         runner.drafter = type(runner.drafter)(runner.vllm_config)
         worker.rollahead_bind()
