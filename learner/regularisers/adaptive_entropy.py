@@ -11,6 +11,7 @@ from learner.tokens import BatchTokens, MicroBatchTokens, Needs, TokenMetrics
 from pipeline.config.types import NonNegativeFloat, Section, option
 
 Unit = Annotated[float, Meta(ge=0, le=1)]
+_WORST = -3.0
 
 
 class AdaptiveEntropy(Piece):
@@ -20,8 +21,8 @@ class AdaptiveEntropy(Piece):
     Skywork-OR1, arXiv 2505.22312 (adaptive entropy control), as in TRL. The entropy is that at the start of the batch,
     mean over tokens. With `proportional` above 0 it is a controller of our own instead: the bonus acts on both sides of
     the target, c_k = I_k + proportional e_k within [-1, 1], where e_k is how far the entropy is below its target, in
-    targets and at most 1, and I_k goes up by `step` e_k a batch. A target that changes over the run is entropy
-    scheduling (ACL Findings 2026.206), of which only the idea is known to us: it is reconstructed.
+    targets (from -3 on: one batch is not the policy), and I_k goes up by `step` e_k a batch. A target that changes over
+    the run is entropy scheduling (ACL Findings 2026.206), of which only the idea is known to us: it is reconstructed.
     """
 
     name = "adaptive-entropy"
@@ -50,7 +51,7 @@ class AdaptiveEntropy(Piece):
         entropy = float(batch.entropy_old.double().mean())
         target = target_at(self.options.target, batch.step)
         if self.options.proportional:
-            error = min(max((target - entropy) / max(target, 1e-6), -1.0), 1.0)
+            error = max(1 - entropy / max(target, 1e-6), _WORST)
             self._integral = min(max(self._integral + self.options.step * error, -1.0), 1.0)
             self._coefficient = min(max(self._integral + self.options.proportional * error, -1.0), 1.0)
         else:

@@ -119,9 +119,9 @@ def test_a_proportional_coefficient_acts_on_both_sides_of_the_target_and_keeps_i
     for entropy in (0.1, 0.3, 0.3, 9.0, 9.0, 0.2):
         piece.begin(batch_of([1.0] * 2, entropy_old=torch.full((2,), entropy)))
         coefficients.append(float(piece(tokens)[1]["coefficient"][0]))
-    # errors 0.5, -0.5, -0.5, then at most -1 each; the integral is what is left where there is no error
-    assert coefficients == pytest.approx([0.05 + 0.25, -0.25, -0.05 - 0.25, -0.15 - 0.5, -0.25 - 0.5, -0.25])
-    assert piece.state() == {"coefficient": pytest.approx(-0.25)}
+    # errors 0.5, -0.5, -0.5, then -3 each; the integral is what is left where there is no error
+    assert coefficients == pytest.approx([0.05 + 0.25, -0.25, -0.05 - 0.25, -1.0, -1.0, -0.65])
+    assert piece.state() == {"coefficient": pytest.approx(-0.65)}
 
 
 def siren_mean(entropy, sequence):
