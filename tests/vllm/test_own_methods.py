@@ -1,4 +1,4 @@
-"""What vLLM drafts with by itself: our head in its form, a draft model, n-gram lookup; stop strings beside them."""
+"""What vLLM drafts with by itself: our head in its form, a draft model, n-gram lookup."""
 
 import subprocess
 import sys
@@ -155,7 +155,7 @@ def test_a_heads_probabilistic_drafts_keep_the_distribution_and_are_accepted(mod
     ],
     ids=["draft model", "n-gram"],
 )
-def test_vllms_own_methods_keep_the_distribution_and_stop_strings_end_responses(model, drafter, own, tmp_path):
+def test_vllms_own_methods_keep_the_distribution(model, drafter, own, tmp_path):
     old = model[0]
     if drafter["name"] == "draft-model":
         drafter = {**drafter, "path": str(old)}  # its own draft model: nearly all is accepted
