@@ -38,8 +38,6 @@ class _Step:
     """What was proposed and chosen, until the step is observed."""
 
     ids: Sequence[int]
-    proposals: list[Proposal]
-    """of each drafter, empty of those that were not asked"""
     drawn: np.ndarray | None
     """bool [D, B], drafts drawn from probabilities; None: there are none"""
     stack: Stack
@@ -197,14 +195,15 @@ class ArbiterDrafter(CompositeDrafter):
         else:
             lengths = np.where(choice >= 0, np.minimum(granted, stack.lengths[choice, np.arange(rows)]), 0)
             proposal = joined(proposals, self._names, choice, lengths)
-        self._step = _Step(request.ids, proposals, drawn, stack, choice, granted, int(proposal.lengths.sum()))
+        self._step = _Step(request.ids, drawn, stack, choice, granted, int(proposal.lengths.sum()))
         return proposal if self._step.drafted else Proposal.empty(rows)
 
     def observe(self, verified: Verified) -> None:
         for late, guard, standing in zip(self._late, self.ensemble, self._standings, strict=True):
             began = self._clock()
-            late.observe(verified, asleep=guard.active and not standing.awake(self._steps + 1, len(verified.ids)))
-            standing.was_told(self._clock() - began)
+            asleep = guard.active and not standing.awake(self._steps + 1, len(verified.ids))
+            if late.observe(verified, asleep):
+                standing.was_told(self._clock() - began)
         tokens, borders = verified.flat()
         self._progress.observe(verified.ids, borders)
         step, rows = self._step, len(verified.ids)

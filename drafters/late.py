@@ -17,15 +17,17 @@ class LateObserver:
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._waiting: list[Verified] = []
-        self.may_wait = not guard.needs & ~WAITS
+        self._may_wait = not guard.needs & ~WAITS
 
-    def observe(self, verified: Verified, asleep: bool) -> None:
-        """`asleep`: the drafter is not going to be asked in the next step."""
-        if asleep and self.may_wait:
-            self._waiting.append(verified)
-        else:
-            self.deliver()
-            self._guard.observe(verified)
+    def observe(self, verified: Verified, asleep: bool) -> bool:
+        """Whether it was told at once; `asleep`: the drafter is not going to be asked in the next step."""
+        if asleep and self._may_wait:
+            # Without the target's tensors: those of many steps would not fit into memory.
+            self._waiting.append(Verified(verified.ids, verified.emitted, verified.accepted, seconds=verified.seconds))
+            return False
+        self.deliver()
+        self._guard.observe(verified)
+        return True
 
     def deliver(self) -> None:
         """Before it is asked, and before one of its sequences ends."""

@@ -1,6 +1,7 @@
 """What drafters keep their sequences in, and what an arbiter keeps of its drafters."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -60,14 +61,22 @@ def verified(emitted, accepted=0):
 def test_a_sleeper_is_told_all_at_once_in_order():
     drafter = Noting()
     late = LateObserver(Guard(drafter, 10, print))
-    late.observe(verified({1: [3], 2: [4, 5]}), asleep=True)
-    late.observe(verified({2: [6], 3: [7]}), asleep=True)
+    assert not late.observe(verified({1: [3], 2: [4, 5]}), asleep=True)
+    assert not late.observe(verified({2: [6], 3: [7]}), asleep=True)
     assert drafter.told == []
-    late.observe(verified({1: [8]}), asleep=False)
+    assert late.observe(verified({1: [8]}), asleep=False)
     late.deliver()
     assert drafter.told == [{1: [3], 2: [4, 5, 6], 3: [7]}, {1: [8]}]
     both = merged([verified({1: [3]}, 1), verified({1: [4]}, 2)])
     assert both.accepted.tolist() == [3] and both.seconds == 2.0
+
+
+def test_what_waits_holds_none_of_the_targets_tensors():
+    late, logits = LateObserver(Guard(Noting(Needs.LOGITS), 10, print)), torch.zeros(1, 10)
+    gone = weakref.ref(logits)
+    late.observe(Verified([1], [np.array([3])], np.zeros(1, np.int64), None, logits, np.array([0])), asleep=True)
+    del logits
+    assert gone() is None
 
 
 def test_who_keeps_a_state_for_every_token_is_told_every_step():

@@ -12,7 +12,6 @@ from drafters.mtp.vllm_form import write_for_vllm
 from pipeline.errors import UsageError
 from pipeline.models.tokenizer import Tokenizer
 
-NAMES = (MTPDrafter.name, DraftModelDrafter.name)
 HEAD = "mtp-head"
 
 
