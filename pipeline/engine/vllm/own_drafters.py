@@ -13,11 +13,12 @@ from pipeline.errors import UsageError
 from pipeline.models.tokenizer import Tokenizer
 
 HEAD = "mtp-head"
+KINDS = (MTPDrafter, DraftModelDrafter)
 
 
 def runs_itself(drafter: Drafter) -> bool:
     """Whether vLLM has this drafter as a method of its own."""
-    return isinstance(drafter, MTPDrafter | DraftModelDrafter)
+    return isinstance(drafter, KINDS)
 
 
 def speculative_config(
