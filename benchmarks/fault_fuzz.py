@@ -20,8 +20,9 @@ import zmq
 
 from benchmarks.results import resident_bytes
 from benchmarks.synthetic import BATCH, DIGEST, GROUP, make_hub, make_link, source, start_engine, trajectory
-from pipeline import messages
-from pipeline.messages import SCHEMA, BadMessage, Capabilities, encode, encode_trajectory
+from pipeline import codec, messages
+from pipeline.codec import encode, encode_trajectory
+from pipeline.messages import SCHEMA, BadMessage, Capabilities
 from pipeline.transport.integrity import seal
 
 _INTERESTING = (
@@ -130,9 +131,9 @@ def _mutated(count: int, seed: int) -> Iterator[tuple[Any, list[bytes]]]:
     engines, learner = valid_from_engines(), valid_from_learner()
     for number in range(count):
         if number % 4:
-            yield messages.decode_from_engine, mutate(generator, generator.choice(engines))
+            yield codec.decode_from_engine, mutate(generator, generator.choice(engines))
         else:
-            yield messages.decode_from_learner, mutate(generator, generator.choice(learner))
+            yield codec.decode_from_learner, mutate(generator, generator.choice(learner))
 
 
 class _SilentSocket:

@@ -30,8 +30,8 @@ from benchmarks.synthetic import make_hub, make_link, source, trajectory
 from benchmarks.transport_pubsub import FIELDS_BYTES, pubsub
 from learner.validation import Limits
 from pipeline import messages
+from pipeline.codec import decode_from_engine, encode_trajectory
 from pipeline.engine.link import Drained, Failed, Granted, Revoked
-from pipeline.messages import decode_from_engine, encode_trajectory
 from pipeline.transport.integrity import seal, unseal
 from pipeline.transport.keys import keygen, load_engine_keys, load_learner_keys
 
@@ -151,7 +151,7 @@ def _stream(folder: Path, seconds: float, *, tokens: int, engines: int, curve: b
         for count in _shares(engines, PROCESSES)
     ]  # fmt: skip
     try:
-        _serve(hub, batch, WARM_SECONDS, wait=20.0)
+        _serve(hub, batch, WARM_SECONDS)
         arrivals.reset()
         before, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
         _serve(hub, batch, seconds)
@@ -174,7 +174,7 @@ def _stream(folder: Path, seconds: float, *, tokens: int, engines: int, curve: b
     }  # fmt: skip
 
 
-def _serve(hub: Any, batch: int, seconds: float, wait: float = 5.0) -> None:
+def _serve(hub: Any, batch: int, seconds: float, wait: float = 20.0) -> None:
     """A learner whose training takes no time: it takes batches and publishes."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -211,7 +211,7 @@ def _engine_process(address: str, folder: str, tokens: int, engines: int, fsync:
         for _ in range(engines)
     ]  # fmt: skip
     template = trajectory(source(0, 0), 0, tokens=tokens)
-    credit = max(2 * GROUP, 512 // max(1, tokens // 512))
+    credit = max(2 * GROUP, 2048 // max(1, tokens // 512))
     held: list[int] = [0] * engines
     for link in links:
         link.start()
@@ -225,8 +225,10 @@ def _engine_process(address: str, folder: str, tokens: int, engines: int, fsync:
                         worked = True
                         for lease in leases:
                             samples += _answer(link, template, lease)
-                    case Drained() | Failed() | Revoked():
+                    case Drained() | Failed():
                         stopping.set()
+                    case Revoked():
+                        pass  # answered already; what was lost with a connection comes again as a lease
             queued = link.stats().queued
             held[index] = queued
             link.update((), max(0, credit - queued), 1 << 20, samples, 0.0)
@@ -290,7 +292,7 @@ def _stalled_reader(folder: Path, tokens: int = 8192, stall: float = 2.0) -> dic
     hub.start()
     hub.publish(0)
     process = _start(address=hub.address, folder=str(folder), tokens=tokens, engines=1, fsync=True, keys="")
-    _serve(hub, 64, 1.0, wait=20.0)
+    _serve(hub, 64, 1.0)
     with hub._changed:  # the socket's thread waits for this lock at the next message
         time.sleep(stall)
     _serve(hub, 64, 2.0)

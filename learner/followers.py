@@ -16,9 +16,10 @@ from learner import checkpoint, ranks
 from learner.objective import Objective
 from learner.policy import gathered_state
 from learner.trainer import build_trainer
+from pipeline.codec import decode_from_engine, encode_trajectory
 from pipeline.config import Config
 from pipeline.errors import RunFailed
-from pipeline.messages import Trajectory, decode_from_engine, encode_trajectory
+from pipeline.messages import Trajectory
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import StopSignal
 

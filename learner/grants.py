@@ -7,7 +7,7 @@ from learner.evaluation import Evaluation
 from learner.journal import Granted, Journal
 from learner.leases import Ledger, Source
 from learner.roster import Roster
-from pipeline import messages
+from pipeline import codec, messages
 from pipeline.errors import RunFailed
 from pipeline.failpoints import failpoint
 from pipeline.messages import IDS_A_MESSAGE
@@ -60,7 +60,7 @@ class Grants:
 
     def _send(self, peer: bytes, leases: Sequence[messages.Lease]) -> None:
         """In one message where it fits, else in halves."""
-        frames = messages.encode(messages.Grant(leases=tuple(leases)))
+        frames = codec.encode(messages.Grant(leases=tuple(leases)))
         if len(frames[0]) <= self._socket.max_message_bytes and len(leases) <= IDS_A_MESSAGE:
             self._socket.send(peer, frames)
         elif len(leases) > 1:

@@ -12,7 +12,7 @@ from learner.journal import Dropped, Journal
 from learner.leases import Batch, Group, Ledger, LedgerState, Source
 from learner.reception import Reception
 from learner.validation import Limits
-from pipeline import messages
+from pipeline import codec, messages
 from pipeline.errors import RunFailed
 from pipeline.messages import BadMessage, Capabilities, Lease
 from pipeline.transport.base import LearnerSocket
@@ -222,7 +222,7 @@ class Hub:
         self._weights.request(peer, request)
 
     def _send(self, peer: bytes, message: messages.LearnerMessage) -> None:
-        self._socket.send(peer, messages.encode(message))
+        self._socket.send(peer, codec.encode(message))
 
     def stats(self) -> HubStats:
         with self._changed:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 
 import learner.journal as journal
 from learner.lease_state import Account, ConsumedLeases, LeaseEntry, LedgerState, Outcome, Status
-from pipeline.messages import Lease, Trajectory, decode_from_engine
+from pipeline.codec import decode_from_engine
+from pipeline.messages import Lease, Trajectory
 
 Source = Callable[[int, int], Lease]
 """(lease id, version) -> what the lease contains; the version is the one it is to be started under."""

@@ -16,7 +16,7 @@ from learner.leases import Ledger, Outcome, Source
 from learner.roster import Engine, Roster, short_name
 from learner.sequences import Sequences
 from learner.validation import Limits, check_sample, check_trajectory, drop_reason, refusal
-from pipeline import messages
+from pipeline import codec, messages
 from pipeline.errors import RunFailed
 from pipeline.failpoints import failpoint
 from pipeline.messages import BadMessage, Capabilities, SampleId, Trajectory
@@ -115,7 +115,7 @@ class Reception:
 
     def on_message(self, peer: bytes, frames: list[bytes]) -> None:
         try:
-            message = messages.decode_from_engine(frames)
+            message = codec.decode_from_engine(frames)
             with self.changed:
                 if isinstance(message, messages.Hello):
                     self._hello(peer, message)
@@ -353,4 +353,4 @@ class Reception:
             self._on_event(line)
 
     def _send(self, peer: bytes, message: messages.LearnerMessage) -> None:
-        self._socket.send(peer, messages.encode(message))
+        self._socket.send(peer, codec.encode(message))

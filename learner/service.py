@@ -19,44 +19,34 @@ import msgspec
 import torch
 from msgspec import Struct
 
-from learner import checkpoint, ranks, replay
+from learner import checkpoint, parts, ranks, replay
 from learner.audit import TrainedSamples
 from learner.co_training import HeadCoTraining
 from learner.collapse import CollapseWatch
 from learner.composition import build_objective, uncorrected_sampler
 from learner.distillation import Distillation
-from learner.evaluation import evaluation_source
 from learner.followers import Begin, Leave, NoBatchYet, Publish, SaveCheckpoint, follow, tell, tell_batch
-from learner.hub import Hub, Limits
+from learner.hub import Limits
 from learner.journal import Journal
-from learner.leases import Batch, Group, Ledger, LedgerState
+from learner.leases import Batch, Group, LedgerState
 from learner.objective import Objective
 from learner.observer import LearnerObserver
 from learner.policy import gathered_state, resolve_device
-from learner.prompts import LeaseSource
 from learner.step_metrics import Metrics
 from learner.step_record import step_metrics
 from learner.trainer import build_trainer
-from learner.warm_start import ensure_embedded_model
 from pipeline.config import Config, check_against_model, check_config, resolve_threads
-from pipeline.digest import run_digest
 from pipeline.errors import RunFailed
 from pipeline.failpoints import failpoint
-from pipeline.messages import Capabilities, Lease
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.tasks import load_task
-from pipeline.tasks.base import Task
-from pipeline.tasks.prompts import check_prompts, rollout_sampling
 from pipeline.telemetry import Log, MetricsWriter
 from pipeline.telemetry.metrics import as_row
-from pipeline.telemetry.progress import WarmStartView
-from pipeline.transport.keys import load_learner_keys
-from pipeline.transport.router import ZmqLearnerSocket
 from pipeline.watchdog import Watchdog
-from pipeline.weights import FilesystemPublisher, WeightsServer
+from pipeline.weights import FilesystemPublisher
 
 POLL_SECONDS = 0.5
 DRAIN_SECONDS = 20.0
@@ -131,14 +121,14 @@ class Learner:
         evaluate_only: bool = False,
     ) -> None:
         self.config, self.run, self.stop, self.log = config, run, stop, log
-        self.model_folder = _model_folder(config, stop)
+        self.model_folder = parts.model_folder(config, stop)
         tokenizer = Tokenizer(self.model_folder)
         model_config = ModelConfig.from_folder(self.model_folder)
         check_against_model(config, model_config.max_positions)
         task = load_task(config.task, config.run.seed)
-        source = _lease_source(config, task, tokenizer, objective)
+        source = parts.lease_source(config, task, tokenizer, objective)
         evaluates = evaluate_only or config.learner.eval_every > 0
-        self.eval_leases = _evaluation_source(config, task, tokenizer) if evaluates else None
+        self.eval_leases = parts.eval_leases(config, task, tokenizer) if evaluates else None
 
         tell(Begin(str(self.model_folder)))
         self.trainer = build_trainer(config, objective, self.model_folder)
@@ -158,7 +148,7 @@ class Learner:
             log(f"{run.small_model} has no small model of step {self.step}; it is distilled anew from where it began")
 
         self.publisher = FilesystemPublisher(run.weights, config.weights.keep, self.model_folder)
-        self.publish_dtype = _publish_dtype(config, model_config)
+        self.publish_dtype = parts.publish_dtype(config, model_config)
         self.metrics = MetricsWriter(run.metrics, self.step)
         self.audit = TrainedSamples(run.trained, self.step)
         self.observer = LearnerObserver(config, run, self.step, tokenizer.decode, log)
@@ -173,7 +163,7 @@ class Learner:
             window_bytes=transport.window_bytes,
             stall_seconds=transport.stall_seconds or float("inf"),
         )
-        self.hub = _hub(config, run, objective, self.journal, source, limits, log)
+        self.hub = parts.build_hub(config, run, objective, self.journal, source, limits, log)
         self.hub.restore(restored.state.ledger if restored else None)
         self.stats_before = self.hub.stats()
         self.watchdog = Watchdog(transport.stall_seconds, self._stalled)
@@ -441,71 +431,4 @@ class Learner:
 def _unwritable(folder: Path, error: OSError) -> RunFailed:
     return RunFailed(
         f"{folder} cannot be written ({error.strerror or error}); free space there, then the same command goes on"
-    )
-
-
-def _model_folder(config: Config, stop: StopSignal) -> Path:
-    """The checkpoint the run starts from; the embedded model is built on first use."""
-    if config.model.path:
-        return Path(config.model.path)
-    with WarmStartView() as view:
-        return ensure_embedded_model(config, lambda p: view.show(p, stop))
-
-
-def _evaluation_source(config: Config, task: Task, tokenizer: Tokenizer) -> Callable[[int], list[Lease]]:
-    sampling = rollout_sampling(config.sampling, tokenizer.eos_token_ids)
-    return evaluation_source(task, tokenizer.encode, sampling, config)
-
-
-def _lease_source(config: Config, task: Task, tokenizer: Tokenizer, objective: Objective) -> LeaseSource:
-    usable = check_prompts(task, tokenizer.encode, config.sampling.max_prompt_tokens, config.task.long_prompts)
-    return LeaseSource(
-        task, usable, tokenizer.encode, tuple(tokenizer.eos_token_ids), config, objective.lease_temperature
-    )
-
-
-def _publish_dtype(config: Config, model_config: ModelConfig) -> torch.dtype:
-    name = model_config.dtype if config.weights.dtype == "auto" else config.weights.dtype
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def _hub(
-    config: Config,
-    run: RunDirectory,
-    objective: Objective,
-    journal: Journal,
-    source: LeaseSource,
-    limits: Limits,
-    log: Log,
-) -> Hub:
-    transport, learner = config.transport, config.learner
-    return Hub(
-        ZmqLearnerSocket(
-            transport.address,
-            heartbeat_seconds=transport.heartbeat_seconds,
-            max_message_bytes=transport.max_message_bytes,
-            keys=load_learner_keys(Path(transport.keys)) if transport.keys else None,
-            insecure=transport.insecure,
-            warn=log,
-        ),
-        journal,
-        Ledger(
-            batch_size=learner.batch_size,
-            group_size=learner.group_size,
-            max_staleness=learner.max_staleness,
-            dynamic_sampling=learner.dynamic_sampling,
-            lease_seconds=transport.lease_seconds,
-        ),
-        source,
-        run_id=run.run_id(),
-        digest=run_digest(config),
-        needs=Capabilities(
-            entropy=objective.needs_entropy_from_engine,
-            kept_ids=rollout_sampling(config.sampling, ()).truncates,
-        ),
-        heartbeat_seconds=transport.heartbeat_seconds,
-        lease_seconds=transport.lease_seconds,
-        limits=limits,
-        on_event=log,
-        weights=WeightsServer(run.weights) if config.weights.transport == "stream" else None,
     )

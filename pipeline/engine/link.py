@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from pipeline import messages
+from pipeline.codec import encode, encode_trajectory
 from pipeline.engine.link_events import Drained, Event, Failed, Granted, Revoked, VersionHint
 from pipeline.engine.outbox import Outbox
 from pipeline.engine.session import Session
 from pipeline.errors import UsageError
-from pipeline.messages import Capabilities, Trajectory, encode, encode_trajectory
+from pipeline.messages import Capabilities, Trajectory
 from pipeline.transport.base import EngineSocket
 from pipeline.transport.spool import Spool
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Collection, Mapping
 
 from msgspec import structs
 
-from pipeline import messages
+from pipeline import codec, messages
+from pipeline.codec import encode
 from pipeline.engine.link_events import Drained, Event, Failed, Granted, Revoked, VersionHint
 from pipeline.engine.outbox import Outbox
-from pipeline.messages import IDS_A_MESSAGE, SCHEMA, BadMessage, Capabilities, encode
+from pipeline.messages import IDS_A_MESSAGE, SCHEMA, BadMessage, Capabilities
 from pipeline.transport.base import EngineSocket
 from pipeline.transport.spool import Spool
 
@@ -156,7 +157,7 @@ class Session:
 
     def on_message(self, frames: list[bytes]) -> None:
         try:
-            message = messages.decode_from_learner(frames)
+            message = codec.decode_from_learner(frames)
         except BadMessage as error:
             self.fail(f"{self._socket.address} does not answer like a learner of this version: {error}", refused=True)
             return

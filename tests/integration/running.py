@@ -12,7 +12,7 @@ import zmq
 
 from benchmarks.synthetic import BATCH, DIGEST, GROUP, make_hub
 from learner.hub import Hub
-from pipeline import messages
+from pipeline import codec, messages
 from pipeline.engine.link import Failed, Link
 from pipeline.messages import SCHEMA, Capabilities
 from pipeline.transport.integrity import seal, unseal
@@ -108,13 +108,13 @@ def hello(peer: zmq.Socket, producer: str, incarnation: int = 0, **fields) -> No
         schema=SCHEMA, producer=producer, incarnation=incarnation, digest=DIGEST,
         capabilities=Capabilities(entropy=True), **fields,
     )  # fmt: skip
-    send(peer, messages.encode(message))
+    send(peer, codec.encode(message))
 
 
 def answer(peer: zmq.Socket, *skipped: type):
     while True:
         frames = unseal(peer.recv_multipart())
         assert frames is not None
-        message = messages.decode_from_learner(frames)
+        message = codec.decode_from_learner(frames)
         if not isinstance(message, skipped):
             return message

@@ -8,7 +8,7 @@ import zmq
 
 from benchmarks.synthetic import GROUP, make_hub, make_link, start_engine
 from learner.journal import Arrived, Journal
-from pipeline import messages
+from pipeline import codec, messages
 from pipeline.engine.link import Failed
 from pipeline.errors import RunFailed, UsageError
 from pipeline.transport.integrity import unseal
@@ -147,7 +147,7 @@ def test_engine_tries_anew_when_the_learner_accepts_it_and_says_nothing(tmp_path
     peers = set()
     while len(peers) < 3:
         peer, *frames = listener.recv_multipart()
-        assert isinstance(messages.decode_from_engine(unseal(frames)), messages.Hello)
+        assert isinstance(codec.decode_from_engine(unseal(frames)), messages.Hello)
         peers.add(peer)
     link.stop()
     listener.close(linger=0)

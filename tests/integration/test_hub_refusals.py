@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.synthetic import BATCH, DIGEST, GROUP, make_link, source, start_engine, trajectory
-from pipeline import messages
+from pipeline import codec, messages
 from pipeline.engine.link import Failed, Granted
 from pipeline.errors import UsageError
 from pipeline.messages import Capabilities
@@ -97,7 +97,7 @@ def bad_messages() -> dict[str, list[bytes]]:
         sample = trajectory(lease, 0, **({"producer": "peer"} | (header or {})))
         for name, array in arrays.items():
             setattr(sample, name, array)
-        return messages.encode_trajectory(sample)
+        return codec.encode_trajectory(sample)
 
     good = trajectory(lease, 0)
     empty = {name: getattr(good, name)[:0] for name in ("token_ids", "logprobs", "entropies", "versions", "samplers")}
@@ -119,7 +119,7 @@ def test_bad_messages_end_their_sender_and_nobody_else(tmp_path):
     with running_hub(tmp_path, events=events, lease_seconds=60.0) as hub:
         holder = raw_peer(hub.address)
         hello(holder, "holder")
-        send(holder, messages.encode(messages.Progress(running=(), credit=GROUP, version=0)))
+        send(holder, codec.encode(messages.Progress(running=(), credit=GROUP, version=0)))
         grant = answer(holder, messages.Welcome, messages.Window, messages.Published)
         assert [lease.id for lease in grant.leases] == [0], (
             "which stays open, so that answers to it are compared with it"

@@ -22,7 +22,7 @@ from benchmarks.synthetic import (
     trajectory,
 )
 from learner.journal import Arrived, Journal
-from pipeline import messages
+from pipeline import codec, messages
 from pipeline.engine.link import Granted
 from pipeline.errors import RunFailed
 from pipeline.failpoints import arm
@@ -92,11 +92,11 @@ def test_an_engine_that_ignores_its_window_is_told_so_and_ended(tmp_path):
         arm("journal.write=enospc")
         peer = raw_peer(hub.address)
         hello(peer, "peer")
-        send(peer, messages.encode(messages.Progress(running=(), credit=10 * BATCH, version=0)))
+        send(peer, codec.encode(messages.Progress(running=(), credit=10 * BATCH, version=0)))
         eventually(lambda: hub.stats().in_flight > BATCH)
         for lease in range(4):
             for sample in range(GROUP):
-                send(peer, messages.encode_trajectory(trajectory(source(lease, 0), sample, producer="peer")))
+                send(peer, codec.encode_trajectory(trajectory(source(lease, 0), sample, producer="peer")))
         eventually(lambda: hub.stats().bad_messages == 1)
         assert hub.stats().engines == 0
         arm("")
@@ -227,7 +227,7 @@ def test_a_lost_sample_or_answer_is_asked_after(tmp_path, monkeypatch):
         answer = hub._socket.send
 
         def lose_answer(peer, frames) -> None:
-            if isinstance(messages.decode_from_learner(frames), messages.Committed) and len(lost) < 8:
+            if isinstance(codec.decode_from_learner(frames), messages.Committed) and len(lost) < 8:
                 lost.append(frames)
             else:
                 answer(peer, frames)

@@ -6,7 +6,7 @@ import pytest
 import zmq
 
 from benchmarks.synthetic import BATCH, GROUP, make_link, trajectory
-from pipeline import messages
+from pipeline import codec, messages
 from pipeline.engine.link import Granted
 from pipeline.errors import UsageError
 from pipeline.messages import BadMessage
@@ -186,7 +186,7 @@ def test_two_processes_with_one_spool_do_not_work_beside_each_other(tmp_path):
         hello(copy, folder.name, incarnation=0, instance=123)
         from pipeline.transport.integrity import unseal
 
-        refused = messages.decode_from_learner(unseal(copy.recv_multipart()))
+        refused = codec.decode_from_learner(unseal(copy.recv_multipart()))
         assert isinstance(refused, messages.Refused) and "another engine process" in refused.reason
         copy.close(linger=0)
         serve(link, hub)

@@ -9,10 +9,11 @@ from drafters.suffix_automaton import SuffixAutomatonDrafter
 from learner.objective import Objective
 from learner.prompts import LeaseSource
 from learner.validation import Limits, check_trajectory
+from pipeline.codec import decode_from_learner, encode
 from pipeline.config import load_config
 from pipeline.engine.generator import GroupRequest
 from pipeline.engine.native.generator import NativeGenerator
-from pipeline.messages import BadMessage, Capabilities, Grant, SamplingParams, decode_from_learner, encode
+from pipeline.messages import BadMessage, Capabilities, Grant, SamplingParams
 from pipeline.tasks import load_task
 from tests.unit.generation import finish
 from tests.unit.learner_samples import trajectory

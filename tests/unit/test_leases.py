@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from learner.journal import Arrived, Dropped, Failed, Granted
 from learner.leases import Ledger, LedgerState, Outcome
-from pipeline.messages import SCHEMA, Lease, SamplingParams, Trajectory, TrajectoryHeader, encode_trajectory
+from pipeline.codec import encode_trajectory
+from pipeline.messages import SCHEMA, Lease, SamplingParams, Trajectory, TrajectoryHeader
 
 GROUP = 2
 BATCH = 4

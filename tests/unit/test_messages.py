@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import messages
+from pipeline import codec, messages
 from pipeline.messages import SCHEMA, BadMessage, DraftCounts, SamplingParams, Trajectory, TrajectoryHeader
 
 
@@ -46,7 +46,7 @@ ARRAYS = ("prompt_ids", "token_ids", "logprobs", "versions", "samplers", "roles"
 @pytest.mark.parametrize("entropies", [False, True])
 def test_trajectory_arrives_as_it_left(tokens, entropies):
     sent = make_trajectory(tokens, entropies)
-    got = messages.decode_from_engine(messages.encode_trajectory(sent))
+    got = codec.decode_from_engine(codec.encode_trajectory(sent))
     assert isinstance(got, Trajectory)
     assert got.header == sent.header and got.id == (4, 1)
     for name in ARRAYS:
@@ -60,10 +60,10 @@ def test_trajectory_arrives_as_it_left(tokens, entropies):
 @pytest.mark.parametrize("tokens", [1, 2, 50])
 def test_kept_ids_arrive_as_they_left(tokens):
     sent = with_kept_ids(make_trajectory(tokens))
-    got = messages.decode_from_engine(messages.encode_trajectory(sent))
+    got = codec.decode_from_engine(codec.encode_trajectory(sent))
     np.testing.assert_array_equal(got.kept_counts, sent.kept_counts)
     np.testing.assert_array_equal(got.kept_ids, sent.kept_ids)
-    plain = messages.decode_from_engine(messages.encode_trajectory(make_trajectory(tokens)))
+    plain = codec.decode_from_engine(codec.encode_trajectory(make_trajectory(tokens)))
     assert plain.kept_counts is None and plain.kept_ids is None
 
 
@@ -82,13 +82,13 @@ def test_kept_ids_that_do_not_fit_the_tokens_are_refused(change, complaint):
     sent = with_kept_ids(make_trajectory(6))
     change(sent)
     with pytest.raises(BadMessage, match=complaint):
-        messages.decode_from_engine(messages.encode_trajectory(sent))
+        codec.decode_from_engine(codec.encode_trajectory(sent))
 
 
 def test_arrays_travel_little_endian_whatever_their_type_was():
     sent = make_trajectory(2)
     sent.token_ids = np.array([1, 258], dtype=">i8")
-    assert messages.encode_trajectory(sent)[1][12:20] == bytes([1, 0, 0, 0, 2, 1, 0, 0])
+    assert codec.encode_trajectory(sent)[1][12:20] == bytes([1, 0, 0, 0, 2, 1, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_impossible_values_are_refused(array, value, complaint):
     sent = make_trajectory()
     getattr(sent, array)[2] = value
     with pytest.raises(BadMessage, match=complaint):
-        messages.decode_from_engine(messages.encode_trajectory(sent))
+        codec.decode_from_engine(codec.encode_trajectory(sent))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_impossible_values_are_refused(array, value, complaint):
 )
 def test_header_that_contradicts_the_arrays_is_refused(header, complaint):
     with pytest.raises(BadMessage, match=complaint):
-        messages.decode_from_engine(messages.encode_trajectory(make_trajectory(**header)))
+        codec.decode_from_engine(codec.encode_trajectory(make_trajectory(**header)))
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_header_that_contradicts_the_arrays_is_refused(header, complaint):
         [],
         [b""],
         [b"\xc1"],
-        messages.encode(messages.Drain()),
-        messages.encode_trajectory(make_trajectory())[:-1],
-        [*messages.encode(messages.Leaving()), b"body"],
+        codec.encode(messages.Drain()),
+        codec.encode_trajectory(make_trajectory())[:-1],
+        [*codec.encode(messages.Leaving()), b"body"],
         [msgspec.msgpack.encode({"type": "leaving", "handed_back": [-1]})],
         [msgspec.msgpack.encode({"type": "progress", "running": [], "credit": 1 << 40, "version": 0})],
         *[
@@ -147,7 +147,7 @@ def test_header_that_contradicts_the_arrays_is_refused(header, complaint):
             )
         ],
         *[
-            messages.encode(
+            codec.encode(
                 messages.Hello(
                     schema=SCHEMA, producer=producer, incarnation=0, digest={}, capabilities=messages.Capabilities()
                 )
@@ -159,7 +159,7 @@ def test_header_that_contradicts_the_arrays_is_refused(header, complaint):
 )
 def test_malformed_engine_messages_are_refused(frames):
     with pytest.raises(BadMessage):
-        messages.decode_from_engine(frames)
+        codec.decode_from_engine(frames)
 
 
 @pytest.mark.parametrize(
@@ -172,23 +172,21 @@ def test_leases_that_contradict_themselves_are_refused(wrong):
         sampling=SamplingParams(),
     )  # fmt: skip
     grant = messages.Grant(leases=(lease,))
-    assert messages.decode_from_learner(messages.encode(grant)) == grant
+    assert codec.decode_from_learner(codec.encode(grant)) == grant
     with pytest.raises(BadMessage):
-        messages.decode_from_learner(
-            messages.encode(messages.Grant(leases=(lease, msgspec.structs.replace(lease, **wrong))))
-        )
+        codec.decode_from_learner(codec.encode(messages.Grant(leases=(lease, msgspec.structs.replace(lease, **wrong)))))
 
 
 def test_a_header_holds_only_what_differs_from_the_defaults():
     plain = make_trajectory(sampling=SamplingParams(), drafters={}, reward_parts={})
-    told = msgspec.msgpack.decode(messages.encode_trajectory(plain)[0])
+    told = msgspec.msgpack.decode(codec.encode_trajectory(plain)[0])
     assert told["sampling"] == {} and "origins" not in told and "text" not in told
-    assert len(messages.encode_trajectory(plain)[0]) < 260
+    assert len(codec.encode_trajectory(plain)[0]) < 260
 
 
 @given(st.lists(st.binary(max_size=60), max_size=9))
 def test_arbitrary_bytes_raise_nothing_but_bad_message(frames):
-    for decode in (messages.decode_from_engine, messages.decode_from_learner):
+    for decode in (codec.decode_from_engine, codec.decode_from_learner):
         try:
             decode(frames)
         except BadMessage:
@@ -197,12 +195,12 @@ def test_arbitrary_bytes_raise_nothing_but_bad_message(frames):
 
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255), frame=st.integers(0, 1))
 def test_damaged_trajectories_raise_nothing_but_bad_message(position, value, frame):
-    frames = messages.encode_trajectory(with_kept_ids(make_trajectory()))
+    frames = codec.encode_trajectory(with_kept_ids(make_trajectory()))
     damaged = bytearray(frames[frame])
     damaged[position % len(damaged)] = value
     frames[frame] = bytes(damaged)
     try:
-        got = messages.decode_from_engine(frames)
+        got = codec.decode_from_engine(frames)
     except BadMessage:
         return
     if isinstance(got, Trajectory):
@@ -218,7 +216,7 @@ def test_deep_nesting_is_refused_or_skipped_without_harm(depth):
     frame = b"\x82" + msgspec.msgpack.encode("type") + msgspec.msgpack.encode("leaving")
     frame += msgspec.msgpack.encode("unknown") + nested(depth)
     try:
-        messages.decode_from_engine([frame])
+        codec.decode_from_engine([frame])
     except BadMessage:
         assert depth > 100
 
@@ -226,24 +224,24 @@ def test_deep_nesting_is_refused_or_skipped_without_harm(depth):
 def test_lists_longer_than_allowed_and_huge_headers_are_refused():
     long = messages.Leaving(handed_back=tuple(range(messages.IDS_A_MESSAGE + 1)))
     with pytest.raises(BadMessage, match="length"):
-        messages.decode_from_engine(messages.encode(long))
+        codec.decode_from_engine(codec.encode(long))
     announced = b"\x82\xa4type\xa7leaving\xabhanded_back\xdd\xff\xff\xff\xff"  # four thousand million entries
     with pytest.raises(BadMessage):
-        messages.decode_from_engine([announced])
+        codec.decode_from_engine([announced])
     with pytest.raises(BadMessage, match="header"):
-        messages.decode_from_engine([bytes(messages.LARGEST_HEADER + 1)])
+        codec.decode_from_engine([bytes(messages.LARGEST_HEADER + 1)])
 
 
 def test_a_part_of_the_reward_that_is_no_number_is_refused():
     with pytest.raises(BadMessage, match="part"):
-        messages.decode_from_engine(messages.encode_trajectory(make_trajectory(reward_parts={"right": float("inf")})))
+        codec.decode_from_engine(codec.encode_trajectory(make_trajectory(reward_parts={"right": float("inf")})))
 
 
 def test_an_error_of_any_length_fits_into_a_message():
     told = messages.fatal("m" * (1 << 21), "t" * (1 << 21) + "end")
-    assert messages.decode_from_engine(messages.encode(told)) == told and told.traceback.endswith("end")
+    assert codec.decode_from_engine(codec.encode(told)) == told and told.traceback.endswith("end")
 
 
 def test_messages_of_a_later_version_with_new_fields_are_understood():
     later = msgspec.msgpack.encode({"type": "leaving", "handed_back": [3], "mood": "fine"})
-    assert messages.decode_from_engine([later]) == messages.Leaving(handed_back=(3,))
+    assert codec.decode_from_engine([later]) == messages.Leaving(handed_back=(3,))

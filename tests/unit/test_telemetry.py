@@ -10,17 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pipeline.codec import decode_from_engine, encode_trajectory
 from pipeline.errors import UsageError
-from pipeline.messages import (
-    SCHEMA,
-    BadMessage,
-    DraftCounts,
-    SamplingParams,
-    Trajectory,
-    TrajectoryHeader,
-    decode_from_engine,
-    encode_trajectory,
-)
+from pipeline.messages import SCHEMA, BadMessage, DraftCounts, SamplingParams, Trajectory, TrajectoryHeader
 from pipeline.telemetry.live import COLUMNS, EngineView, RunView
 from pipeline.telemetry.log import Log
 from pipeline.telemetry.prometheus import PrometheusSink

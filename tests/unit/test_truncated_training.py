@@ -7,6 +7,7 @@ from learner.objective import Objective
 from learner.policy import load_policy
 from learner.trainer import Trainer
 from learner.validation import Limits, check_trajectory, refusal
+from pipeline.codec import decode_from_engine, encode_trajectory
 from pipeline.config import check_config, load_config
 from pipeline.config.types import LearnerSection, ObjectiveSection
 from pipeline.engine.generator import GroupRequest
@@ -14,16 +15,7 @@ from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.rewarding import FinishedGroup, ScoredGroup
 from pipeline.engine.service import trajectory_of
 from pipeline.errors import UsageError
-from pipeline.messages import (
-    SCHEMA,
-    BadMessage,
-    Capabilities,
-    Hello,
-    Lease,
-    SamplingParams,
-    decode_from_engine,
-    encode_trajectory,
-)
+from pipeline.messages import SCHEMA, BadMessage, Capabilities, Hello, Lease, SamplingParams
 from pipeline.tasks.prompts import rollout_sampling
 from pipeline.tasks.rewards import Scored
 from tests.unit.generation import Sampled
