@@ -20,6 +20,7 @@ import msgspec
 import torch
 
 from benchmarks.bandwidth import read_bandwidth
+from benchmarks.options import integers, names
 from benchmarks.random_model import checkpoint
 from benchmarks.results import spread, write_results
 from benchmarks.rollout_systems import VLLM_SYSTEM, Job, Timing
@@ -76,17 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompts", type=_paths, default=[], help="jsonl files with a field `question`; without them random tokens"
     )
-    parser.add_argument("--batch", type=_numbers, default=[1, 4, 16], help="sequences at once, for example 1,4,16")
+    parser.add_argument("--batch", type=integers(), default=[1, 4, 16], help="sequences at once, for example 1,4,16")
     parser.add_argument(
         "--drafters",
-        type=_names,
+        type=names,
         default=["none", "suffix-automaton"],
         help="comma-separated; name@8: drafts of up to 8 tokens",
     )
-    parser.add_argument("--peers", type=_names, default=[], help="transformers, vllm")
+    parser.add_argument("--peers", type=names, default=[], help="transformers, vllm")
     parser.add_argument("--vllm-python", type=Path, metavar="PATH", help="Python of an environment with vLLM")
     parser.add_argument(
-        "--vllm-drafters", type=_names, default=[], help="vLLM's own: none, ngram, suffix, or for example ngram@2"
+        "--vllm-drafters", type=names, default=[], help="vLLM's own: none, ngram, suffix, or for example ngram@2"
     )
     parser.add_argument(
         "--vllm-eager", action="store_true", help="vLLM is not compiled: it starts sooner, to try a command out"
@@ -351,13 +352,5 @@ class _Worker:
             self._process.kill()
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def _paths(text: str) -> list[Path]:
     return [Path(part) for part in text.split(",")]
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
