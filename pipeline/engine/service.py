@@ -374,7 +374,9 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
 
 
 def check_pieces(config: Config) -> None:
-    """Refuse a drafter, a cache compression or a small model that does not exist, or that do not go together."""
+    """Refuse a drafter, a cache compression or a small model that does not exist or does not fit the policy, and those
+    that do not go together."""
+    from drafters.base import check_policy
     from drafters.registry import build
     from pipeline.engine.native.compression import KVCompression
     from pipeline.engine.native.small_model import check_switching
@@ -386,6 +388,8 @@ def check_pieces(config: Config) -> None:
 
         require_vllm()
         check_needs(drafter)
+    path = config.model.path
+    check_policy(drafter, Path(path) if path else None, brings_head=config.drafter.co_train)
     KVCompression.from_config(config.engine.kv_compression)
     check_switching(config, drafter)
 

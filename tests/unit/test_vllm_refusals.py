@@ -124,7 +124,9 @@ def test_of_vllms_own_refusals_option_value_and_reason_are_said_and_no_lists():
     )
     assert said(ParallelConfig, tensor_parallel_size=3) == "odd sizes do not work"
     assert said(CompilationConfig, mode="x").startswith('engine.vllm.compilation_config.mode = "x" is not valid: ')
-    long = ValueError("Model architectures ['Foo'] are not supported for now. Supported architectures: dict_keys([...])")
+    long = ValueError(
+        "Model architectures ['Foo'] are not supported for now. Supported architectures: dict_keys([...])"
+    )
     assert reason(long) == "Model architectures ['Foo'] are not supported for now"
     assert reason(RuntimeError("no model. [type=value_error, input_value=x]")) == "no model"
     assert reason(RuntimeError()) == "RuntimeError" and len(reason(ValueError("word " * 1000))) < 420
