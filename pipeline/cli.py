@@ -404,11 +404,11 @@ def _dry_run(config: object, parts: tuple[str, ...]) -> int:
     if "engine" in parts:
         from learner.composition import check_engine_gives
         from pipeline.engine.service import check_pieces
-        from pipeline.tasks.rewards import load_reward
+        from pipeline.tasks.rewards import load_reward, reward_name
 
         check_engine_gives(config)
         check_pieces(config)
-        load_reward(config.task.reward)
+        load_reward(reward_name(config.task))
     sys.stdout.write(render(config))
     return 0
 

@@ -33,6 +33,7 @@ from pipeline.engine.generator import GroupRequest
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
+from pipeline.models.chat import chat_template
 from pipeline.models.checkpoint import load_decoder
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Decoder
@@ -151,7 +152,7 @@ def _prompts(config: Config, positions: int, tokenizer: Tokenizer) -> tuple[Task
     """Of the policy's own rollouts: the task, indices of the prompts that can be used, and how they are sampled."""
     sampling = rollout_sampling(config.sampling, tokenizer.eos_token_ids)
     check_against_model(config, positions)
-    task = load_task(config.task, config.run.seed)
+    task = load_task(config.task, config.run.seed, chat_template(config.model.path))
     limit = config.sampling.max_prompt_tokens
     return task, check_prompts(task, tokenizer.encode, limit, config.task.long_prompts), sampling
 

@@ -58,7 +58,8 @@ class MTPDrafter(BaseDrafter):
         elif not brings_head:
             own = folder if folder is not None and head_files(folder) else "DIR"
             raise UsageError(
-                f'drafter mtp of a run needs a head, since publications bring none: give {{name = "mtp", path = "{own}"}}, '
+                "drafter mtp of a run needs a head, since publications bring none: give "
+                f'{{name = "mtp", path = "{own}"}}, '
                 "or set drafter.co_train = true, with which the learner trains and publishes one"
             )
 

@@ -98,9 +98,8 @@ def _check_co_training(config: Config) -> None:
     names = _drafters(config.engine.drafter)
     if "mtp" not in names and not any(":" in name for name in names):  # a user's own may read the head
         raise UsageError(
-            f"drafter.co_train = true trains a head that engine.drafter ({', '.join(names)}) does not draft with; set for "
-            'example engine.drafter = {name = "arbiter", drafters = ["suffix-automaton", "mtp"]}, or drafter.co_train = '
-            "false"
+            f"drafter.co_train = true trains a head that engine.drafter ({', '.join(names)}) does not draft with; set "
+            'engine.drafter = {name = "arbiter", drafters = ["suffix-automaton", "mtp"]}, or drafter.co_train = false'
         )
 
 

@@ -62,8 +62,8 @@ def check_vllm(config: Config) -> None:
         )
     if engine.device != "auto":
         raise UsageError(
-            f'engine.device = "{engine.device}" is the native generator\'s; vLLM takes the devices that it sees, so leave '
-            "it out and start the engine with CUDA_VISIBLE_DEVICES, for example CUDA_VISIBLE_DEVICES=1"
+            f'engine.device = "{engine.device}" is the native generator\'s; vLLM takes the devices that it sees, so '
+            "leave it out and start the engine with CUDA_VISIBLE_DEVICES, for example CUDA_VISIBLE_DEVICES=1"
         )
     if engine.prefill_tokens != type(engine)().prefill_tokens:
         raise UsageError(

@@ -350,8 +350,8 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
     header = TrajectoryHeader(
         schema=SCHEMA, producer="", incarnation=0, sequence=0, lease=lease.id, sample=index,
         prompt_tokens=len(lease.prompt_ids), response_tokens=tokens, has_entropy=sample.entropies is not None,
-        reward=score.reward, reward_parts={}, finish_reason=sample.finish_reason, sampling=lease.sampling_of(index),
-        drafters=sample.drafters, verifications=sample.verifications,
+        reward=score.reward, reward_parts=score.parts, finish_reason=sample.finish_reason,
+        sampling=lease.sampling_of(index), drafters=sample.drafters, verifications=sample.verifications,
         kv_kept_across_update=sample.kv_kept_across_update,
         kept_ids=None if sample.kept is None else len(sample.kept.ids),
     )  # fmt: skip

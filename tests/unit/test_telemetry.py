@@ -13,9 +13,10 @@ from rich.console import Console
 from pipeline.codec import decode_from_engine, encode_trajectory
 from pipeline.errors import UsageError
 from pipeline.messages import SCHEMA, BadMessage, DraftCounts, SamplingParams, Trajectory, TrajectoryHeader
-from pipeline.telemetry.live import COLUMNS, EngineView, RunView
+from pipeline.telemetry.live import COLUMNS, EngineView, RunView, sample_text
 from pipeline.telemetry.log import Log
 from pipeline.telemetry.prometheus import PrometheusSink
+from pipeline.telemetry.report.samples import samples_section
 from pipeline.telemetry.samples import SampleLog, describe, describe_batch
 from pipeline.telemetry.scalars import scalars
 from pipeline.telemetry.sinks import Sinks
@@ -86,6 +87,19 @@ def test_only_samples_with_origins_are_told_and_a_resumed_run_cuts_them_back(tmp
     SampleLog(tmp_path / "samples.jsonl", resume_step=1).close()
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(row["step"], row["lease"]) for row in rows] == [(1, 1), (1, 2)]
+
+
+def test_samples_of_an_engine_that_records_no_origins_are_plain_text():
+    """vLLM's: they are shown where there are no others."""
+    untold = [("q", trajectory(origins=(), sources=(), lease=lease)) for lease in range(4)]
+    found = describe_batch(3, untold, 2, letters)
+    assert [(s["step"], s["lease"], s["pieces"]) for s in found] == [
+        (3, lease, [["abcde", "unknown", None, "policy", 5]]) for lease in range(2)
+    ]
+    assert sample_text(found[0], []).plain == "sample +0.50 q → abcde"
+    assert "not recorded" in samples_section(found) and "abcde</span>" in samples_section(found)
+    told = describe_batch(3, [*untold, ("q", trajectory(lease=9))], 2, letters)
+    assert [s["lease"] for s in told] == [9] and "not recorded" not in samples_section(told)
 
 
 def test_the_clock_gives_every_second_to_one_state_and_the_trace_agrees(tmp_path):

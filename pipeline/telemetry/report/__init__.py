@@ -16,8 +16,8 @@ __all__ = ["write_report"]
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Reads what a run, a head's training or a benchmark left in `folder` and writes report.html; of a run also trace.json, its processes'
-    traces in one file.
+    """Reads what a run, a head's training or a benchmark left in `folder` and writes report.html; of a run also
+    trace.json, its processes' traces in one file.
 
     Raises:
         UsageError: there is nothing to report on, or the file cannot be written.
@@ -56,7 +56,7 @@ def _page(folder: Path, rows: list[dict[str, Any]]) -> Page:
         return (drafter_page if of_head else run_page)(folder, rows, settings, written)
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{folder / 'metrics.jsonl'} is not what this version of Rollahead writes ({type(error).__name__}: {error}); "
+            f"{folder / 'metrics.jsonl'} is not what this version writes ({type(error).__name__}: {error}); "
             "report with the version that wrote it"
         ) from error
 
