@@ -268,11 +268,21 @@ def test_the_engine_view_says_what_it_does(tmp_path):
     row = {
         "policy_version": 4, "generated_tokens_total": 1000, "tokens_per_second": 50.0, "sequences": 8, "leases": 2,
         "samples_total": 16, "tokens_per_verification": 2.0, "drafters": ROW["drafters"],
-        "seconds": {"generating": 2.0},
+        "seconds": {"generating": 2.0}, "newest_version": 6, "staleness_mean": 0.5, "staleness_max": 2.0,
+        "queue": {"waiting": 3, "scoring": 1}, "said": ["warning: " + 100 * "long "],
     }  # fmt: skip
     for _ in range(EngineView.EVERY):
         view.show(row)
     assert written.getvalue().count("\n") == 1 and "v4" in written.getvalue()
+    drawn = io.StringIO()
+    view = EngineView(Console(file=drawn, force_terminal=True, width=200, color_system=None))
+    view.show(row)
+    view.close()
+    lines = [line.rstrip() for line in drawn.getvalue().replace("\x1b[?25l", "").splitlines()]
+    assert any("v4, v6 is there, tokens 0.50 publications old, at most 2" in line for line in lines)
+    assert any("3 leases to begin, 1 waiting for rewards" in line for line in lines)
+    warned = [line for line in lines if "warning: long" in line]
+    assert warned and all(len(line) <= COLUMNS for line in warned) and warned[0].endswith("…")
 
 
 def test_a_peers_text_cannot_speak_to_the_terminal(capsys):
