@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from benchmarks.drafter_choice import check, drafters, short_name
 from benchmarks.drafter_streams import (
     LENGTH,
     ArcticDrafter,
@@ -27,13 +28,14 @@ from benchmarks.drafter_streams import (
     seconds_a_token,
     teach,
 )  # fmt: skip
+from benchmarks.options import SEED, Parser, at_least, files, integers, names, temperature
 from benchmarks.results import resident_bytes, spread, write_results
 from drafters.arbiter import ArbiterDrafter
 from drafters.base import BaseDrafter, Drafter, DraftRequest, Proposal
 from drafters.calibration import measure_verifications
 from drafters.cost_model import CostModel
 from drafters.none import NoDrafter
-from drafters.registry import build
+from drafters.registry import build, piece_of
 from drafters.replay import RecordedText, replay
 from drafters.suffix.corpus import build_corpus, load_corpus
 from drafters.suffix_automaton import SuffixAutomatonDrafter
@@ -55,13 +57,14 @@ T_8 = 1.860
 def main(arguments: list[str]) -> int:
     """Runs the parts, prints a line a row, writes `results.json`; the exit code."""
     options = _parser().parse_args(arguments)
-    parts = options.parts.split(",")
     known = {"stream": _stream, "build": _build, "arbiter": _arbiter, "replay": _replay}
-    for part in parts:
+    for part in options.parts:
         if part not in known:
             raise UsageError(f"--parts {part} is unknown; there are {', '.join(known)}")
     rows: list[Row] = []
-    for part in parts:
+    for drafter in options.drafters:
+        check(drafter)
+    for part in options.parts:
         for row in known[part](options):
             rows.append({"part": part, **row})
             print(", ".join(f"{key} {_shown(value)}" for key, value in rows[-1].items()), flush=True)
@@ -70,27 +73,28 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rollahead bench drafters", description=__doc__.partition("\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="rollahead bench drafters", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
-    parser.add_argument("--train", type=_files, required=True, help=".jsonl files to learn from, comma between")
-    parser.add_argument("--prompts", type=_files, required=True, help=".jsonl files to draft for, comma between")
-    parser.add_argument("--parts", default="stream,build,arbiter,replay")
-    parser.add_argument("--memory-tokens", type=int, default=1_000_000)
-    parser.add_argument("--build-tokens", type=int, default=10_000_000)
-    parser.add_argument("--stream-texts", type=int, default=512)
-    parser.add_argument("--batch", default="1,4,16,64")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--tokens", type=int, default=96, help="tokens a sample in the arbiter part")
-    parser.add_argument("--groups", type=int, default=0, help="prompts a run; 0: a quarter of the batch, at least 2")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=files, required=True, help=".jsonl files to learn from, comma between")
+    parser.add_argument("--prompts", type=files, required=True, help=".jsonl files to draft for, comma between")
+    parser.add_argument("--parts", type=names, default=["stream", "build", "arbiter", "replay"])
+    parser.add_argument(
+        "--drafters", type=drafters, default=list(SINGLE), help="single choices of the arbiter part, names or tables"
+    )
+    parser.add_argument("--memory-tokens", type=at_least(1), default=1_000_000)
+    parser.add_argument("--build-tokens", type=at_least(1), default=10_000_000)
+    parser.add_argument("--stream-texts", type=at_least(1), default=512)
+    parser.add_argument("--batch", type=integers(), default=[1, 4, 16, 64])
+    parser.add_argument("--temperature", type=temperature, default=1.0)
+    parser.add_argument("--tokens", type=at_least(1), default=96, help="tokens a sample in the arbiter part")
+    parser.add_argument(
+        "--groups", type=at_least(0), default=0, help="prompts a run; 0: a quarter of the batch, at least 2"
+    )
+    parser.add_argument("--repeats", type=at_least(1), default=9)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-drafters"))
     return parser
-
-
-def _files(text: str) -> list[Path]:
-    return [Path(part) for part in text.split(",")]
 
 
 def _shown(value: Any) -> str:
@@ -181,17 +185,20 @@ def _arbiter(options: argparse.Namespace) -> list[Row]:
     """Every choice in turns; the arbiter's ratio to the best single one, repeat by repeat, and its lower 95% bound."""
     decoder = load_decoder(options.model)
     rows = []
-    names = (*SINGLE, "arbiter")
+    single = list(dict.fromkeys(["none", *options.drafters]))
+    choices = [piece_of(text) for text in single if text != "none"]
+    pieces = {short_name(text): piece_of(text) for text in single}
+    pieces["arbiter"] = {"name": "arbiter", "drafters": choices}
     for label, prompts in _prompt_sets(options):
-        for batch in map(int, options.batch.split(",")):
+        for batch in options.batch:
             groups = options.groups or max(2, batch // 4)
-            speeds: dict[str, list[float]] = {name: [] for name in names}
+            speeds: dict[str, list[float]] = {name: [] for name in pieces}
             for repeat in range(options.repeats + 1):
-                for name in names if repeat % 2 else reversed(names):
-                    speed = _speed(decoder, _piece(name), prompts[:groups], batch, options)
+                for name in pieces if repeat % 2 else reversed(pieces):
+                    speed = _speed(decoder, pieces[name], prompts[:groups], batch, options)
                     if repeat:  # the first round warms up
                         speeds[name].append(speed)
-            best = max(SINGLE, key=lambda name: statistics.median(speeds[name]))
+            best = max(map(short_name, single), key=lambda name: statistics.median(speeds[name]))
             ratios = [a / b for a, b in zip(speeds["arbiter"], speeds[best], strict=True)]
             margin = T_8 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
             plain = [a / b for a, b in zip(speeds["arbiter"], speeds["none"], strict=True)]
@@ -204,10 +211,6 @@ def _arbiter(options: argparse.Namespace) -> list[Row]:
             )  # fmt: skip
             print(f"{label} batch {batch}: {best} best, arbiter {_shown(rows[-1]['ratio_to_best'])}", flush=True)
     return rows
-
-
-def _piece(name: str) -> dict[str, Any]:
-    return {"name": name, "drafters": list(SINGLE[1:])} if name == "arbiter" else {"name": name}
 
 
 def _prompt_sets(options: argparse.Namespace) -> list[tuple[str, list[np.ndarray]]]:
@@ -259,7 +262,7 @@ def _replay(options: argparse.Namespace) -> list[Row]:
     costs.fit(measured)
     rows = []
     for label, prompts in _prompt_sets(options)[: len(options.prompts)]:
-        for batch in map(int, options.batch.split(",")):
+        for batch in options.batch:
             texts = _sampled(decoder, prompts[: options.groups or max(2, batch // 4)], options)
             speeds = {"none": _on_paper(NoDrafter(), texts, batch, costs)}
             for name in ("suffix-automaton", "prompt-lookup"):

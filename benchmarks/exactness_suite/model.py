@@ -37,7 +37,10 @@ class FreshForward:
 
     def __init__(self, folder: Path) -> None:
         transformers.utils.logging.disable_progress_bar()
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        ).eval()
+        self.vocabulary = int(self._model.config.vocab_size)
 
     @torch.no_grad()
     def logits(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
