@@ -12,7 +12,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from benchmarks.drafter_streams import (
 )  # fmt: skip
 from benchmarks.options import SEED, Parser, at_least, files, integers, names, temperature
 from benchmarks.results import resident_bytes, spread, write_results
+from benchmarks.turns import take_turns
 from drafters.arbiter import ArbiterDrafter
 from drafters.base import BaseDrafter, Drafter, DraftRequest, Proposal
 from drafters.calibration import measure_verifications
@@ -189,15 +190,11 @@ def _arbiter(options: argparse.Namespace) -> list[Row]:
     choices = [piece_of(text) for text in single if text != "none"]
     pieces = {short_name(text): piece_of(text) for text in single}
     pieces["arbiter"] = {"name": "arbiter", "drafters": choices}
+    build(pieces["arbiter"])  # refused before anything is measured
     for label, prompts in _prompt_sets(options):
         for batch in options.batch:
             groups = options.groups or max(2, batch // 4)
-            speeds: dict[str, list[float]] = {name: [] for name in pieces}
-            for repeat in range(options.repeats + 1):
-                for name in pieces if repeat % 2 else reversed(pieces):
-                    speed = _speed(decoder, pieces[name], prompts[:groups], batch, options)
-                    if repeat:  # the first round warms up
-                        speeds[name].append(speed)
+            speeds = _speeds(decoder, pieces, prompts, groups, batch, options)
             best = max(map(short_name, single), key=lambda name: statistics.median(speeds[name]))
             ratios = [a / b for a, b in zip(speeds["arbiter"], speeds[best], strict=True)]
             margin = T_8 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
@@ -222,24 +219,37 @@ def _prompt_sets(options: argparse.Namespace) -> list[tuple[str, list[np.ndarray
     return [*sets, ("random", [rng.integers(3, largest + 1, 48) for _ in range(64)])]
 
 
-def _speed(
-    decoder: Decoder, piece: Row, prompts: Sequence[np.ndarray], batch: int, options: argparse.Namespace
-) -> float:
-    """Tokens a second of `GROUP` samples of each prompt, each exactly `options.tokens` long; drafting in the clock."""
-    generator = NativeGenerator(
-        decoder, drafter=build(piece), max_sequences=batch, max_draft_tokens=CAP, stop_token_ids=(), stagger=True
-    )
+def _speeds(
+    decoder: Decoder, pieces: Mapping[str, Row], prompts: Sequence[np.ndarray], groups: int, batch: int,
+    options: argparse.Namespace,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Tokens a second of each of the named pieces and of each repeat, in short turns; drafting in the clock.
+
+    A repeat is `GROUP` samples of each of `groups` new prompts, each exactly `options.tokens` long.
+    Drafters keep what they have seen and measured, as in an engine; the first repeat warms up and is not counted.
+    """
+    generators = [
+        NativeGenerator(
+            decoder, drafter=build(piece), max_sequences=batch, max_draft_tokens=CAP, stop_token_ids=(),
+            stagger=True,
+        )
+        for piece in pieces.values()
+    ]  # fmt: skip
     sampling = SamplingParams(temperature=options.temperature, max_new_tokens=options.tokens)
-    began = time.perf_counter()
-    for i, prompt in enumerate(prompts):
-        seeds = tuple(options.seed + i * GROUP + s for s in range(GROUP))
-        generator.add(GroupRequest(i, prompt, sampling, seeds))
-    while generator.has_work():
-        generator.step()
-    seconds = time.perf_counter() - began
-    tokens = generator.stats().generated_tokens
-    generator.close()
-    return tokens / seconds
+    speeds: dict[str, list[float]] = {name: [] for name in pieces}
+    for repeat in range(options.repeats + 1):
+        before = [generator.stats().generated_tokens for generator in generators]
+        for i in range(repeat * groups, (repeat + 1) * groups):
+            seeds = tuple(options.seed + i * GROUP + s for s in range(GROUP))
+            for generator in generators:
+                generator.add(GroupRequest(i, prompts[i % len(prompts)], sampling, seeds))
+        turns = take_turns(generators)
+        for name, generator, was, (seconds, _) in zip(pieces, generators, before, turns, strict=True):
+            if repeat:
+                speeds[name].append((generator.stats().generated_tokens - was) / seconds)
+    for generator in generators:
+        generator.close()
+    return speeds
 
 
 class _Capped(BaseDrafter):

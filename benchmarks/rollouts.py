@@ -106,6 +106,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--same-prompts", action="store_true", help="rounds repeat the prompts with other seeds, as epochs do"
     )
+    parser.add_argument("--waves", type=at_least(1), default=3, help="sequences a round, in batches")
     parser.add_argument("--tokens", type=at_least(1), default=96, help="new tokens a sequence")
     parser.add_argument("--temperature", type=temperature, default=1.0)
     parser.add_argument("--group-size", type=at_least(1), default=8, help="samples a prompt")
@@ -166,8 +167,8 @@ def _questions(path: Path) -> list[str]:
 
 
 def _groups(options: argparse.Namespace, batch: int) -> int:
-    """Prompts a round."""
-    return -(-max(batch, options.group_size) // options.group_size)
+    """Prompts a round: `--waves` times as many samples as there are places, so that places are filled again."""
+    return -(-max(batch * options.waves, options.group_size) // options.group_size)
 
 
 def _longest(prompts: Prompts) -> int:
@@ -195,14 +196,20 @@ def _interleaved(
     prompts: list[list[int]],
     max_length: int,
 ) -> dict[Configuration, list[Timing]]:
-    """Every configuration once a repeat, in an order that turns round; the first round warms up and is not counted."""
+    """Every configuration once a repeat, in an order that turns round; the first round warms up and is not counted.
+
+    The native generator's own configurations take turns of a few milliseconds within a round (`benchmarks.turns`).
+    """
+    native = [c for c in configurations if c[0] == "rollahead"]
+    runs = [native, *([c] for c in configurations if c not in native)]
     timings: dict[Configuration, list[Timing]] = {configuration: [] for configuration in configurations}
     for repeat in range(options.repeats + 1):
-        for configuration in configurations if repeat % 2 else reversed(configurations):
-            system, drafter = configuration
-            timing = workers[configuration].run(_job(options, drafter, batch, prompts, max_length, repeat))
-            if repeat:
-                timings[system, drafter].append(timing)
+        for together in runs if repeat % 2 else reversed(runs):
+            jobs = [_job(options, drafter, batch, prompts, max_length, repeat) for _, drafter in together]
+            found = workers[together[0]].run(jobs) if together else []
+            for configuration, timing in zip(together, found, strict=True):
+                if repeat:
+                    timings[configuration].append(timing)
     return timings
 
 
@@ -223,7 +230,7 @@ def _weighed(workers: "_Workers", configuration: Configuration, timed: list[Timi
     """A run that measures memory; vLLM, which takes its memory at its start, says in every run what it knows."""
     if configuration[0] in ("vllm", VLLM_SYSTEM):
         return timed[-1]
-    return workers[configuration].run(msgspec.structs.replace(job, measure_memory=True))
+    return workers[configuration].run([msgspec.structs.replace(job, measure_memory=True)])[0]
 
 
 def _rows(
@@ -348,11 +355,11 @@ class _Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1], text=True, env=variables,
         )  # fmt: skip
 
-    def run(self, job: Job) -> Timing:
+    def run(self, jobs: Sequence[Job]) -> list[Timing]:
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(msgspec.json.encode(job).decode() + "\n")
+            process.stdin.write(msgspec.json.encode(jobs).decode() + "\n")
             process.stdin.flush()
         except BrokenPipeError:
             pass  # the answer below is empty then
@@ -360,9 +367,9 @@ class _Worker:
         if not answer:
             raise RunFailed(f"{self._system} ended with code {process.wait()}; its output is above")
         found = msgspec.json.decode(answer, type=Answer)
-        if found.timing is None:
+        if found.refused:
             raise (UsageError if found.exit_code == 2 else RunFailed)(found.refused)
-        return found.timing
+        return found.timings
 
     def stop(self) -> None:
         assert self._process.stdin is not None

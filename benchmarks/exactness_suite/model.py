@@ -20,6 +20,7 @@ def random_checkpoint(
         num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=256, tie_word_embeddings=tied,
         bos_token_id=1, eos_token_id=STOP,
     )  # fmt: skip
+    transformers.utils.logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.Qwen3ForCausalLM(config)

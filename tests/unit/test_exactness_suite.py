@@ -241,7 +241,7 @@ def test_a_drafter_that_is_switched_off_fails_its_suite(tiny, tmp_path):
     [
         "mtp",
         '{name = "draft-model", max_tokens = 2}',
-        '{name = "arbiter", measure = false, drafters = ["mtp", {name = "suffix-automaton", auxiliary = "draft-model"}]}',
+        '{name = "arbiter", measure = false, drafters = [{name = "suffix-automaton", auxiliary = "mtp"}]}',
     ],
 )
 def test_drafters_of_a_model_are_made_for_the_suites_own(tmp_path, text):
