@@ -5,6 +5,7 @@ The pieces live one a file in the folders of those names (signatures: `learner.p
 this module composes them.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,18 @@ import torch
 
 from learner.pieces import build, trait
 from learner.protocols import Advantage, Aggregation, Correction, Gate, Modulator, Regulariser, Shaping, Surrogate
-from learner.tokens import BatchMetrics, BatchTokens, GroupRewards, Layout, MicroBatchTokens, Needs, TokenMetrics
+from learner.ratios import finite_or_zero
+from learner.tokens import (
+    BatchMetrics,
+    BatchTokens,
+    GroupRewards,
+    Layout,
+    MicroBatchTokens,
+    Needs,
+    TokenMetrics,
+    selected,
+    usable,
+)
 from pipeline.config.types import ObjectiveSection
 
 CONTRACT_METRICS = frozenset({"clip_fraction", "entropy_ratio_kept"})
@@ -115,23 +127,36 @@ class Objective:
         return self.advantage(samples)
 
     def modulated(self, batch: BatchTokens) -> tuple[BatchTokens, BatchMetrics]:
-        """The batch with the modulators' advantages; pieces that look at batches have seen it."""
+        """The batch with the modulators' advantages; pieces that look at batches have seen it.
+
+        Tokens with a value that is not finite are kept from them, since one would stay in a controller's memory for
+        good, and have advantage 0.
+        """
         metrics: BatchMetrics = {}
+        index = usable(batch).nonzero()[:, 0]
+        seen = selected(batch, index)
         for modulator in self.modulators:
-            advantage, measured = modulator(batch)
-            batch = replace(batch, advantage=advantage)
+            advantage, measured = modulator(seen)
+            seen = replace(seen, advantage=finite_or_zero(advantage))
             metrics |= _named(modulator.name, measured)
         for piece in self.pieces():
             if hasattr(piece, "begin"):
-                piece.begin(batch)
-        return batch, metrics
+                piece.begin(seen)
+        advantage = torch.zeros_like(batch.advantage).index_copy(0, index, seen.advantage)
+        return replace(batch, advantage=advantage), metrics
 
     def weights(self, batch: BatchTokens) -> tuple[torch.Tensor, BatchMetrics]:
-        """Importance weight of each token, float32 [N], and metrics under the pieces' names."""
-        weight = torch.ones_like(batch.advantage)
+        """Importance weight of each token, float32 [N], and metrics under the pieces' names.
+
+        Tokens with a value that is not finite weigh 0 from the start. Corrections see them all the same: an impossible
+        token is what masks of whole samples look for.
+        """
+        finite = usable(batch)
+        weight = finite.to(batch.advantage.dtype)
         metrics: BatchMetrics = {}
         for correction in self.corrections:
             weight, measured = correction(weight, batch)
+            weight = torch.where(finite, finite_or_zero(weight), torch.zeros_like(weight))
             metrics |= _named(correction.name, measured)
         return weight, metrics
 
@@ -144,8 +169,8 @@ class Objective:
     def plans(self, tokens: MicroBatchTokens) -> Plans:
         """What pieces plan from all M tokens of the mini-batch."""
         with torch.no_grad():
-            usable = self._usable(tokens)
-            return {key: piece.plan(usable) for key, piece in self.planners}
+            seen = self._usable(tokens)
+            return {key: piece.plan(seen) for key, piece in self.planners}
 
     def loss(self, tokens: MicroBatchTokens, plans: Plans | None = None) -> tuple[torch.Tensor, TokenMetrics]:
         """The micro-batch's share of the loss: the sum over its tokens, each times its coefficient.
@@ -209,7 +234,8 @@ class Objective:
 
     def restore(self, state: dict[str, dict[str, float]]) -> None:
         for key, piece in self._with_state():
-            piece.restore(state.get(key, {}))
+            # What was not finite when it was kept is forgotten: it would never become finite again.
+            piece.restore({name: value for name, value in state.get(key, {}).items() if math.isfinite(value)})
 
     def _with_state(self) -> Iterator[tuple[str, Any]]:
         return ((f"{i}:{piece.name}", piece) for i, piece in enumerate(self.pieces()) if hasattr(piece, "state"))
@@ -217,19 +243,18 @@ class Objective:
     def _usable(self, tokens: MicroBatchTokens) -> MicroBatchTokens:
         """Tokens with a value that is not finite get weight 0, advantage 0, ratio 1 and no gradient. Not by a product:
         0 times infinity is not a number."""
-        usable = tokens.logp.detach().isfinite() & tokens.logp_old.isfinite() & tokens.logp_behaviour.isfinite()
-        for values in (tokens.entropy.detach(), tokens.entropy_old, tokens.logp_reference):
-            usable = usable & values.isfinite() if len(values) else usable
-        if bool(usable.all()):
-            return tokens
         names = (
             "logp", "logp_old", "logp_behaviour", "entropy", "entropy_old", "advantage", "weight", "logp_reference",
             "expected_score", "nucleus_entropy",
         )  # fmt: skip
+        values = {name: value for name in names if len(value := getattr(tokens, name))}
+        finite = torch.ones_like(tokens.logp_old, dtype=torch.bool)
+        for value in values.values():
+            finite = finite & value.detach().isfinite()
+        if bool(finite.all()):
+            return tokens
         changed: dict[str, Any] = {
-            name: torch.where(usable, value, torch.zeros_like(value))
-            for name in names
-            if len(value := getattr(tokens, name))
+            name: torch.where(finite, value, torch.zeros_like(value)) for name, value in values.items()
         }
         return replace(tokens, **changed)
 
