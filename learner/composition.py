@@ -31,6 +31,7 @@ def check_composition(objective: Objective, config: Config) -> None:
     _check_proximal(objective)
     _check_aggregation(objective)
     _check_rewards(objective, config)
+    _check_steps(objective)
     if not config.objective.reconstructed:
         for piece in objective.pieces():
             if trait(piece, "reconstructed"):
@@ -132,6 +133,16 @@ def _check_aggregation(objective: Objective) -> None:
             f"the surrogate {objective.surrogate.name} is defined as {' or '.join(allowed)}, not {chosen}; set "
             f"objective.aggregation = {allowed[0]}"
         )
+
+
+def _check_steps(objective: Objective) -> None:
+    for piece in objective.modulators:
+        if trait(piece, "one_step"):
+            raise UsageError(
+                f"{piece.name} needs the borders between an agent's steps, and no engine here records environment "
+                f"tokens; set objective.modulators.{piece.name}.ends to the ids of tokens that end a step, or "
+                f"objective.modulators.{piece.name}.turns = true for an engine of your own that records them"
+            )
 
 
 def _check_rewards(objective: Objective, config: Config) -> None:

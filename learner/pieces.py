@@ -121,6 +121,8 @@ class Piece:
     """probability mass that `Needs.NUCLEUS_ENTROPY` is taken on"""
     signed_rewards: ClassVar[bool] = False
     """does nothing useful where no reward is below zero"""
+    one_step: ClassVar[bool] = False
+    """acts on the steps of an agent, and its options say no border between them"""
 
     class Options(Section):
         pass

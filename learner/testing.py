@@ -71,6 +71,7 @@ def random_batch(seed: int = 0, samples: int = 12, group_size: int = 4) -> Batch
         age=torch.randint(0, 4, (count,), generator=draw),
         sampler=torch.zeros(count, dtype=torch.int64),
         entropy_old=torch.rand(count, generator=draw) + 0.05,
+        token=torch.arange(count) * 7 % 12,
         turn=positions(sequence) // 3,
         attention_entropy=torch.rand(count, generator=draw),
         samples=GroupRewards(
@@ -182,8 +183,8 @@ def _check_batch(kind: str, table: Mapping[str, Any], batch: BatchTokens) -> Non
 def _check_within_objective(kind: str, table: Mapping[str, Any], batch: BatchTokens) -> None:
     """With values that are not finite, as an objective gives them to a piece: results, metrics and memory are."""
     piece = build(kind, table)
-    single = {key: build(key, {"name": name}) for key, name in _NEUTRAL.items()}
-    whole = Objective(**single, **{f"{kind}s": (piece,)})
+    parts: dict[str, Any] = {key: build(key, {"name": name}) for key, name in _NEUTRAL.items()}
+    whole = Objective(**parts | {f"{kind}s": (piece,)})
     for _ in range(2):
         result, metrics = whole.weights(batch) if kind == "correction" else whole.modulated(batch)
         tensor = result.advantage if isinstance(result, BatchTokens) else result

@@ -80,6 +80,8 @@ class BatchTokens:
     """int64 [N], `pipeline.messages.Sampler`"""
     entropy_old: torch.Tensor = field(default_factory=_none)
     """float32 [N]"""
+    token: torch.Tensor = field(default_factory=_none)
+    """int64 [N], its id"""
     turn: torch.Tensor = field(default_factory=_none)
     """int64 [N], which step of an agent the token belongs to: runs of generated tokens between environment tokens"""
     attention_entropy: torch.Tensor = field(default_factory=_none)

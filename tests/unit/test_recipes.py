@@ -34,9 +34,12 @@ ACTS = {
 }
 """Values with which a piece that rarely acts, or on large batches only, acts on this one."""
 
+ASKED = {"empg": ["objective.modulators.empg.ends=[3]"]}
+"""What a recipe leaves to the user."""
+
 
 def objective_of(name, *overrides):
-    config = load_config(None, [f"objective.recipe={name}", *overrides])
+    config = load_config(None, [f"objective.recipe={name}", *ASKED.get(name, []), *overrides])
     return Objective.from_config(config.objective), config
 
 
@@ -185,6 +188,7 @@ def test_what_a_recipe_does_not_have_is_refused(overrides, said):
         (["objective.gates=spine"], "objective.reconstructed = true"),
         (["objective.modulators=d3s"], "objective.reconstructed = true"),
         (['objective.modulators=[{name="entropic", target={start=0.4, end=0.2}}]'], "objective.reconstructed = true"),
+        (["objective.recipe=empg"], "set objective.modulators.empg.ends"),
         (["objective.regularisers=[{name='kl', estimator='k1'}]"], "no gradient in expectation"),
         (["objective.gates=[{name='erc', low=1.5}]"], "must hold 1"),
     ],

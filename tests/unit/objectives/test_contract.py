@@ -28,6 +28,7 @@ VARIANTS = [
     ("gate", {"name": "clip-b", "mu": 0.5}),
     ("gate", {"name": "clip-v", "mu": 0.5, "fraction": 0.3}),
     ("regulariser", {"name": "kl", "estimator": "k3+", "score": "ratio"}),
+    ("modulator", {"name": "empg", "ends": [3, 9]}),
     ("modulator", {"name": "entropic", "target": {"start": 0.6, "end": 0.3}}),
 ]
 
