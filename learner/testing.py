@@ -176,8 +176,8 @@ def _check_batch(kind: str, table: Mapping[str, Any], batch: BatchTokens) -> Non
     broken = replace(batch, logp_behaviour=torch.cat([values, batch.logp_behaviour[3:]]))
     assert bool(result_of(broken).isfinite().all()), f"{piece.name} gives weights that are not finite"
     for name in ("logp_old", "logp_behaviour", "entropy_old", "attention_entropy"):
-        broken = replace(batch, **{name: torch.cat([values, getattr(batch, name)[3:]])})
-        _check_within_objective(kind, table, broken)
+        changed: dict[str, Any] = {name: torch.cat([values, getattr(batch, name)[3:]])}
+        _check_within_objective(kind, table, replace(batch, **changed))
 
 
 def _check_within_objective(kind: str, table: Mapping[str, Any], batch: BatchTokens) -> None:
