@@ -52,6 +52,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "product-mask": "learner.corrections.product_mask:ProductMask",
         "rejection": "learner.corrections.rejection:DivergenceRejection",
         "tis": "learner.corrections.tis:TruncatedImportanceSampling",
+        "token-mask": "learner.corrections.token_mask:TokenMask",
         "veto": "learner.corrections.veto:Veto",
     },
     "surrogate": {

@@ -147,6 +147,15 @@ def test_no_correction_touches_anything_where_nothing_is_off_policy():
     """mu = pi_old: all weights are 1, nothing is rejected, whatever the composition."""
     batch = random_batch()
     same = replace(batch, logp_behaviour=batch.logp_old, age=torch.zeros_like(batch.age))
-    names = ["veto", "geometric-mask", "product-mask", "rejection", "age-mask", "tis", "batch-normalisation"]
+    names = [
+        "veto",
+        "geometric-mask",
+        "product-mask",
+        "rejection",
+        "age-mask",
+        "token-mask",
+        "tis",
+        "batch-normalisation",
+    ]
     weight, _ = objective(corrections=[{"name": name} for name in names]).weights(same)
     assert weight.tolist() == [1.0] * len(weight)
