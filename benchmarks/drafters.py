@@ -28,6 +28,7 @@ from benchmarks.drafter_streams import (
     teach,
 )  # fmt: skip
 from benchmarks.results import resident_bytes, spread, write_results
+from benchmarks.turns import take_turns
 from drafters.arbiter import ArbiterDrafter
 from drafters.base import BaseDrafter, Drafter, DraftRequest, Proposal
 from drafters.calibration import measure_verifications
@@ -185,12 +186,7 @@ def _arbiter(options: argparse.Namespace) -> list[Row]:
     for label, prompts in _prompt_sets(options):
         for batch in map(int, options.batch.split(",")):
             groups = options.groups or max(2, batch // 4)
-            speeds: dict[str, list[float]] = {name: [] for name in names}
-            for repeat in range(options.repeats + 1):
-                for name in names if repeat % 2 else reversed(names):
-                    speed = _speed(decoder, _piece(name), prompts[:groups], batch, options)
-                    if repeat:  # the first round warms up
-                        speeds[name].append(speed)
+            speeds = _speeds(decoder, names, prompts, groups, batch, options)
             best = max(SINGLE, key=lambda name: statistics.median(speeds[name]))
             ratios = [a / b for a, b in zip(speeds["arbiter"], speeds[best], strict=True)]
             margin = T_8 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
@@ -219,24 +215,37 @@ def _prompt_sets(options: argparse.Namespace) -> list[tuple[str, list[np.ndarray
     return [*sets, ("random", [rng.integers(3, largest + 1, 48) for _ in range(64)])]
 
 
-def _speed(
-    decoder: Decoder, piece: Row, prompts: Sequence[np.ndarray], batch: int, options: argparse.Namespace
-) -> float:
-    """Tokens a second of `GROUP` samples of each prompt, each exactly `options.tokens` long; drafting in the clock."""
-    generator = NativeGenerator(
-        decoder, drafter=build(piece), max_sequences=batch, max_draft_tokens=CAP, stop_token_ids=(), stagger=True
-    )
+def _speeds(
+    decoder: Decoder, names: Sequence[str], prompts: Sequence[np.ndarray], groups: int, batch: int,
+    options: argparse.Namespace,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Tokens a second of each drafter and repeat, in short turns; drafting in the clock.
+
+    A repeat is `GROUP` samples of each of `groups` new prompts, each exactly `options.tokens` long.
+    Drafters keep what they have seen and measured, as in an engine; the first repeat warms up and is not counted.
+    """
+    generators = [
+        NativeGenerator(
+            decoder, drafter=build(_piece(name)), max_sequences=batch, max_draft_tokens=CAP, stop_token_ids=(),
+            stagger=True,
+        )
+        for name in names
+    ]  # fmt: skip
     sampling = SamplingParams(temperature=options.temperature, max_new_tokens=options.tokens)
-    began = time.perf_counter()
-    for i, prompt in enumerate(prompts):
-        seeds = tuple(options.seed + i * GROUP + s for s in range(GROUP))
-        generator.add(GroupRequest(i, prompt, sampling, seeds))
-    while generator.has_work():
-        generator.step()
-    seconds = time.perf_counter() - began
-    tokens = generator.stats().generated_tokens
-    generator.close()
-    return tokens / seconds
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(options.repeats + 1):
+        before = [generator.stats().generated_tokens for generator in generators]
+        for i in range(repeat * groups, (repeat + 1) * groups):
+            seeds = tuple(options.seed + i * GROUP + s for s in range(GROUP))
+            for generator in generators:
+                generator.add(GroupRequest(i, prompts[i % len(prompts)], sampling, seeds))
+        turns = take_turns(generators)
+        for name, generator, was, (seconds, _) in zip(names, generators, before, turns, strict=True):
+            if repeat:
+                speeds[name].append((generator.stats().generated_tokens - was) / seconds)
+    for generator in generators:
+        generator.close()
+    return speeds
 
 
 class _Capped(BaseDrafter):

@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.end_to_end_analysis import compare, run_row
+from benchmarks.options import integers, names
 from benchmarks.results import write_results
 from drafters.registry import available
 from pipeline.config import EMBEDDED, check_config, load_config
@@ -68,11 +69,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="rollahead bench end-to-end", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = "synchronous, asynchronous, arbiter, or a drafter"
-    parser.add_argument("--arms", type=_names, default=["synchronous", "asynchronous", "arbiter"], help=known)
+    parser.add_argument("--arms", type=names, default=["synchronous", "asynchronous", "arbiter"], help=known)
     parser.add_argument(
         "--arm", action="append", default=[], metavar="'NAME: a.b=c; d.e=f'", help="another arm, by its settings"
     )
-    parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], help="for example 0,1,2")
+    parser.add_argument("--seeds", type=integers(0), default=[0, 1, 2], help="for example 0,1,2")
     parser.add_argument("--steps", type=int, default=60, help="optimiser batches a run")
     parser.add_argument("--eval-every", type=int, default=10, help="batches between evaluations on held-out prompts")
     parser.add_argument("--target", type=float, default=0.6, help="held-out reward whose time is reported")
@@ -81,14 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--short", action="store_true", help="one seed, four steps: that it works")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-end-to-end"))
     return parser
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in _names(text)]
 
 
 def _named(name: str) -> Arm:

@@ -6,11 +6,13 @@ import numpy as np
 
 from learner.evaluation import evaluation_source
 from pipeline.config import Config
+from pipeline.config.types import TaskSection
 from pipeline.engine.generator import FinishedSample, GroupRequest
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.tasks import load_task
+from pipeline.tasks.jsonl import read_examples
 from pipeline.tasks.prompts import rollout_sampling
 from pipeline.tasks.rewards import load_reward, score_group
 
@@ -69,3 +71,17 @@ class HeldOut:
                 raise UsageError(f"the reward of a held-out response failed: {score.error}")
             found.append((prompt, sample, score.reward))
         return found
+
+
+def check_apart(held_out: Path, training: Path) -> None:
+    """Nothing that is measured on may have been trained on.
+
+    Raises:
+        UsageError: a prompt is in both files.
+    """
+    section = TaskSection(kind="jsonl")
+    held, trained = ({example.prompt for example in read_examples(path, section)} for path in (held_out, training))
+    if shared := held & trained:
+        raise UsageError(
+            f"{len(shared)} prompts of {held_out} are in {training} too; hold out prompts that are not trained on"
+        )

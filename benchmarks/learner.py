@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import plots
+from benchmarks.options import at_least, integers, names
 from benchmarks.results import spread, write_results
 from benchmarks.stale_training import train
 from learner.step_metrics import Metrics
@@ -92,13 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--what", choices=["stability", "speed"], default="stability", help="what is measured")
     parser.add_argument("--out", type=Path, default=Path("bench/learner"), help="folder of results.json and the plot")
     parser.add_argument("--model", type=Path, help="checkpoint to start from; default: the embedded model")
-    parser.add_argument("--settings", type=_names, default=list(SETTINGS), help=f"of {','.join(SETTINGS)}")
-    parser.add_argument("--staleness", type=_numbers, default=[0, 2, 4, 8], help="batches, for example 0,2,4,8")
-    parser.add_argument("--steps", type=int, default=60, help="batches a run")
+    parser.add_argument("--settings", type=names, default=list(SETTINGS), help=f"of {','.join(SETTINGS)}")
+    parser.add_argument("--staleness", type=integers(0), default=[0, 2, 4, 8], help="batches, for example 0,2,4,8")
+    parser.add_argument("--steps", type=at_least(1), default=60, help="batches a run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds from --seed on")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="runs of each, with seeds from --seed on")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="twice the demo's")
-    parser.add_argument("--minibatches", type=int, default=4, help="optimiser steps a batch")
+    parser.add_argument("--minibatches", type=at_least(1), default=4, help="optimiser steps a batch")
     parser.add_argument("--target", type=float, default=0.0, help="entropy to hold, nats; 0: that of the first batch")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="3 steps of uncorrected and entropy-held at 0 and 2")
@@ -110,14 +111,6 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     if "--short" in arguments:
         parser.set_defaults(steps=3, staleness=[0, 2], settings=["uncorrected", "entropy-held"])
     return parser.parse_args(arguments)
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _config(options: argparse.Namespace, setting: str, seed: int, *more: str) -> Config:
@@ -264,7 +257,7 @@ def _compared(staleness: int, value: Callable[[str, str], float | None]) -> list
         a, b = value(one, key), value(other, key)
         if a is None or b is None:
             continue
-        word = "held" if sign * (a - b) >= 0 else "did not hold"
+        word = "no difference" if a == b else "held" if sign * (a - b) > 0 else "did not hold"
         lines.append(f"staleness {staleness}: {text}: {word} ({key} {a:.3f} against {b:.3f})")
     error, inside = value("entropy-held", "target_mean_error"), value("entropy-held", "target_windows_inside")
     if error is not None and inside is not None:

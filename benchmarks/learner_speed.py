@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.options import integers, names
 from benchmarks.results import spread, write_results
 from pipeline.errors import RunFailed, UsageError
 
@@ -58,29 +59,21 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--what", choices=["speed"])
     parser.add_argument("--out", type=Path, default=Path("bench/learner-speed"), help="folder of results.json")
     parser.add_argument(
-        "--models", type=_names, default=["small-body-150k"],
+        "--models", type=names, default=["small-body-150k"],
         help="checkpoint folders, or small-body-150k (151,936 tokens, hidden 256, 4 layers, random), or tiny",
     )  # fmt: skip
-    parser.add_argument("--dtypes", type=_names, default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"])
     parser.add_argument("--prompts", type=int, default=4, help=f"groups of {GROUP} samples in the batch")
     parser.add_argument("--longest", type=int, default=512, help="longest response, in tokens")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each, after one that is not")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
-    parser.add_argument("--trl-batches", type=_numbers, default=[4, 8], help="TRL's samples a micro-batch")
+    parser.add_argument("--trl-batches", type=integers(), default=[4, 8], help="TRL's samples a micro-batch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="one step of a tiny model in float32")
     if "--short" in arguments:
         parser.set_defaults(models=["tiny"], dtypes=["float32"], steps=1, prompts=2, longest=48, trl_batches=[8])
     return parser.parse_args(arguments)
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def ragged_batch(prompts: int, longest: int, seed: int) -> list[list[dict[str, Any]]]:

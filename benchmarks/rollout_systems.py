@@ -1,11 +1,12 @@
 """What `rollahead bench rollouts` compares, each run in a process of its own (`python -m benchmarks.rollout_systems`).
 
-A process loads its model once, then answers lines of JSON on standard input: a `Job` in, a `Timing` out.
+A process loads its model once, then answers lines of JSON on standard input: a list of `Job` in, one of `Timing` out.
 """
 
 import itertools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from benchmarks.memory import Growth
 from benchmarks.results import resident_bytes
+from benchmarks.turns import take_turns
 from pipeline.engine.generator import FinishedSample
 
 VLLM_SYSTEM = "rollahead-vllm"
@@ -106,27 +108,42 @@ class Rollahead:
         return self._generators[job.drafter]
 
     def run(self, job: Job) -> Timing:
+        return self.run_together([job])[0]
+
+    def run_together(self, jobs: Sequence[Job]) -> list[Timing]:
+        """Jobs of different drafters in short turns; each one's seconds are those of its own turns."""
+        growth = Growth() if jobs[0].measure_memory else None
+        generators, starts = [], []
+        for job in jobs:
+            began = time.perf_counter()
+            generators.append(self._generator(job))
+            self._add(generators[-1], job)
+            starts.append(time.perf_counter() - began)
+        before = [generator.stats() for generator in generators]
+        turns = take_turns(generators)
+        return [
+            self._timing(generator, was, start, seconds, done, growth)
+            for generator, was, start, (seconds, done) in zip(generators, before, starts, turns, strict=True)
+        ]
+
+    def _add(self, generator: Any, job: Job) -> None:
         from pipeline.engine.generator import GroupRequest
         from pipeline.messages import SamplingParams
 
         sampling = SamplingParams(temperature=job.temperature, max_new_tokens=job.tokens)
-        growth = Growth() if job.measure_memory else None
-        began = time.perf_counter()
-        generator = self._generator(job)
-        before = generator.stats()
         for i, prompt in enumerate(job.prompts):
             seeds = tuple(job.seed * 1_000_003 + i * job.group_size + s for s in range(job.group_size))
             generator.add(GroupRequest(next(self._groups), np.array(prompt, np.int64), sampling, seeds))
-        start = time.perf_counter()
-        done: list[FinishedSample] = []
-        while generator.has_work():
-            done += generator.step()
-        seconds = time.perf_counter() - start
+
+    def _timing(
+        self, generator: Any, before: Any, start: float, seconds: float, done: list[FinishedSample],
+        growth: Growth | None,
+    ) -> Timing:  # fmt: skip
         stats = generator.stats()
         tried_at, accepted_at = _depths(done)
         return Timing(
             seconds=seconds,
-            start_seconds=start - began,
+            start_seconds=start,
             tokens=stats.generated_tokens - before.generated_tokens,
             drafted=stats.drafted - before.drafted,
             accepted=stats.accepted - before.accepted,
@@ -230,8 +247,9 @@ def serve(system: str, model: Path, threads: int) -> None:
     sys.stdout = sys.stderr  # libraries that print must not spoil the answers
     runner = system_named(system, model)
     for line in sys.stdin:
-        timing = runner.run(msgspec.json.decode(line, type=Job))
-        answers.write(msgspec.json.encode(timing).decode() + "\n")
+        jobs = msgspec.json.decode(line, type=list[Job])
+        timings = runner.run_together(jobs) if isinstance(runner, Rollahead) else [runner.run(job) for job in jobs]
+        answers.write(msgspec.json.encode(timings).decode() + "\n")
         answers.flush()
 
 

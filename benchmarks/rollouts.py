@@ -20,6 +20,7 @@ import msgspec
 import torch
 
 from benchmarks.bandwidth import read_bandwidth
+from benchmarks.options import at_least, integers, names
 from benchmarks.random_model import checkpoint
 from benchmarks.results import spread, write_results
 from benchmarks.rollout_systems import VLLM_SYSTEM, Job, Timing
@@ -76,17 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompts", type=_paths, default=[], help="jsonl files with a field `question`; without them random tokens"
     )
-    parser.add_argument("--batch", type=_numbers, default=[1, 4, 16], help="sequences at once, for example 1,4,16")
+    parser.add_argument("--batch", type=integers(), default=[1, 4, 16], help="sequences at once, for example 1,4,16")
     parser.add_argument(
         "--drafters",
-        type=_names,
+        type=names,
         default=["none", "suffix-automaton"],
         help="comma-separated; name@8: drafts of up to 8 tokens",
     )
-    parser.add_argument("--peers", type=_names, default=[], help="transformers, vllm")
+    parser.add_argument("--peers", type=names, default=[], help="transformers, vllm")
     parser.add_argument("--vllm-python", type=Path, metavar="PATH", help="Python of an environment with vLLM")
     parser.add_argument(
-        "--vllm-drafters", type=_names, default=[], help="vLLM's own: none, ngram, suffix, or for example ngram@2"
+        "--vllm-drafters", type=names, default=[], help="vLLM's own: none, ngram, suffix, or for example ngram@2"
     )
     parser.add_argument(
         "--vllm-eager", action="store_true", help="vLLM is not compiled: it starts sooner, to try a command out"
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--same-prompts", action="store_true", help="rounds repeat the prompts with other seeds, as epochs do"
     )
+    parser.add_argument("--waves", type=at_least(1), default=3, help="sequences a round, in batches")
     parser.add_argument("--tokens", type=int, default=96, help="new tokens a sequence")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--group-size", type=int, default=8, help="samples a prompt")
@@ -147,8 +149,8 @@ def _prompts(options: argparse.Namespace, model: Path) -> Prompts:
 
 
 def _groups(options: argparse.Namespace, batch: int) -> int:
-    """Prompts a round."""
-    return -(-max(batch, options.group_size) // options.group_size)
+    """Prompts a round: `--waves` times as many samples as there are places, so that places are filled again."""
+    return -(-max(batch * options.waves, options.group_size) // options.group_size)
 
 
 def _longest(prompts: Prompts) -> int:
@@ -176,14 +178,20 @@ def _interleaved(
     prompts: list[list[int]],
     max_length: int,
 ) -> dict[Configuration, list[Timing]]:
-    """Every configuration once a repeat, in an order that turns round; the first round warms up and is not counted."""
+    """Every configuration once a repeat, in an order that turns round; the first round warms up and is not counted.
+
+    The native generator's own configurations take turns of a few milliseconds within a round (`benchmarks.turns`).
+    """
+    native = [c for c in configurations if c[0] == "rollahead"]
+    runs = [native, *([c] for c in configurations if c not in native)]
     timings: dict[Configuration, list[Timing]] = {configuration: [] for configuration in configurations}
     for repeat in range(options.repeats + 1):
-        for configuration in configurations if repeat % 2 else reversed(configurations):
-            system, drafter = configuration
-            timing = workers[configuration].run(_job(options, drafter, batch, prompts, max_length, repeat))
-            if repeat:
-                timings[system, drafter].append(timing)
+        for together in runs if repeat % 2 else reversed(runs):
+            jobs = [_job(options, drafter, batch, prompts, max_length, repeat) for _, drafter in together]
+            found = workers[together[0]].run(jobs) if together else []
+            for configuration, timing in zip(together, found, strict=True):
+                if repeat:
+                    timings[configuration].append(timing)
     return timings
 
 
@@ -204,7 +212,7 @@ def _weighed(workers: "_Workers", configuration: Configuration, timed: list[Timi
     """A run that measures memory; vLLM, which takes its memory at its start, says in every run what it knows."""
     if configuration[0] in ("vllm", VLLM_SYSTEM):
         return timed[-1]
-    return workers[configuration].run(msgspec.structs.replace(job, measure_memory=True))
+    return workers[configuration].run([msgspec.structs.replace(job, measure_memory=True)])[0]
 
 
 def _rows(
@@ -329,18 +337,18 @@ class _Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1], text=True, env=variables,
         )  # fmt: skip
 
-    def run(self, job: Job) -> Timing:
+    def run(self, jobs: Sequence[Job]) -> list[Timing]:
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(msgspec.json.encode(job).decode() + "\n")
+            process.stdin.write(msgspec.json.encode(jobs).decode() + "\n")
             process.stdin.flush()
         except BrokenPipeError:
             pass  # the answer below is empty then
         answer = process.stdout.readline()
         if not answer:
             raise RunFailed(f"{self._system} ended with code {process.wait()}; its output is above")
-        return msgspec.json.decode(answer, type=Timing)
+        return msgspec.json.decode(answer, type=list[Timing])
 
     def stop(self) -> None:
         assert self._process.stdin is not None
@@ -351,13 +359,5 @@ class _Worker:
             self._process.kill()
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def _paths(text: str) -> list[Path]:
     return [Path(part) for part in text.split(",")]
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import plots
 from benchmarks.held_out import HeldOut, Scored
+from benchmarks.options import at_least, integers, names
 from benchmarks.results import spread, write_results
 from pipeline.config import Config, check_config, load_config
 from pipeline.engine.generator import GroupRequest
@@ -72,11 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, required=True, help="checkpoint folder")
     add("--prompts", type=Path, required=True, help="jsonl file of held-out problems with question and answer")
     add("--out", type=Path, default=Path("runs/bench-sparse"))
-    add("--policies", type=_names, default=["r-kv", "snapkv", "sinks-window"], help="comma-separated")
-    add("--budgets", type=_numbers, default=[32, 48, 64, 96, 128], help="tokens kept, for the rewards and --train")
-    add("--every", type=int, default=16, help="tokens between two compressions, for the rewards and --train")
-    add("--problems", type=int, default=128, help="held-out problems")
-    add("--samples", type=int, default=2, help="responses to each problem")
+    add("--policies", type=names, default=["r-kv", "snapkv", "sinks-window"], help="comma-separated")
+    add("--budgets", type=integers(), default=[32, 48, 64, 96, 128], help="tokens kept, for the rewards and --train")
+    add("--every", type=at_least(1), default=16, help="tokens between two compressions, for the rewards and --train")
+    add("--problems", type=at_least(1), default=128, help="held-out problems")
+    add("--samples", type=at_least(1), default=2, help="responses to each problem")
     add("--max-new-tokens", type=int, default=256, help="longest response to a problem")
     add("--temperature", type=float, default=1.0)
     add("--seed", type=int, default=0)
@@ -85,14 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--repeats", type=int, default=5, help="0: measure rewards alone")
     speed.add_argument("--sequences", type=int, default=32, help="sequences to generate")
     speed.add_argument("--tokens", type=int, default=1024, help="new tokens of each")
-    speed.add_argument("--speed-budgets", type=_numbers, default=[128, 256, 512], help="tokens kept")
+    speed.add_argument("--speed-budgets", type=integers(), default=[128, 256, 512], help="tokens kept")
     speed.add_argument("--speed-every", type=int, default=128, help="tokens between two compressions")
     speed.add_argument("--kv-bytes", type=int, default=0, help="the fixed memory; 0: for a quarter of the sequences")
     train = parser.add_argument_group("training")
     train.add_argument("--train", type=Path, metavar="FILE", help="jsonl file to train on; compares corrected with not")
     train.add_argument("--seeds", type=int, default=3, help="runs of each arm, with seeds from --seed on")
-    train.add_argument("--steps", type=int, default=60, help="optimiser batches a run")
-    train.add_argument("--staleness", type=int, default=0, help="batches the rollouts are old")
+    train.add_argument("--steps", type=at_least(1), default=60, help="optimiser batches a run")
+    train.add_argument("--staleness", type=at_least(0), default=0, help="batches the rollouts are old")
     train.add_argument("--learning-rate", type=float, default=2e-5)
     train.add_argument("--batch-size", type=int, default=64)
     train.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="the learner's products")
@@ -316,11 +317,3 @@ def _plot(rows: Sequence[dict[str, Any]], out: Path) -> Path | None:
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]

@@ -14,7 +14,7 @@ from typing import Any
 from scipy import stats
 
 from benchmarks import plots
-from benchmarks.held_out import HeldOut
+from benchmarks.held_out import HeldOut, check_apart
 from benchmarks.results import earlier_rows, write_results
 from benchmarks.sparse import held_out_settings
 from benchmarks.stale_training import train
@@ -35,6 +35,7 @@ def compare(options: argparse.Namespace) -> int:
     """Trains every arm with every seed, prints verdicts, writes `results.json` and a plot; the exit code."""
     if options.seeds < 2:
         raise UsageError(f"--seeds {options.seeds} gives no interval; use at least 2")
+    check_apart(options.prompts, options.train)
     print(f"equivalent: {CONFIDENCE:.0%} interval of the difference of held-out rewards within {options.margin}")
     arms = [("full", "", 0)]
     arms += [

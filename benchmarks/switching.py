@@ -21,12 +21,13 @@ import numpy as np
 import torch
 
 from benchmarks import plots
+from benchmarks.options import at_least, floats, names
 from benchmarks.results import write_results
 from pipeline.config.types import TaskSection
 from pipeline.engine.generator import FinishedSample, GroupRequest
 from pipeline.engine.native.calibration import calibrate, policy_share
 from pipeline.engine.native.generator import NativeGenerator
-from pipeline.engine.native.switching import SwitchingRule, SwitchState, in_nats
+from pipeline.engine.native.switching import SwitchingRule, SwitchState, in_nats, parse_rule
 from pipeline.errors import UsageError
 from pipeline.messages import Sampler, SamplingParams
 from pipeline.models.checkpoint import load_decoder
@@ -78,12 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--calibration", type=Path, metavar="FILE", help=".jsonl of other prompts, for thresholds")
     add(
         "--shares",
-        type=_numbers,
+        type=floats,
         default=[0.1, 0.25, 0.43],
         metavar="S,S",
         help="of large-model tokens, to calibrate to",
     )
-    add("--thresholds", type=_numbers, default=[], metavar="H,H", help="further points at these thresholds")
+    add("--thresholds", type=floats, default=[], metavar="H,H", help="further points at these thresholds")
     add("--unit", choices=["nats", "bits"], default="nats", help="of --thresholds")
     add(
         "--rules",
@@ -93,17 +94,17 @@ def _parser() -> argparse.ArgumentParser:
         help="window and min_run, and `before` for engine.switching.before_sampling; the paper's is 5:10; --train has "
         "the first one",
     )
-    add("--count", type=int, default=200, metavar="N", help="prompts measured on")
-    add("--calibration-count", type=int, default=48, metavar="N", help="prompts calibrated on")
-    add("--samples", type=int, default=1, metavar="N", help="responses a prompt")
+    add("--count", type=at_least(1), default=200, metavar="N", help="prompts measured on")
+    add("--calibration-count", type=at_least(1), default=48, metavar="N", help="prompts calibrated on")
+    add("--samples", type=at_least(1), default=1, metavar="N", help="responses a prompt")
     add("--temperature", type=float, default=1.0, metavar="T")
     add("--max-new-tokens", type=int, default=200, metavar="N")
-    add("--batch", type=int, default=64, metavar="N", help="sequences at once")
+    add("--batch", type=at_least(1), default=64, metavar="N", help="sequences at once")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1)
     add("--train", action="store_true", help="compare training instead; --prompts are held out")
     add("--train-prompts", type=Path, metavar="FILE", help="with --train: .jsonl to train on")
-    add("--steps", type=int, default=20, help="with --train: batches")
+    add("--steps", type=at_least(1), default=20, help="with --train: batches")
     add("--seeds", type=int, default=3, help="with --train: seeds, from --seed on")
     add("--share", type=float, default=0.43, help="with --train: share of large-model tokens")
     add("--margin", type=float, default=0.05, help="with --train: difference in held-out reward that counts as none")
@@ -115,18 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",") if part]
-
-
 def _rules(text: str) -> list[SwitchingRule]:
-    rules = []
-    for part in text.split(","):
-        window, min_run, *more = part.split(":")
-        if more not in ([], ["before"]):
-            raise argparse.ArgumentTypeError(f"{part!r} is no rule; write 5:10 or 1:1:before")
-        rules.append(SwitchingRule(0.0, int(window), int(min_run), before_sampling=bool(more)))
-    return rules
+    try:
+        return [parse_rule(part) for part in names(text)]
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def name_of(rule: SwitchingRule) -> str:

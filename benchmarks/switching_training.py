@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.held_out import check_apart
 from benchmarks.results import earlier_rows, write_results
 from benchmarks.stale_training import train
 from benchmarks.switching import name_of
@@ -48,6 +49,9 @@ def compare(options: argparse.Namespace) -> int:
     """Trains every setting with every seed, prints what follows, writes `results.json`; the exit code."""
     if options.train_prompts is None:
         raise UsageError("--train needs --train-prompts, a .jsonl file to train on")
+    if options.seeds < 2:
+        raise UsageError(f"--seeds {options.seeds} gives no interval; use at least 2")
+    check_apart(options.prompts, options.train_prompts)
     held_out, settings = HeldOut(options), settings_of(options)
     rows = earlier_rows(options.out, WHAT, settings)
     if not any(row["setting"] == "before" for row in rows):

@@ -94,27 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     _configuration_options(engine)
 
     generate = _command(commands, "generate", "sample from a model and show what drafting did", _generate)
-    generate.add_argument("model", type=Path, help="Hugging Face checkpoint directory, or a folder weights/vN of a run")
-    generate.add_argument("--prompt", required=True, help="text to continue")
-    generate.add_argument(
-        "--drafter",
-        default="suffix-automaton",
-        help="drafter by name, module:Class, or a table {name = ..., option = ...}",
-    )
-    generate.add_argument("--small-model", type=Path, metavar="DIR", help="samples where entropy is low")
-    generate.add_argument(
-        "--threshold", type=float, default=0.1, metavar="H", help="of the mean entropy, in nats (with --small-model)"
-    )
-    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument(
-        "--kv-compression", metavar="POLICY", help="keep part of the cache: sinks-window, snapkv, r-kv"
-    )
-    generate.add_argument("--kv-budget", type=int, default=512, metavar="N", help="cached tokens that are kept")
-    generate.add_argument("--kv-every", type=int, default=128, metavar="N", help="tokens between two compressions")
-    generate.add_argument("--samples", type=int, default=1, metavar="N", help="responses, with seeds from --seed on")
-    _sampling_options(generate)
+    _generate_options(generate)
 
     export = _command(commands, "export", "a checkpoint of a run as a plain Hugging Face folder", _export)
     export.add_argument("run", type=Path, help="run directory; with --drafter the checkpoint directory of the model")
@@ -182,6 +162,33 @@ def _command(
     )
     parser.set_defaults(call=call)
     return parser
+
+
+def _generate_options(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("model", type=Path, help="Hugging Face checkpoint directory, or a folder weights/vN of a run")
+    generate.add_argument("--prompt", required=True, help="text to continue")
+    generate.add_argument(
+        "--drafter",
+        default="suffix-automaton",
+        help="drafter by name, module:Class, or a table {name = ..., option = ...}",
+    )
+    generate.add_argument("--small-model", type=Path, metavar="DIR", help="samples where entropy is low")
+    generate.add_argument(
+        "--threshold", type=float, default=0.1, metavar="H", help="of the mean entropy, in nats (with --small-model)"
+    )
+    generate.add_argument(
+        "--rule", default="5:10", metavar="W:D", help="window and least run of switching; 1:1:before looks ahead"
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--kv-compression", metavar="POLICY", help="keep part of the cache: sinks-window, snapkv, r-kv"
+    )
+    generate.add_argument("--kv-budget", type=int, default=512, metavar="N", help="cached tokens that are kept")
+    generate.add_argument("--kv-every", type=int, default=128, metavar="N", help="tokens between two compressions")
+    generate.add_argument("--samples", type=int, default=1, metavar="N", help="responses, with seeds from --seed on")
+    _sampling_options(generate)
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -275,6 +282,7 @@ def _generate(options: argparse.Namespace) -> int:
         samples=options.samples,
         small_model=options.small_model,
         threshold=options.threshold,
+        rule=options.rule,
         kv_compression=(options.kv_compression, options.kv_budget, options.kv_every),
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from pipeline.config.check_vllm import check_vllm
-from pipeline.config.types import Config, SamplingSection, SwitchingSection
+from pipeline.config.types import Config, KVCompressionSection, SamplingSection, SwitchingSection
 from pipeline.errors import UsageError
 
 
@@ -39,6 +39,7 @@ def check_config(config: Config) -> None:
     check_vllm(config)
     _check_replay(sampling)
     _check_switching(config)
+    _check_kv_compression(config)
     if task.kind == "jsonl" and not task.path:
         raise UsageError('task.kind = "jsonl" needs task.path, a file with one JSON object a line')
     if task.kind == "datasets" and not task.path:
@@ -90,6 +91,17 @@ def _check_replay(sampling: SamplingSection) -> None:
             )
 
 
+def _check_kv_compression(config: Config) -> None:
+    compression, default = config.engine.kv_compression, KVCompressionSection()
+    if compression.policy.get("name") == default.policy["name"]:
+        for key in ("budget", "every", "evaluation"):
+            if (value := getattr(compression, key)) != getattr(default, key):
+                raise UsageError(
+                    f"engine.kv_compression.{key} = {value!r} without engine.kv_compression.policy compresses "
+                    'nothing; set policy = "r-kv", say, or leave it out'
+                )
+
+
 def _check_switching(config: Config) -> None:
     switching, sampling = config.engine.switching, config.sampling
     if not switching.small_model:
@@ -100,6 +112,18 @@ def _check_switching(config: Config) -> None:
                     f"engine.switching.{key} = {value!r} without engine.switching.small_model switches to nothing; "
                     "name a smaller checkpoint with the policy's tokenizer, or leave it out"
                 )
+    if switching.policy_share:
+        for key in ("threshold", "unit"):
+            if (value := getattr(switching, key)) != getattr(SwitchingSection(), key):
+                raise UsageError(
+                    f"engine.switching.{key} = {value!r} beside engine.switching.policy_share = "
+                    f"{switching.policy_share:g}, which an engine finds a threshold for; leave one of them out"
+                )
+    if switching.small_model and not config.model.path:
+        raise UsageError(
+            f"engine.switching.small_model = {switching.small_model!r} needs model.path: the embedded model has a "
+            "tokenizer of its own; name the policy's checkpoint"
+        )
     longest = sampling.max_prompt_tokens + sampling.max_new_tokens
     if switching.distill and switching.distill_tokens < longest:
         raise UsageError(

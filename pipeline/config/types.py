@@ -111,7 +111,10 @@ class SwitchingSection(Section):
         Annotated[float, Meta(ge=0, lt=1)],
         option("share of tokens the policy is to sample; an engine finds the threshold when it starts; 0: it is given"),
     ] = 0.0
-    calibration_prompts: Annotated[PositiveInt, option("training prompts the calibration generates from")] = 32
+    calibration_prompts: Annotated[PositiveInt, option("prompts the calibration generates from")] = 32
+    calibration_path: Annotated[
+        str, option("jsonl file of these, in the task's form; empty: training prompts, in an order of their own")
+    ] = ""
     evaluation: Annotated[bool, option("switch in evaluations, too")] = False
     distill: Annotated[
         bool, option("the learner trains the small model on fresh rollouts to be like the policy, and publishes both")

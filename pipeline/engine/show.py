@@ -15,7 +15,7 @@ from pipeline.engine.generator import FinishedSample, GroupRequest, TokenOrigin
 from pipeline.engine.native.compression import KVCompression
 from pipeline.engine.native.eviction import build as build_policy
 from pipeline.engine.native.generator import NativeGenerator
-from pipeline.engine.native.switching import SwitchingRule
+from pipeline.engine.native.switching import parse_rule
 from pipeline.errors import UsageError
 from pipeline.messages import Sampler, SamplingParams
 from pipeline.models.config import ModelConfig
@@ -36,6 +36,7 @@ def generate(
     samples: int = 1,
     small_model: Path | None = None,
     threshold: float = 0.1,
+    rule: str = "5:10",
     kv_compression: tuple[str | None, int, int] = (None, 512, 128),
 ) -> int:
     """Sample from the checkpoint in `folder` and print the responses; returns the exit code.
@@ -45,6 +46,7 @@ def generate(
         seed: of the first response; the others have the seeds that follow.
         small_model: checkpoint that samples where entropy is low.
         threshold: nats, of the rolling mean that is low.
+        rule: window and least run, as `parse_rule` reads it.
         kv_compression: policy (None: none), budget and tokens between two compressions.
     """
     tokenizer = Tokenizer(folder)
@@ -66,7 +68,7 @@ def generate(
         max_sequences=min(samples, 64),
         max_length=len(prompt_ids) + max_new_tokens,
         small_model=small_model,
-        switching=SwitchingRule(threshold) if small_model else None,
+        switching=parse_rule(rule, threshold) if small_model else None,
     )
     seeds = tuple(range(seed, seed + samples))
     generator.add(GroupRequest(0, np.asarray(prompt_ids, np.int64), params, seeds))

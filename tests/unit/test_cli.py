@@ -16,8 +16,8 @@ COMMAND_LINE = {
     "keygen": ["folder", "--engine"],
     "engine": ["config", "--connect", "--connect-timeout", "--set", "--dry-run"],
     "generate": [
-        "model", "--prompt", "--drafter", "--small-model", "--threshold", "--max-new-tokens", "--temperature", "--seed",
-        "--samples", "--top-k", "--kv-compression", "--kv-budget", "--kv-every", "--top-p", "--min-p",
+        "model", "--prompt", "--drafter", "--small-model", "--threshold", "--rule", "--max-new-tokens", "--temperature",
+        "--seed", "--samples", "--top-k", "--kv-compression", "--kv-budget", "--kv-every", "--top-p", "--min-p",
         "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logit-bias",
         "--allowed-token-ids", "--bad-token-ids", "--stop-token-ids", "--stop-strings", "--min-new-tokens",
     ],

@@ -175,7 +175,12 @@ def test_a_small_model_of_another_shape_is_refused_and_nothing_changes(policy, t
         (["engine.switching.distill=true"], "engine.switching.distill = True without engine.switching.small_model"),
         (["engine.switching.policy_share=0.4"], "switches to nothing"),
         (
-            ["engine.switching.small_model=x", "engine.switching.distill=true", "engine.switching.distill_tokens=9"],
+            [
+                "model.path=y",
+                "engine.switching.small_model=x",
+                "engine.switching.distill=true",
+                "engine.switching.distill_tokens=9",
+            ],
             "distill_tokens = 9 is less than one sample",
         ),
     ],

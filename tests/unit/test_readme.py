@@ -102,7 +102,7 @@ def test_every_command_shown_is_one_that_is_understood(document, words, examples
         if getattr(options, "eval_only", False):
             words = [word for word in words if word != "--eval-only"]
         # A folder nobody has, or vLLM in an environment without it: the refusal itself is tested elsewhere.
-        refused = "SMALL does not exist" if any(word.endswith("=SMALL") for word in words) else ""
+        refused = "does not exist" if any(word.endswith("=SMALL") for word in words) else ""
         if "engine.generator=vllm" in words and find_spec("vllm") is None:
             refused = "needs vLLM"
         status, text = main([*words, "--dry-run"]), capsys.readouterr().err

@@ -1,4 +1,6 @@
+import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,17 +10,19 @@ from scipy.stats import chisquare
 
 from drafters.base import BaseDrafter, Needs
 from drafters.suffix_automaton import SuffixAutomatonDrafter
-from pipeline.config import load_config
+from pipeline.config import check_config, load_config
 from pipeline.engine.generator import GroupRequest
-from pipeline.engine.native.calibration import calibrate, policy_share, rolling_mean
+from pipeline.engine.native.calibration import calibrate, calibrate_for_run, policy_share, rolling_mean
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.native.small_model import Copy, SmallModel
-from pipeline.engine.native.switching import SwitchingRule, SwitchState, in_nats
+from pipeline.engine.native.switching import SwitchingRule, SwitchState, in_nats, parse_rule
 from pipeline.engine.service import check_pieces
 from pipeline.errors import UsageError
 from pipeline.messages import Sampler, SamplingParams
 from pipeline.models.config import ModelConfig
 from pipeline.models.kv_cache import PAGE, page_bytes
+from pipeline.models.tokenizer import Tokenizer
+from pipeline.tasks.jsonl import read_examples
 from tests.unit.generation import Sampled, finish, group, hostile, oracle, texts
 from tests.unit.tiny_models import VOCABULARY, reference, reference_logits, save_tiny
 
@@ -473,7 +477,7 @@ def test_another_tokenizer_is_refused_and_said_where_it_differs(tmp_path):
     config = load_config(None, [f"model.path={large}", f"engine.switching.small_model={other}"])
     with pytest.raises(UsageError, match=r"token id 7"):
         check_pieces(config)
-    config = load_config(None, [f"engine.switching.small_model={tmp_path / 'missing'}"])
+    config = load_config(None, [f"model.path={large}", f"engine.switching.small_model={tmp_path / 'missing'}"])
     with pytest.raises(UsageError, match="missing"):
         check_pieces(config)
 
@@ -505,6 +509,54 @@ def test_calibration_hits_a_share_and_more_share_needs_a_lower_threshold(make):
         done = run(generator, LONG)
         assert policy_share(list(done.values())) == pytest.approx(share, abs=0.2)
     assert found[0.3].threshold > found[0.7].threshold
+
+
+def test_a_run_calibrates_on_the_file_that_is_named(tmp_path, make):
+    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, 60)}}
+    folder = with_tokenizer(save_tiny(tmp_path / "policy"), words)
+    for name, word in (("train", "w3"), ("other", "w9")):
+        lines = [json.dumps({"question": f"{word} w{i}", "answer": "#### 1"}) for i in range(1, 5)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    config = load_config(None, [
+        f"model.path={folder}", f"engine.switching.small_model={folder}", "engine.switching.policy_share=0.5",
+        "task.kind=jsonl", f"task.path={tmp_path / 'train.jsonl'}", "engine.switching.calibration_prompts=3",
+        f"engine.switching.calibration_path={tmp_path / 'other.jsonl'}", "sampling.max_new_tokens=8",
+    ])  # fmt: skip
+    generator, said, seen = make(), [], []
+    add = generator.add
+    generator.add = lambda request: (seen.append(tuple(request.prompt_ids.tolist())), add(request))
+    calibrate_for_run(generator, config, folder, said.append)
+    tokenizer = Tokenizer(folder)
+    texts = [e.prompt for e in read_examples(tmp_path / "other.jsonl", config.task)][:3]
+    assert set(seen) == {tuple(tokenizer.encode(text)) for text in texts}
+    assert "after 3 prompts" in said[0]
+
+
+@pytest.mark.parametrize("text", ["5", "0:1", "5:10:after", "five:ten", ""])
+def test_a_rule_that_cannot_be_read_is_refused(text):
+    with pytest.raises(UsageError, match=r"is no rule of switching; write window and least run as 5:10"):
+        parse_rule(text)
+
+
+def test_a_rule_is_read_as_it_is_written():
+    assert parse_rule("1:2:before", 0.3) == SwitchingRule(0.3, 1, 2, before_sampling=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["engine.switching.small_model=x"], "needs model.path"),
+        (
+            ["engine.switching.small_model=x", "model.path=y", "engine.switching.policy_share=0.2",
+             "engine.switching.threshold=0.5"],
+            "engine.switching.threshold = 0.5 beside engine.switching.policy_share = 0.2",
+        ),
+        (["engine.kv_compression.budget=64"], "without engine.kv_compression.policy compresses nothing"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_do_nothing_are_refused(settings, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        check_config(load_config(None, settings))
 
 
 def test_a_share_that_is_none_is_refused(make):

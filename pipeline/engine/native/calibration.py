@@ -14,6 +14,7 @@ from pipeline.errors import UsageError
 from pipeline.messages import Sampler
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.tasks import load_task
+from pipeline.tasks.jsonl import read_examples
 from pipeline.tasks.prompts import PromptOrder, check_prompts, rollout_sampling, sample_seed
 
 TRIES = 7
@@ -93,22 +94,34 @@ def _generate(generator: NativeGenerator, requests: Items[GroupRequest]) -> list
 
 
 def calibrate_for_run(generator: NativeGenerator, config: Config, folder: Path, log: Callable[[str], None]) -> None:
-    """As `engine.switching` asks for, on training prompts in the order of another seed than the run's.
+    """As `engine.switching` asks for.
 
     Raises:
         UsageError: as `calibrate`, or the task cannot be loaded.
     """
-    switching, tokenizer, task = config.engine.switching, Tokenizer(folder), load_task(config.task, config.run.seed)
-    usable = check_prompts(task, tokenizer.encode, config.sampling.max_prompt_tokens, config.task.long_prompts)
-    order = PromptOrder(len(usable), config.run.seed + 1)
+    switching, tokenizer = config.engine.switching, Tokenizer(folder)
     sampling = rollout_sampling(config.sampling, tokenizer.eos_token_ids)
     requests = []
-    for number in range(min(switching.calibration_prompts, len(usable))):
-        prompt = tokenizer.encode(task.train[usable[order(number)[1]]].prompt)
+    for number, text in enumerate(_prompts(config, tokenizer)):
         seed = sample_seed(config.run.seed + 1, 0, number, 0)
-        requests.append(GroupRequest(number, np.array(prompt, np.int64), sampling, (seed,)))
+        requests.append(GroupRequest(number, np.array(tokenizer.encode(text), np.int64), sampling, (seed,)))
     found = calibrate(generator, requests, switching.policy_share)
     log(
         f"switching: at a threshold of {found.threshold:.4g} nats the policy samples {found.share:.1%} of the tokens "
-        f"after {len(requests)} training prompts (engine.switching.policy_share = {switching.policy_share:g})"
+        f"after {len(requests)} prompts (engine.switching.policy_share = {switching.policy_share:g})"
     )
+
+
+def _prompts(config: Config, tokenizer: Tokenizer) -> list[str]:
+    """Of the file that is named; else training prompts in the order of another seed than the run's."""
+    switching, section = config.engine.switching, config.task
+    if switching.calibration_path:
+        examples = read_examples(Path(switching.calibration_path), section)
+        fitting = [e.prompt for e in examples if len(tokenizer.encode(e.prompt)) <= config.sampling.max_prompt_tokens]
+        return fitting[: switching.calibration_prompts]
+    task = load_task(section, config.run.seed)
+    usable = check_prompts(task, tokenizer.encode, config.sampling.max_prompt_tokens, section.long_prompts)
+    order = PromptOrder(len(usable), config.run.seed + 1)
+    return [
+        task.train[usable[order(number)[1]]].prompt for number in range(min(switching.calibration_prompts, len(usable)))
+    ]

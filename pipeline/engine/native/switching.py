@@ -8,6 +8,7 @@ sequence starts on the large model, and while fewer than w tokens are there, the
 """
 
 import math
+import re
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -49,6 +50,17 @@ class SwitchingRule:
         if not section.small_model:
             return None
         return cls(in_nats(section.threshold, section.unit), section.window, section.min_run, section.before_sampling)
+
+
+def parse_rule(text: str, threshold: float = 0.0) -> SwitchingRule:
+    """A rule written as `window:min_run`, with `:before` behind it for `before_sampling`.
+
+    Raises:
+        UsageError: it is not written so.
+    """
+    if not (found := re.fullmatch(r"([1-9]\d{0,8}):([1-9]\d{0,8})(:before)?", text.strip())):
+        raise UsageError(f"{text!r} is no rule of switching; write window and least run as 5:10, or 1:1:before")
+    return SwitchingRule(threshold, int(found[1]), int(found[2]), before_sampling=bool(found[3]))
 
 
 def in_nats(entropy: float, unit: Literal["nats", "bits"]) -> float:

@@ -1,0 +1,40 @@
+"""Command-line values of benchmarks."""
+
+import argparse
+import json
+
+import pytest
+
+from benchmarks.held_out import check_apart
+from benchmarks.options import at_least, floats, integers, names
+from pipeline.errors import UsageError
+
+
+def test_values_are_read():
+    assert names("a, b,,c") == ["a", "b", "c"]
+    assert integers(0)("0,2") == [0, 2] and at_least(1)("3") == 3
+    assert floats("0.5,2") == [0.5, 2.0] and floats("") == []
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "said"),
+    [
+        (at_least(1), "0", "0 is too small; give at least 1"),
+        (integers(0), "1,-1", "-1 is too small"),
+        (integers(), "", "holds no number"),
+        (integers(), "1,x", "'x' is not a whole number"),
+        (floats, "abc", "'abc' is not a number"),
+    ],
+)
+def test_what_cannot_be_read_is_named(read, text, said):
+    with pytest.raises(argparse.ArgumentTypeError, match=said):
+        read(text)
+
+
+def test_held_out_prompts_may_not_be_trained_on(tmp_path):
+    for name, questions in (("held.jsonl", ("a", "b")), ("train.jsonl", ("b", "c")), ("apart.jsonl", ("c",))):
+        lines = [json.dumps({"question": text, "answer": "#### 1"}) for text in questions]
+        (tmp_path / name).write_text("\n".join(lines))
+    check_apart(tmp_path / "held.jsonl", tmp_path / "apart.jsonl")
+    with pytest.raises(UsageError, match=r"1 prompts of .*held.jsonl are in .*train.jsonl too"):
+        check_apart(tmp_path / "held.jsonl", tmp_path / "train.jsonl")
