@@ -27,6 +27,7 @@ from learner.tokens import (
     usable,
 )
 from pipeline.config.types import ObjectiveSection
+from pipeline.errors import UsageError
 
 CONTRACT_METRICS = frozenset({"clip_fraction", "entropy_ratio_kept"})
 """Metrics a piece reports under their own name; all its others are reported as "piece/metric"."""
@@ -119,12 +120,12 @@ class Objective:
     def shaped(self, samples: GroupRewards) -> GroupRewards:
         """The samples with shaped rewards."""
         for shape in self.shaping:
-            samples = replace(samples, rewards=shape(samples))
+            samples = replace(samples, rewards=_shaped_like(shape, shape(samples), samples.rewards))
         return samples
 
     def advantages(self, samples: GroupRewards) -> torch.Tensor:
         """Advantage of each sample, float32 [S], from rewards that are shaped."""
-        return self.advantage(samples)
+        return _shaped_like(self.advantage, self.advantage(samples), samples.rewards)
 
     def modulated(self, batch: BatchTokens) -> tuple[BatchTokens, BatchMetrics]:
         """The batch with the modulators' advantages; pieces that look at batches have seen it.
@@ -136,7 +137,7 @@ class Objective:
         index = usable(batch).nonzero()[:, 0]
         seen = selected(batch, index)
         for modulator in self.modulators:
-            advantage, measured = modulator(seen)
+            advantage, measured = _with_metrics(modulator, modulator(seen), seen.advantage)
             seen = replace(seen, advantage=finite_or_zero(advantage))
             metrics |= _named(modulator.name, measured)
         for piece in self.pieces():
@@ -155,7 +156,7 @@ class Objective:
         weight = finite.to(batch.advantage.dtype)
         metrics: BatchMetrics = {}
         for correction in self.corrections:
-            weight, measured = correction(weight, batch)
+            weight, measured = _with_metrics(correction, correction(weight, batch), batch.advantage)
             weight = torch.where(finite, finite_or_zero(weight), torch.zeros_like(weight))
             metrics |= _named(correction.name, measured)
         return weight, metrics
@@ -164,7 +165,7 @@ class Objective:
 
     def coefficients(self, layout: Layout) -> torch.Tensor:
         """What each token's loss is multiplied by before the sum, float32 [M]."""
-        return self.aggregation(layout)
+        return _shaped_like(self.aggregation, self.aggregation(layout), layout.sequence)
 
     def plans(self, tokens: MicroBatchTokens) -> Plans:
         """What pieces plan from all M tokens of the mini-batch."""
@@ -191,16 +192,17 @@ class Objective:
             replace(tokens, planned=plans[key]) if (key := f"{index}:{piece.name}") in plans else tokens
             for index, piece in enumerate(parts)
         ]
-        loss, metrics = self.surrogate(views[0])
-        sums = _sums(self.surrogate.name, metrics)
+        like = tokens.advantage
+        loss, metrics = _with_metrics(self.surrogate, self.surrogate(views[0]), like)
+        sums = _sums(self.surrogate, metrics, like)
         loss = torch.where(tokens.weight != 0, loss * tokens.weight, torch.zeros_like(loss))
         for gate, view in zip(self.gates, views[1:], strict=False):
-            loss, metrics = gate(loss, view)
-            sums |= _sums(gate.name, metrics)
+            loss, metrics = _with_metrics(gate, gate(loss, view), like)
+            sums |= _sums(gate, metrics, like)
         for regulariser, view in zip(self.regularisers, views[1 + len(self.gates) :], strict=True):
-            term, metrics = regulariser(view)
+            term, metrics = _with_metrics(regulariser, regulariser(view), like)
             loss = loss + term
-            sums |= _sums(regulariser.name, metrics)
+            sums |= _sums(regulariser, metrics, like)
         return (loss * tokens.coefficient).sum(), sums
 
     def with_proximal(self, tokens: MicroBatchTokens) -> MicroBatchTokens:
@@ -267,5 +269,25 @@ def _metric_key(piece: str, metric: str) -> str:
     return metric if metric in CONTRACT_METRICS else f"{piece}/{metric}"
 
 
-def _sums(piece: str, metrics: TokenMetrics) -> TokenMetrics:
-    return {_metric_key(piece, key): value.detach().float().sum() for key, value in metrics.items()}
+def _sums(piece: Any, metrics: TokenMetrics, like: torch.Tensor) -> TokenMetrics:
+    return {
+        _metric_key(piece.name, key): _shaped_like(piece, value, like, f"metric {key}").detach().float().sum()
+        for key, value in metrics.items()
+    }
+
+
+def _with_metrics(piece: Any, result: Any, like: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """A piece's tensor and metrics, with the shape checked: another would be broadcast, and train something else."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise UsageError(f"{piece.name} returns {type(result).__name__}; make it return a tensor and a dict of metrics")
+    return _shaped_like(piece, result[0], like), result[1]
+
+
+def _shaped_like(piece: Any, result: Any, like: torch.Tensor, what: str = "result") -> torch.Tensor:
+    if not isinstance(result, torch.Tensor) or result.shape != like.shape:
+        found = f"shape {list(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
+        raise UsageError(
+            f"{piece.name}: its {what} has {found}, not {list(like.shape)}; return one value a token, or a sample, as "
+            "learner/protocols.py says (learner.testing.check_piece checks it)"
+        )
+    return result
