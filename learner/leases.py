@@ -181,6 +181,11 @@ class Ledger:
             entry = self._table.entries.get(lease)
             return entry is None or entry.status in (Status.COMPLETE, Status.TAKEN)
 
+    def idle(self) -> bool:
+        """No sample is in flight."""
+        with self._lock:
+            return not any(entry.status in (Status.OPEN, Status.ORPHANED) for entry in self._table.entries.values())
+
     def holder(self, lease: int) -> str | None:
         """The producer that works on a lease; None when nobody does."""
         with self._lock:
