@@ -95,7 +95,7 @@ class Hub:
         """
         self._socket.start(self._reception)
         if self._weights is not None:
-            self._weights.start(self._send)
+            self._weights.start(self._send, self._socket.waiting)
 
     def stop(self) -> None:
         """Send what is queued, close the socket."""

@@ -22,6 +22,7 @@ from pipeline.transport.integrity import RESET, seal, unseal
 from pipeline.transport.keys import LearnerKeys, fingerprint
 from pipeline.transport.options import (
     BACKLOG,
+    BACKLOG_BYTES,
     MESSAGES_A_TURN,
     RETRY_SECONDS,
     answers,
@@ -61,7 +62,7 @@ class ZmqLearnerSocket(SocketThread):
         self._keys, self._insecure, self._warn = keys, insecure, warn
         self._options = common_options(address, max_message_bytes, heartbeat_seconds) | {zmq.ROUTER_MANDATORY: 1}
         self._lock = threading.Lock()
-        self._backlogs: dict[bytes, deque[list[bytes]]] = {}
+        self._backlogs: dict[bytes, _Backlog] = {}
         self._disconnected: OrderedDict[bytes, None] = OrderedDict()
         self._peer_keys: OrderedDict[bytes, str] = OrderedDict()
         self._flush_due = False
@@ -74,11 +75,14 @@ class ZmqLearnerSocket(SocketThread):
     def send(self, peer: bytes, frames: Sequence[bytes]) -> None:
         message = list(frames) if self._keys or frames is RESET else seal(frames)
         with self._lock:
-            backlog = self._backlogs.setdefault(peer, deque())
-            backlog.append(message)
+            self._backlogs.setdefault(peer, _Backlog()).append(message)
             due, self._flush_due = self._flush_due, True
         if not due and not self.call(self._flush):
             self.sends_lost += 1
+
+    def waiting(self, peer: bytes) -> int:
+        with self._lock:
+            return backlog.bytes if (backlog := self._backlogs.get(peer)) is not None else 0
 
     def disconnect(self, peer: bytes) -> None:
         with self._lock:
@@ -186,8 +190,8 @@ class ZmqLearnerSocket(SocketThread):
             for peer, backlog in list(self._backlogs.items()):
                 if not self._send_backlog(peer, backlog):
                     gone.append(peer)
-                    self.sends_lost += len(backlog)
-                if peer in gone or not backlog:
+                    self.sends_lost += len(backlog.messages)
+                if peer in gone or not backlog.messages:
                     del self._backlogs[peer]
             if self._backlogs and not self._flush_due:
                 self._flush_due = True
@@ -195,20 +199,35 @@ class ZmqLearnerSocket(SocketThread):
         for peer in gone:
             self._handler.on_disconnect(peer)
 
-    def _send_backlog(self, peer: bytes, backlog: deque[list[bytes]]) -> bool:
+    def _send_backlog(self, peer: bytes, backlog: "_Backlog") -> bool:
         """False when the peer is gone or hopelessly behind."""
-        while backlog:
+        while backlog.messages:
             # A send without waiting is done, or has failed, when the call returns.
-            sent = cast(asyncio.Future, self._socket.send_multipart([peer, *backlog[0]], flags=zmq.DONTWAIT))
+            sent = cast(asyncio.Future, self._socket.send_multipart([peer, *backlog.messages[0]], flags=zmq.DONTWAIT))
             error = sent.exception()
             if isinstance(error, zmq.Again):
-                return len(backlog) <= BACKLOG
+                return len(backlog.messages) <= BACKLOG and backlog.bytes <= BACKLOG_BYTES + self.max_message_bytes
             if isinstance(error, zmq.ZMQError):
                 return False
             if error is not None:
                 raise error
-            backlog.popleft()
+            backlog.pop()
         return True
+
+
+class _Backlog:
+    """Messages for one peer that ZeroMQ has not taken, oldest first."""
+
+    def __init__(self) -> None:
+        self.messages: deque[list[bytes]] = deque()
+        self.bytes = 0
+
+    def append(self, message: list[bytes]) -> None:
+        self.messages.append(message)
+        self.bytes += sum(map(len, message))
+
+    def pop(self) -> None:
+        self.bytes -= sum(map(len, self.messages.popleft()))
 
 
 def _remember(known: OrderedDict[bytes, Any], peer: bytes, value: Any) -> None:
