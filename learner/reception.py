@@ -242,7 +242,13 @@ class Reception:
             self._evaluated(engine, sample, None)
             return
         check_sample(*sample, self._ledger.group_size)
+        if self._ledger.is_another_s(message.lease, engine.producer):
+            # Its lease went to another engine, whose sample is welcome: what is lost here is lost to nobody.
+            engine.unseen.pop(message.lease, None)
+            self._acknowledgements.repeat(engine, [sample])
+            return
         reason = drop_reason(message.reason)
+        self._check_window(engine)
         outcome = self._ledger.fail(*sample, reason)
         self._acknowledgements.give(engine, sample, outcome, Failed(*sample, reason, message.detail))
         self._sample_settled(engine, message.lease, outcome)

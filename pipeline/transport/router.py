@@ -16,6 +16,7 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from pipeline.errors import UsageError
+from pipeline.messages import LARGEST_HEADER
 from pipeline.transport.base import LearnerHandler
 from pipeline.transport.gatekeeper import Gatekeeper
 from pipeline.transport.integrity import RESET, seal, unseal
@@ -31,6 +32,7 @@ from pipeline.transport.options import (
     set_options,
 )
 from pipeline.transport.socket_thread import SocketThread, first_of
+from pipeline.transport.unfinished import UnfinishedMessages
 
 _REMEMBERED_PEERS = 4096
 _REFUSALS = {
@@ -61,6 +63,8 @@ class ZmqLearnerSocket(SocketThread):
         self.refused: Counter[str] = Counter()
         self._keys, self._insecure, self._warn = keys, insecure, warn
         self._options = common_options(address, max_message_bytes, heartbeat_seconds) | {zmq.ROUTER_MANDATORY: 1}
+        self._most_bytes = max_message_bytes + LARGEST_HEADER
+        """of the frames of one message together"""
         self._lock = threading.Lock()
         self._backlogs: dict[bytes, _Backlog] = {}
         self._disconnected: OrderedDict[bytes, None] = OrderedDict()
@@ -99,16 +103,15 @@ class ZmqLearnerSocket(SocketThread):
         context = zmq.asyncio.Context()
         self._socket = context.socket(zmq.ROUTER)
         set_options(self._socket, self._options)
-        monitor = self._socket.get_monitor_socket(sum(_REFUSALS))
+        monitor = self._socket.get_monitor_socket(sum(_REFUSALS) | zmq.EVENT_ACCEPTED)
         gatekeeper = Gatekeeper(context, self._keys, self._handler.on_refused) if self._keys else None
         try:
             if gatekeeper is not None:
                 gatekeeper.guard(self._socket)
             self._bind()
+            self._unfinished = UnfinishedMessages(_port(self.address), LARGEST_HEADER, self._most_bytes)
             ready.set_result(None)
-            await first_of(
-                self.stopping.wait(), self._receive(), self._watch(monitor), self.tick(self._handler.on_tick)
-            )
+            await first_of(self.stopping.wait(), self._receive(), self._watch(monitor), self.tick(self._on_tick))
             await self._drain()
         finally:
             self._socket.disable_monitor()
@@ -136,13 +139,15 @@ class ZmqLearnerSocket(SocketThread):
     async def _receive(self) -> None:
         received = 0
         while True:
+            peer_frame, *parts = await self._socket.recv_multipart(copy=False)
+            peer, frames = peer_frame.bytes, [part.bytes for part in parts]
+            if parts:
+                self._unfinished.delivered(cast(int, parts[0].get(zmq.SRCFD)))
             if self._keys is None:
-                peer, *frames = await self._socket.recv_multipart()
                 self._take(peer, unseal(frames))
             else:
-                peer_frame, *parts = await self._socket.recv_multipart(copy=False)
-                self._learn_key(peer_frame.bytes, parts)
-                self._take(peer_frame.bytes, [part.bytes for part in parts])
+                self._learn_key(peer, parts)
+                self._take(peer, frames)
             received += 1
             if received % MESSAGES_A_TURN == 0:
                 await asyncio.sleep(0)  # messages that are there already would keep ticks and sends waiting
@@ -168,11 +173,20 @@ class ZmqLearnerSocket(SocketThread):
         with self._lock:
             _remember(self._peer_keys, peer, fingerprint(key.encode()))
 
+    def _on_tick(self) -> None:
+        if ended := self._unfinished.cut():
+            self.refused["endless_message"] += ended
+            self._handler.on_refused(f"{ended} connections were cut: a message that is too long to be one, or endless")
+        self._handler.on_tick()
+
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
-        """Count connections that did not come about."""
+        """Follow connections that are opened, count those that did not come about."""
         while True:
-            event = parse_monitor_message(await monitor.recv_multipart())["event"]
-            if reason := _REFUSALS.get(zmq.Event(event)):
+            message = parse_monitor_message(await monitor.recv_multipart())
+            event = message["event"]
+            if event == zmq.EVENT_ACCEPTED:
+                self._unfinished.accepted(message["value"])
+            elif reason := _REFUSALS.get(zmq.Event(event)):
                 self.refused[reason] += 1
                 if reason != "key_not_listed":  # which the gatekeeper tells, with the key
                     self._handler.on_refused(f"a connection was refused: {reason.replace('_', ' ')}")
@@ -213,6 +227,12 @@ class ZmqLearnerSocket(SocketThread):
                 raise error
             backlog.pop()
         return True
+
+
+def _port(address: str) -> int:
+    """0 for an address that is no TCP."""
+    scheme, _, rest = address.partition("://")
+    return int(rest.rpartition(":")[2]) if scheme == "tcp" else 0
 
 
 class _Backlog:
