@@ -145,7 +145,7 @@ def _load(name: str) -> RewardFunction:
             f"task.reward = {name!r}: module {module_name!r} has no function {function_name!r}; "
             "define it as (prompts, completions, **columns) -> list of floats"
         )
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def score_group(
