@@ -21,6 +21,7 @@ from drafters.base import (
 )
 from drafters.guard import CALL_SECONDS, Guard
 from drafters.registry import build
+from pipeline.errors import UsageError
 
 
 class Ensemble:
@@ -38,6 +39,13 @@ class Ensemble:
     def build(pieces: Sequence[Mapping[str, Any] | str]) -> "Ensemble":
         """From pieces of configuration: names, or tables with a name and options."""
         return Ensemble([build({"name": piece} if isinstance(piece, str) else piece) for piece in pieces])
+
+    def all(self) -> Iterator[Drafter]:
+        """Its drafters, and theirs where they have some."""
+        for drafter in self.drafters:
+            yield drafter
+            if isinstance(drafter, CompositeDrafter):
+                yield from drafter.ensemble.all()
 
     def host(self, vocab_size: int, on_event: Callable[[str], None], call_seconds: float) -> None:
         self.guards = [Guard(drafter, vocab_size, on_event, call_seconds) for drafter in self.drafters]
@@ -92,6 +100,12 @@ class CompositeDrafter(BaseDrafter):
     """Forwards everything but `propose` to its ensemble."""
 
     def __init__(self, ensemble: Ensemble) -> None:
+        """
+        Raises:
+            UsageError: a drafter of its own kind is among the drafters, at whatever depth.
+        """
+        if any(isinstance(part, type(self)) for part in ensemble.all()):
+            raise UsageError(f"drafter {self.name} is to hand out drafts of another {self.name}; name other drafters")
         self.ensemble = ensemble
         self.needs = ensemble.needs
 

@@ -103,7 +103,7 @@ def _connect(
     )  # fmt: skip
     if config.weights.transport == "filesystem":
         return link, FilesystemFollower(run.weights)
-    stream = StreamFollower(run.received / spool.producer, link.request_weights, log)
+    stream = StreamFollower(run.received / spool.producer, link.request_weights, log, lambda: link.connections)
     return link, stream
 
 
