@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = {
     f"pipeline.{name}"
     for name in (
-        "errors", "config", "messages", "capabilities", "digest", "stop", "plugins", "durable", "failpoints",
-        "watchdog",
+        "errors", "config", "messages", "codec", "capabilities", "digest", "stop", "plugins", "durable",
+        "failpoints", "watchdog",
     )
 }  # fmt: skip
 STORES = BASE | {
