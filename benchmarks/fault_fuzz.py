@@ -149,6 +149,9 @@ class _SilentSocket:
     def send(self, *arguments: Any) -> bool:
         return True
 
+    def waiting(self, peer: bytes) -> int:
+        return 0
+
     def disconnect(self, peer: bytes) -> None: ...
 
     def reconnect(self) -> None: ...

@@ -13,10 +13,12 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
+from benchmarks.drafter_choice import and_length
 from benchmarks.memory import Growth
 from benchmarks.results import resident_bytes
 from benchmarks.turns import take_turns
 from pipeline.engine.generator import FinishedSample
+from pipeline.errors import RollaheadError
 
 VLLM_SYSTEM = "rollahead-vllm"
 """our drafters in vLLM's engine, beside the peer vllm"""
@@ -72,14 +74,24 @@ class Timing(msgspec.Struct, kw_only=True):
     """peak of the process"""
 
 
+class Answer(msgspec.Struct, kw_only=True):
+    """To jobs."""
+
+    timings: list[Timing] = []
+    refused: str = ""
+    """why there are none"""
+    exit_code: int = 2
+    """of a refusal"""
+
+
 class System(Protocol):
     def run(self, job: Job) -> Timing: ...
 
 
 def drafter_and_length(job: Job) -> tuple[str, int]:
-    """Of `name` or `name@longest draft`."""
-    name, _, length = job.drafter.partition("@")
-    return name, int(length) if length else job.max_draft_tokens
+    """Of `drafter` or `drafter@longest draft`."""
+    drafter, length = and_length(job.drafter)
+    return drafter, job.max_draft_tokens if length is None else length
 
 
 class Rollahead:
@@ -94,7 +106,7 @@ class Rollahead:
 
     def _generator(self, job: Job) -> Any:
         """One for each drafter, which remembers what it saw until a job is fresh."""
-        from drafters.registry import build
+        from drafters.registry import written
         from pipeline.engine.native.generator import NativeGenerator
 
         if job.fresh and job.drafter in self._generators:
@@ -102,7 +114,7 @@ class Rollahead:
         if job.drafter not in self._generators:
             name, length = drafter_and_length(job)
             self._generators[job.drafter] = NativeGenerator(
-                self._decoder, drafter=build({"name": name}), max_sequences=job.batch, max_draft_tokens=length,
+                self._decoder, drafter=written(name), max_sequences=job.batch, max_draft_tokens=length,
                 max_length=job.max_length, stop_token_ids=(), stagger=True,
             )  # fmt: skip
         return self._generators[job.drafter]
@@ -248,8 +260,12 @@ def serve(system: str, model: Path, threads: int) -> None:
     runner = system_named(system, model)
     for line in sys.stdin:
         jobs = msgspec.json.decode(line, type=list[Job])
-        timings = runner.run_together(jobs) if isinstance(runner, Rollahead) else [runner.run(job) for job in jobs]
-        answers.write(msgspec.json.encode(timings).decode() + "\n")
+        try:
+            timings = runner.run_together(jobs) if isinstance(runner, Rollahead) else [runner.run(job) for job in jobs]
+            answer = Answer(timings=timings)
+        except RollaheadError as error:
+            answer = Answer(refused=str(error), exit_code=error.exit_code)
+        answers.write(msgspec.json.encode(answer).decode() + "\n")
         answers.flush()
 
 

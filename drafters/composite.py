@@ -2,14 +2,26 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from drafters.base import BaseDrafter, Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
+from drafters.base import (
+    BaseDrafter,
+    Drafter,
+    DraftRequest,
+    Needs,
+    Proposal,
+    SequenceStart,
+    Target,
+    Verified,
+    check_policy,
+)
 from drafters.guard import CALL_SECONDS, Guard
 from drafters.registry import build
+from pipeline.errors import UsageError
 
 
 class Ensemble:
@@ -27,6 +39,13 @@ class Ensemble:
     def build(pieces: Sequence[Mapping[str, Any] | str]) -> "Ensemble":
         """From pieces of configuration: names, or tables with a name and options."""
         return Ensemble([build({"name": piece} if isinstance(piece, str) else piece) for piece in pieces])
+
+    def all(self) -> Iterator[Drafter]:
+        """Its drafters, and theirs where they have some."""
+        for drafter in self.drafters:
+            yield drafter
+            if isinstance(drafter, CompositeDrafter):
+                yield from drafter.ensemble.all()
 
     def host(self, vocab_size: int, on_event: Callable[[str], None], call_seconds: float) -> None:
         self.guards = [Guard(drafter, vocab_size, on_event, call_seconds) for drafter in self.drafters]
@@ -81,6 +100,12 @@ class CompositeDrafter(BaseDrafter):
     """Forwards everything but `propose` to its ensemble."""
 
     def __init__(self, ensemble: Ensemble) -> None:
+        """
+        Raises:
+            UsageError: a drafter of its own kind is among the drafters, at whatever depth.
+        """
+        if any(isinstance(part, type(self)) for part in ensemble.all()):
+            raise UsageError(f"drafter {self.name} is to hand out drafts of another {self.name}; name other drafters")
         self.ensemble = ensemble
         self.needs = ensemble.needs
 
@@ -115,6 +140,10 @@ class CompositeDrafter(BaseDrafter):
 
     def end(self, ids: Sequence[int]) -> None:
         self.ensemble.end(ids)
+
+    def check_policy(self, folder: Path | None, brings_head: bool) -> None:
+        for drafter in self.ensemble.drafters:
+            check_policy(drafter, folder, brings_head)
 
     def counters(self) -> dict[str, float]:
         return self.ensemble.counters()

@@ -95,7 +95,7 @@ class Hub:
         """
         self._socket.start(self._reception)
         if self._weights is not None:
-            self._weights.start(self._send)
+            self._weights.start(self._send, self._socket.waiting)
 
     def stop(self) -> None:
         """Send what is queued, close the socket."""
@@ -131,6 +131,7 @@ class Hub:
         """Have these sampled before anything else."""
         with self._changed:
             self._reception.evaluation = Evaluation(leases)
+            self._reception.advanced_at = time.monotonic()
             self._reception.grant()
 
     def evaluated(self, timeout: float) -> Evaluation | None:
@@ -209,12 +210,11 @@ class Hub:
         self._ledger.check()
 
     def stalled_seconds(self) -> float:
-        """Since the last wanted sample, or 0 while there is nothing that engines could be asked for."""
+        """That connected engines have been asked for samples and none came; 0 without engines, and while nothing is
+        asked for."""
         with self._changed:
-            evaluation = self._reception.evaluation
-            asked = self._ledger.in_flight() + (evaluation.missing if evaluation is not None else 0)
-            waiting = len(self._reception.roster) and asked
-            return time.monotonic() - self._reception.accepted_at if waiting else 0.0
+            waiting = len(self._reception.roster) and self._reception.asked
+            return time.monotonic() - self._reception.advanced_at if waiting else 0.0
 
     def _weights_requested(self, peer: bytes, request: messages.WeightsRequest) -> None:
         if self._weights is None:

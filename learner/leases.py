@@ -181,6 +181,19 @@ class Ledger:
             entry = self._table.entries.get(lease)
             return entry is None or entry.status in (Status.COMPLETE, Status.TAKEN)
 
+    def is_another_s(self, lease: int, producer: str) -> bool:
+        """Whether a lease is not with this producer, but with another, or waits for one."""
+        with self._lock:
+            entry = self._table.entries.get(lease)
+            if entry is None or entry.status not in (Status.OPEN, Status.ORPHANED):
+                return False
+            return entry.status is Status.ORPHANED or entry.holder not in ("", producer)
+
+    def idle(self) -> bool:
+        """No sample is in flight."""
+        with self._lock:
+            return not any(entry.status in (Status.OPEN, Status.ORPHANED) for entry in self._table.entries.values())
+
     def holder(self, lease: int) -> str | None:
         """The producer that works on a lease; None when nobody does."""
         with self._lock:

@@ -66,8 +66,9 @@ class Reception:
         """messages of peers that had not said HELLO"""
         self.received_samples = self.received_bytes = 0
         """of trajectories, duplicates included"""
-        self.accepted_at = time.monotonic()
-        """when the last sample arrived that was wanted"""
+        self.advanced_at = time.monotonic()
+        """when the last sample arrived that was wanted; or, if that is later, when samples were asked for after a time
+        in which none were, or when an engine came after a time without one"""
         self.sequences = Sequences()
         self._on_weights_request = on_weights_request
         self._lines = LineLimit(_LINES_A_MINUTE)
@@ -83,11 +84,19 @@ class Reception:
         """Grant all that admission and credit allow."""
         if self.draining or self._error is not None:
             return
+        idle = not self.asked
         try:
             self._grants.grant(self.evaluation, self.training, self._lease_seconds)
         except RunFailed as error:
             self._error = error
             self.changed.notify_all()
+        if idle and self.asked:
+            self.advanced_at = time.monotonic()
+
+    @property
+    def asked(self) -> bool:
+        """Whether there are samples that engines were asked for and that have not come."""
+        return not self._ledger.idle() or (self.evaluation is not None and self.evaluation.missing > 0)
 
     def broadcast(self, message: messages.LearnerMessage) -> None:
         """Send a message to every engine."""
@@ -169,6 +178,8 @@ class Reception:
         known = self.roster.get(peer)
         if known is not None:
             engine.unjournaled_bytes = known.unjournaled_bytes
+        if not len(self.roster):
+            self.advanced_at = now
         self._replace(self.roster.add(engine), engine)
         received = self._ledger.hello(hello.producer, hello.running, hello.spooled, hello.version, now)
         self._send(peer, messages.Welcome(
@@ -231,7 +242,13 @@ class Reception:
             self._evaluated(engine, sample, None)
             return
         check_sample(*sample, self._ledger.group_size)
+        if self._ledger.is_another_s(message.lease, engine.producer):
+            # Its lease went to another engine, whose sample is welcome: what is lost here is lost to nobody.
+            engine.unseen.pop(message.lease, None)
+            self._acknowledgements.repeat(engine, [sample])
+            return
         reason = drop_reason(message.reason)
+        self._check_window(engine)
         outcome = self._ledger.fail(*sample, reason)
         self._acknowledgements.give(engine, sample, outcome, Failed(*sample, reason, message.detail))
         self._sample_settled(engine, message.lease, outcome)
@@ -246,7 +263,7 @@ class Reception:
             check_sample(*sample, lease.group_size)
             evaluation.arrive(sample, trajectory)
         engine.unseen.pop(sample[0], None)
-        self.accepted_at = time.monotonic()
+        self.advanced_at = time.monotonic()
         self._acknowledgements.repeat(engine, [sample])
         self.grant()
         self.changed.notify_all()
@@ -255,7 +272,7 @@ class Reception:
         engine.unseen.pop(lease, None)
         if outcome is not Outcome.ACCEPTED:
             return
-        self.accepted_at = time.monotonic()
+        self.advanced_at = time.monotonic()
         if not self._ledger.is_settled(lease):
             return  # nothing has changed for whoever waits for whole groups, nor for what may be granted
         self.grant()

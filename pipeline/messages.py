@@ -28,8 +28,8 @@ IDS_A_MESSAGE = 1 << 16
 """entries of a list of leases or samples; who has more to say sends several messages, or says the rest later"""
 LARGEST_HEADER = 4 << 20
 """bytes of frame 0 that the learner looks at"""
-LARGEST_CHUNK = 1 << 20
-"""bytes of weights in one message"""
+LARGEST_CHUNK = 1 << 18
+"""bytes of weights in one message; a slow connection must pass one within a few heartbeats"""
 LARGEST_ORIGINS = 1 << 18
 """response tokens of a sample that tells how each of them came"""
 _LONGEST_ERROR = 1 << 16

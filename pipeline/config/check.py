@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from pipeline.config.check_vllm import check_vllm
-from pipeline.config.types import Config, KVCompressionSection, SamplingSection, SwitchingSection
+from pipeline.config.types import LEAST_TEMPERATURE, Config, KVCompressionSection, SamplingSection, SwitchingSection
 from pipeline.errors import UsageError
 
 
@@ -36,7 +36,19 @@ def check_config(config: Config) -> None:
         )
     if sampling.temperature == 0:
         raise UsageError("sampling.temperature = 0 (greedy) gives nothing to learn from; use for example 1.0")
+    for name, value in (
+        ("sampling.temperature", sampling.temperature),
+        ("learner.eval_temperature", learner.eval_temperature),
+    ):
+        if 0 < value < LEAST_TEMPERATURE:
+            raise UsageError(f"{name} = {value:g} is too small to divide logits by; use at least {LEAST_TEMPERATURE:g}")
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        raise UsageError(
+            f"sampling.min_new_tokens = {sampling.min_new_tokens} is more than sampling.max_new_tokens = "
+            f"{sampling.max_new_tokens}; lower the one or raise the other"
+        )
     check_vllm(config)
+    _check_co_training(config)
     _check_replay(sampling)
     _check_switching(config)
     _check_kv_compression(config)
@@ -89,6 +101,28 @@ def _check_replay(sampling: SamplingSection) -> None:
                 f"sampling.{key} = {value!r} changes probabilities in a way that the learner cannot recompute; "
                 f"leave it at {off!r} for training"
             )
+
+
+def _check_co_training(config: Config) -> None:
+    if not config.drafter.co_train:
+        return
+    names = _drafters(config.engine.drafter)
+    if "mtp" not in names and not any(":" in name for name in names):  # a user's own may read the head
+        raise UsageError(
+            f"drafter.co_train = true trains a head that engine.drafter ({', '.join(names)}) does not draft with; set "
+            'engine.drafter = {name = "arbiter", drafters = ["suffix-automaton", "mtp"]}, or drafter.co_train = false'
+        )
+
+
+def _drafters(piece: Any) -> list[str]:
+    """Names of a drafter and of those that it is made of."""
+    if isinstance(piece, str):
+        return [piece]
+    if not isinstance(piece, dict):  # the drafter itself refuses it
+        return []
+    listed = piece.get("drafters")
+    parts = [*(listed if isinstance(listed, list) else []), piece.get("auxiliary")]
+    return [str(piece.get("name")), *(name for part in parts for name in _drafters(part))]
 
 
 def _check_kv_compression(config: Config) -> None:

@@ -83,6 +83,11 @@ class Link:
         """Identity of the learner's run; empty before the first WELCOME."""
         return self._session.run
 
+    @property
+    def connections(self) -> int:
+        """To the learner so far; what was asked on an earlier one is not answered."""
+        return self._session.connections
+
     # ---- for the main loop ---------------------------------------------------------------------------------------
 
     def start(self) -> None:

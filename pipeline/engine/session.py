@@ -68,6 +68,8 @@ class Session:
         """the learner has answered HELLO on this connection"""
         self.run = ""
         """identity of its run"""
+        self.connections = 0
+        """so far; what was asked on an earlier one is not answered"""
 
     # ---- for the link --------------------------------------------------------------------------------------------
 
@@ -147,6 +149,7 @@ class Session:
 
     def on_connect(self) -> None:
         with self._changed:
+            self.connections += 1
             self._heard_at = time.monotonic()
             self._lose_learner("connected anew")
             self._say_hello()

@@ -51,6 +51,9 @@ class LearnerSocket(Protocol):
     def send(self, peer: bytes, frames: Sequence[bytes]) -> None:
         """Queue a message; one that cannot be delivered is counted in `sends_lost`."""
 
+    def waiting(self, peer: bytes) -> int:
+        """Bytes queued for a peer that it does not take at the moment."""
+
     def disconnect(self, peer: bytes) -> None:
         """Ignore what the peer still sends; what is queued for it goes out."""
 

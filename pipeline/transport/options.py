@@ -12,6 +12,8 @@ from pipeline.errors import UsageError
 HIGH_WATER_MARK = 64
 BACKLOG = 4096
 """messages queued for one peer beyond what ZeroMQ takes; a peer that lets so many wait is given up"""
+BACKLOG_BYTES = 32 << 20
+"""of those, beyond one message of the largest size"""
 RETRY_SECONDS = 0.02
 MESSAGES_A_TURN = 32
 

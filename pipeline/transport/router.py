@@ -16,12 +16,14 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from pipeline.errors import UsageError
+from pipeline.messages import LARGEST_HEADER
 from pipeline.transport.base import LearnerHandler
 from pipeline.transport.gatekeeper import Gatekeeper
 from pipeline.transport.integrity import RESET, seal, unseal
 from pipeline.transport.keys import LearnerKeys, fingerprint
 from pipeline.transport.options import (
     BACKLOG,
+    BACKLOG_BYTES,
     MESSAGES_A_TURN,
     RETRY_SECONDS,
     answers,
@@ -30,6 +32,7 @@ from pipeline.transport.options import (
     set_options,
 )
 from pipeline.transport.socket_thread import SocketThread, first_of
+from pipeline.transport.unfinished import UnfinishedMessages
 
 _REMEMBERED_PEERS = 4096
 _REFUSALS = {
@@ -60,8 +63,10 @@ class ZmqLearnerSocket(SocketThread):
         self.refused: Counter[str] = Counter()
         self._keys, self._insecure, self._warn = keys, insecure, warn
         self._options = common_options(address, max_message_bytes, heartbeat_seconds) | {zmq.ROUTER_MANDATORY: 1}
+        self._most_bytes = max_message_bytes + LARGEST_HEADER
+        """of the frames of one message together"""
         self._lock = threading.Lock()
-        self._backlogs: dict[bytes, deque[list[bytes]]] = {}
+        self._backlogs: dict[bytes, _Backlog] = {}
         self._disconnected: OrderedDict[bytes, None] = OrderedDict()
         self._peer_keys: OrderedDict[bytes, str] = OrderedDict()
         self._flush_due = False
@@ -74,11 +79,14 @@ class ZmqLearnerSocket(SocketThread):
     def send(self, peer: bytes, frames: Sequence[bytes]) -> None:
         message = list(frames) if self._keys or frames is RESET else seal(frames)
         with self._lock:
-            backlog = self._backlogs.setdefault(peer, deque())
-            backlog.append(message)
+            self._backlogs.setdefault(peer, _Backlog()).append(message)
             due, self._flush_due = self._flush_due, True
         if not due and not self.call(self._flush):
             self.sends_lost += 1
+
+    def waiting(self, peer: bytes) -> int:
+        with self._lock:
+            return backlog.bytes if (backlog := self._backlogs.get(peer)) is not None else 0
 
     def disconnect(self, peer: bytes) -> None:
         with self._lock:
@@ -95,16 +103,15 @@ class ZmqLearnerSocket(SocketThread):
         context = zmq.asyncio.Context()
         self._socket = context.socket(zmq.ROUTER)
         set_options(self._socket, self._options)
-        monitor = self._socket.get_monitor_socket(sum(_REFUSALS))
+        monitor = self._socket.get_monitor_socket(sum(_REFUSALS) | zmq.EVENT_ACCEPTED)
         gatekeeper = Gatekeeper(context, self._keys, self._handler.on_refused) if self._keys else None
         try:
             if gatekeeper is not None:
                 gatekeeper.guard(self._socket)
             self._bind()
+            self._unfinished = UnfinishedMessages(_port(self.address), LARGEST_HEADER, self._most_bytes)
             ready.set_result(None)
-            await first_of(
-                self.stopping.wait(), self._receive(), self._watch(monitor), self.tick(self._handler.on_tick)
-            )
+            await first_of(self.stopping.wait(), self._receive(), self._watch(monitor), self.tick(self._on_tick))
             await self._drain()
         finally:
             self._socket.disable_monitor()
@@ -132,13 +139,15 @@ class ZmqLearnerSocket(SocketThread):
     async def _receive(self) -> None:
         received = 0
         while True:
+            peer_frame, *parts = await self._socket.recv_multipart(copy=False)
+            peer, frames = peer_frame.bytes, [part.bytes for part in parts]
+            if parts:
+                self._unfinished.delivered(cast(int, parts[0].get(zmq.SRCFD)))
             if self._keys is None:
-                peer, *frames = await self._socket.recv_multipart()
                 self._take(peer, unseal(frames))
             else:
-                peer_frame, *parts = await self._socket.recv_multipart(copy=False)
-                self._learn_key(peer_frame.bytes, parts)
-                self._take(peer_frame.bytes, [part.bytes for part in parts])
+                self._learn_key(peer, parts)
+                self._take(peer, frames)
             received += 1
             if received % MESSAGES_A_TURN == 0:
                 await asyncio.sleep(0)  # messages that are there already would keep ticks and sends waiting
@@ -164,11 +173,20 @@ class ZmqLearnerSocket(SocketThread):
         with self._lock:
             _remember(self._peer_keys, peer, fingerprint(key.encode()))
 
+    def _on_tick(self) -> None:
+        if ended := self._unfinished.cut():
+            self.refused["endless_message"] += ended
+            self._handler.on_refused(f"{ended} connections were cut: a message that is too long to be one, or endless")
+        self._handler.on_tick()
+
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
-        """Count connections that did not come about."""
+        """Follow connections that are opened, count those that did not come about."""
         while True:
-            event = parse_monitor_message(await monitor.recv_multipart())["event"]
-            if reason := _REFUSALS.get(zmq.Event(event)):
+            message = parse_monitor_message(await monitor.recv_multipart())
+            event = message["event"]
+            if event == zmq.EVENT_ACCEPTED:
+                self._unfinished.accepted(message["value"])
+            elif reason := _REFUSALS.get(zmq.Event(event)):
                 self.refused[reason] += 1
                 if reason != "key_not_listed":  # which the gatekeeper tells, with the key
                     self._handler.on_refused(f"a connection was refused: {reason.replace('_', ' ')}")
@@ -186,8 +204,8 @@ class ZmqLearnerSocket(SocketThread):
             for peer, backlog in list(self._backlogs.items()):
                 if not self._send_backlog(peer, backlog):
                     gone.append(peer)
-                    self.sends_lost += len(backlog)
-                if peer in gone or not backlog:
+                    self.sends_lost += len(backlog.messages)
+                if peer in gone or not backlog.messages:
                     del self._backlogs[peer]
             if self._backlogs and not self._flush_due:
                 self._flush_due = True
@@ -195,20 +213,41 @@ class ZmqLearnerSocket(SocketThread):
         for peer in gone:
             self._handler.on_disconnect(peer)
 
-    def _send_backlog(self, peer: bytes, backlog: deque[list[bytes]]) -> bool:
+    def _send_backlog(self, peer: bytes, backlog: "_Backlog") -> bool:
         """False when the peer is gone or hopelessly behind."""
-        while backlog:
+        while backlog.messages:
             # A send without waiting is done, or has failed, when the call returns.
-            sent = cast(asyncio.Future, self._socket.send_multipart([peer, *backlog[0]], flags=zmq.DONTWAIT))
+            sent = cast(asyncio.Future, self._socket.send_multipart([peer, *backlog.messages[0]], flags=zmq.DONTWAIT))
             error = sent.exception()
             if isinstance(error, zmq.Again):
-                return len(backlog) <= BACKLOG
+                return len(backlog.messages) <= BACKLOG and backlog.bytes <= BACKLOG_BYTES + self.max_message_bytes
             if isinstance(error, zmq.ZMQError):
                 return False
             if error is not None:
                 raise error
-            backlog.popleft()
+            backlog.pop()
         return True
+
+
+def _port(address: str) -> int:
+    """0 for an address that is no TCP."""
+    scheme, _, rest = address.partition("://")
+    return int(rest.rpartition(":")[2]) if scheme == "tcp" else 0
+
+
+class _Backlog:
+    """Messages for one peer that ZeroMQ has not taken, oldest first."""
+
+    def __init__(self) -> None:
+        self.messages: deque[list[bytes]] = deque()
+        self.bytes = 0
+
+    def append(self, message: list[bytes]) -> None:
+        self.messages.append(message)
+        self.bytes += sum(map(len, message))
+
+    def pop(self) -> None:
+        self.bytes -= sum(map(len, self.messages.popleft()))
 
 
 def _remember(known: OrderedDict[bytes, Any], peer: bytes, value: Any) -> None:

@@ -11,7 +11,7 @@ import queue
 import shutil
 import threading
 import time
-from collections import Counter
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +29,18 @@ from pipeline.messages import (
 from pipeline.weights.base import Publication, WeightsPending
 from pipeline.weights.filesystem import FilesystemFollower, sha256_of, versions
 
-_AHEAD = 4
+_AHEAD = 16
 """pieces asked for and not here yet"""
 _REQUESTS = 64
 """of one engine that may wait for an answer"""
 _ANSWER_SECONDS = 3.0
+"""until what did not come is asked for again, at first; on a slow connection it takes longer to come"""
+_PATIENCE = 4.0
+"""times as long as the last answer took"""
+_MOST_PATIENT_SECONDS = 60.0
+_ROOM = 16 * LARGEST_CHUNK
+"""bytes queued for a peer beyond which it is not answered"""
+_POLL_SECONDS = 0.02
 _RETRY_SECONDS = 1.0
 _LOCAL_VERSIONS = 2
 _CHUNK = LARGEST_CHUNK
@@ -44,40 +51,52 @@ class WeightsServer:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._waiting: queue.Queue[tuple[bytes, WeightsRequest] | None] = queue.Queue()
-        self._outstanding: Counter[bytes] = Counter()
-        self._lock = threading.Lock()
+        self._requests: deque[tuple[bytes, WeightsRequest]] = deque()
+        self._changed = threading.Condition()
+        self._stopped = False
         self._lists: dict[int, tuple[WeightsFile, ...]] = {}
         self._thread = threading.Thread(target=self._work, name="weights", daemon=True)
 
-    def start(self, send: Callable[[bytes, LearnerMessage], None]) -> None:
-        self._send = send
+    def start(self, send: Callable[[bytes, LearnerMessage], None], waiting: Callable[[bytes], int]) -> None:
+        """
+        Args:
+            send: queues a message for a peer.
+            waiting: bytes queued for a peer that it does not take at the moment; one with too many is not
+                answered.
+        """
+        self._send, self._waiting = send, waiting
         self._thread.start()
 
     def request(self, peer: bytes, request: WeightsRequest) -> None:
-        """Queue a request.
+        """Queue a request, unless it is queued already.
 
         Raises:
             BadMessage: the engine asks faster than it takes answers.
         """
-        with self._lock:
-            if self._outstanding[peer] >= _REQUESTS:
+        with self._changed:
+            if (peer, request) in self._requests:
+                return
+            if sum(asking == peer for asking, _ in self._requests) >= _REQUESTS:
                 raise BadMessage(f"more than {_REQUESTS} requests for weights at once")
-            self._outstanding[peer] += 1
-        self._waiting.put((peer, request))
+            self._requests.append((peer, request))
+            self._changed.notify()
 
     def stop(self) -> None:
-        self._waiting.put(None)
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join()
 
     def _work(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            peer, request = item
-            with self._lock:
-                self._outstanding[peer] -= 1
-                if not self._outstanding[peer]:
-                    del self._outstanding[peer]
+        while not self._stopped:
+            with self._changed:
+                found = next(((p, r) for p, r in self._requests if self._waiting(p) < _ROOM), None)
+                if found is None:
+                    self._changed.wait(_POLL_SECONDS if self._requests else None)
+                    continue
+                self._requests.remove(found)
+            peer, request = found
             self._send(peer, self._answer(request))
 
     def _answer(self, request: WeightsRequest) -> LearnerMessage:
@@ -117,6 +136,10 @@ class _Download:
     files: dict[str, WeightsFile] = field(default_factory=dict)
     listed: bool = False
     asked_at: float = 0.0
+    """when something was asked for, or came, last; 0: nothing is to come"""
+    asked_on: int = 0
+    """number of the connection"""
+    patience: float = 0.0
     asked_to: dict[str, int] = field(default_factory=dict)
     """file -> offset up to which pieces were asked for"""
 
@@ -124,14 +147,18 @@ class _Download:
 class StreamFollower:
     """Engine side: a `WeightsFollower` over a folder of its own that it fills from the learner."""
 
-    def __init__(self, root: Path, request: Callable[[WeightsRequest], bool], on_event: Callable[[str], None]) -> None:
+    def __init__(
+        self, root: Path, request: Callable[[WeightsRequest], bool], on_event: Callable[[str], None],
+        connections: Callable[[], int] = lambda: 0,
+    ) -> None:  # fmt: skip
         """
         Args:
             root: where versions are kept; the newest two stay.
             request: sends a request to the learner; False when it is away.
             on_event: gets a line about a version that arrived damaged, or that there is no space for.
+            connections: how often the learner was connected to; what was asked before the last time is asked again.
         """
-        self.root, self._request, self._on_event = root, request, on_event
+        self.root, self._request, self._on_event, self._connections = root, request, on_event, connections
         root.mkdir(parents=True, exist_ok=True)
         self._local = FilesystemFollower(root)
         self._messages: queue.Queue[WeightsFiles | WeightsChunk] = queue.Queue(2 * _AHEAD)
@@ -187,13 +214,16 @@ class StreamFollower:
         if download.listed and all(self._size(download, file) == file.bytes for file in download.files.values()):
             self._complete(download)
             return
-        now = time.monotonic()
-        if download.asked_at and now - download.asked_at > _ANSWER_SECONDS:
+        now, connection = time.monotonic(), self._connections()
+        patience = max(download.patience, _ANSWER_SECONDS)
+        if download.asked_at and (now - download.asked_at > patience or download.asked_on != connection):
+            if download.asked_on == connection:
+                download.patience = min(2 * patience, _MOST_PATIENT_SECONDS)  # what is under way still must not pile up
             download.asked_to.clear()
             download.asked_at = 0.0
         if not download.listed:
             if not download.asked_at and self._request(WeightsRequest(version=download.version)):
-                download.asked_at = now
+                download.asked_at, download.asked_on = now, connection
             return
         file = next(f for f in download.files.values() if self._size(download, f) < f.bytes)
         size = self._size(download, file)
@@ -202,7 +232,7 @@ class StreamFollower:
             if not self._request(WeightsRequest(version=download.version, file=file.name, offset=begin)):
                 return
             begin += _CHUNK
-            download.asked_to[file.name], download.asked_at = begin, now
+            download.asked_to[file.name], download.asked_at, download.asked_on = begin, now, connection
 
     def _take(self, message: WeightsFiles | WeightsChunk) -> None:
         download = self._download
@@ -212,14 +242,20 @@ class StreamFollower:
             self._begin(download, message)
             return
         file = download.files.get(message.file)
-        if file is None or message.offset != self._size(download, file):
+        if file is None:
+            return
+        now = time.monotonic()
+        if download.asked_at:
+            slow = min(_PATIENCE * (now - download.asked_at), _MOST_PATIENT_SECONDS)
+            download.patience = max(download.patience, slow)
+            download.asked_at = now  # also by a repetition: what was asked for is under way
+        if message.offset != self._size(download, file):
             return
         if not message.data or message.offset + len(message.data) > file.bytes:
             self._give_up()  # deleted by the learner, which has a newer one
             return
         with self._part(download, file).open("ab") as part:
             part.write(message.data)
-        download.asked_at = time.monotonic()
 
     def _begin(self, download: _Download, message: WeightsFiles) -> None:
         if not message.files:

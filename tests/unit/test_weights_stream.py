@@ -1,7 +1,10 @@
 """Weights over the connection: whole, checked, gone on with after an interruption, and nothing but weights."""
 
 import random
+import threading
 import time
+from collections import Counter
+from queue import Queue
 
 import msgspec
 import pytest
@@ -34,8 +37,9 @@ class Wire:
         self.pieces = []
         self.events = []
         self.alter = lambda message: message
-        self.follower = StreamFollower(local, self._request, self.events.append)
-        self.server.start(self._answer)
+        self.connections = 1
+        self.follower = StreamFollower(local, self._request, self.events.append, lambda: self.connections)
+        self.server.start(self._answer, lambda peer: 0)
 
     def _request(self, request: WeightsRequest) -> bool:
         if self.up:
@@ -151,8 +155,65 @@ def test_no_request_leads_out_of_the_folder(tmp_path, name):
 def test_an_engine_that_asks_without_end_is_told_off(tmp_path):
     server = WeightsServer(tmp_path)
     with pytest.raises(BadMessage, match="requests for weights"):
-        for _ in range(100):
-            server.request(b"peer", WeightsRequest(version=1))
+        for offset in range(100):
+            server.request(b"peer", WeightsRequest(version=1, offset=offset))
+
+
+def test_a_peer_that_takes_nothing_is_not_answered_and_others_are(tmp_path):
+    publish(tmp_path / "weights", 1, 40 * LARGEST_CHUNK)
+    server = WeightsServer(tmp_path / "weights")
+    queued = Counter()
+
+    def send(peer, message):
+        queued[peer] += len(message.data)
+
+    server.start(send, lambda peer: queued[peer] if peer == b"deaf" else 0)
+    for index in range(40):
+        for peer in (b"deaf", b"peer"):
+            server.request(peer, WeightsRequest(version=1, file="model.safetensors", offset=index * LARGEST_CHUNK))
+    deadline = time.monotonic() + 10.0
+    while queued[b"peer"] < 40 * LARGEST_CHUNK:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert 0 < queued[b"deaf"] < 20 * LARGEST_CHUNK
+    with pytest.raises(BadMessage, match="requests for weights"):
+        for offset in range(64):
+            server.request(b"deaf", WeightsRequest(version=1, offset=offset))
+    server.stop()
+
+
+def test_on_a_slow_connection_pieces_under_way_are_not_asked_for_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.weights.stream._ANSWER_SECONDS", 0.05)
+    pieces = 30
+    data = publish(tmp_path / "weights", 1, pieces * LARGEST_CHUNK)
+    line = Queue()
+    wire = Wire(tmp_path / "weights", tmp_path / "local")
+    wire.alter = line.put  # in order, and none of them lost
+
+    def deliver():
+        while (message := line.get()) is not None:
+            time.sleep(0.1)  # each takes twice as long as what is asked for is waited for
+            wire.follower.receive(message)
+
+    thread = threading.Thread(target=deliver)
+    thread.start()
+    assert (wire.fetch(1, 30.0)[0] / "model.safetensors").read_bytes() == data
+    line.put(None)
+    thread.join()
+    wire.close()
+    assert len(wire.pieces) < 2 * pieces
+
+
+def test_what_was_asked_on_a_connection_that_ended_is_asked_for_at_once_on_the_next(tmp_path):
+    data = publish(tmp_path / "weights", 1)
+    wire = Wire(tmp_path / "weights", tmp_path / "local")
+    wire.alter = lambda message: None
+    with pytest.raises(AssertionError):
+        wire.fetch(1, 0.3)
+    wire.alter = lambda message: message
+    wire.connections += 1
+    assert (wire.fetch(1, 2.0)[0] / "model.safetensors").read_bytes() == data
+    wire.close()
 
 
 def test_an_answer_nobody_asked_for_changes_nothing(tmp_path, wire):
