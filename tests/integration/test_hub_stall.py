@@ -61,4 +61,3 @@ def test_a_step_in_which_nothing_is_asked_for_is_no_stall(tmp_path, evaluates):
             eventually(lambda: hub.stats().in_flight > 0)
         assert hub.stalled_seconds() < PAUSE / 2
         link.stop()
-
