@@ -26,6 +26,8 @@ class Scored:
     """under which a sample without a reward is counted"""
 
 
+LARGEST = 1e18
+"""magnitude of a reward; its square, summed over a batch, must fit into a float32"""
 _NUMBER = re.compile(r"\s*(-?)\s*\$?\s*(-?)([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
@@ -144,4 +146,6 @@ def _finite(value: Any, name: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise _BadReward(f"reward function {name} returned {value!r}, which is not a finite number")
+    if abs(number) > LARGEST:
+        raise _BadReward(f"reward function {name} returned {value!r}; rewards beyond {LARGEST:g} cannot be averaged")
     return number

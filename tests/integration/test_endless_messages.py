@@ -53,6 +53,24 @@ def test_a_message_without_end_ends_its_connection(tmp_path, has_said_hello):
             peer.close()
 
 
+def test_a_bad_peer_that_is_forgotten_is_cut_off_rather_than_listened_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.transport.router._REMEMBERED_PEERS", 1)
+    with running_hub(tmp_path, sockets={"heartbeat_seconds": 60.0}) as hub:
+        peers = []
+        for count in (1, 2):
+            peers.append(connect(hub.address))
+            peers[-1].sendall(b"\x00\x03bad")  # one frame without a checksum
+            eventually(lambda count=count: hub.stats().damaged_messages == count)
+        while peers[0].recv(1000):
+            pass  # what it was told before, then the end
+        peers[1].settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            while peers[1].recv(1000):
+                pass
+        for peer in peers:
+            peer.close()
+
+
 def test_large_messages_that_end_are_no_offence(tmp_path):
     with running_hub(tmp_path, sockets={"max_message_bytes": 1 << 20}, lease_seconds=30.0) as hub:
         peer = raw_peer(hub.address)
