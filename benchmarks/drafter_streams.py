@@ -32,8 +32,10 @@ def recorded(files: Sequence[Path], model: Path) -> list[RecordedText]:
         try:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             pairs = [(line["question"], line["answer"]) for line in lines]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} cannot be used as a stream of questions and answers: {error!r}") from error
+        if not pairs:
+            raise UsageError(f"{path} is empty; give lines of JSON with the fields question and answer")
         texts.append([_text(tokenizer, question, answer) for question, answer in pairs])
     count = max(map(len, texts))
     mixed = [part[i] for i in range(count) for part in texts if i < len(part)]

@@ -12,13 +12,14 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from benchmarks.drafter_choice import check, drafters, short_name
 from benchmarks.drafter_streams import (
     LENGTH,
     ArcticDrafter,
@@ -27,13 +28,15 @@ from benchmarks.drafter_streams import (
     seconds_a_token,
     teach,
 )  # fmt: skip
+from benchmarks.options import SEED, Parser, at_least, files, integers, names, temperature
 from benchmarks.results import resident_bytes, spread, write_results
+from benchmarks.turns import take_turns
 from drafters.arbiter import ArbiterDrafter
 from drafters.base import BaseDrafter, Drafter, DraftRequest, Proposal
 from drafters.calibration import measure_verifications
 from drafters.cost_model import CostModel
 from drafters.none import NoDrafter
-from drafters.registry import build
+from drafters.registry import build, piece_of
 from drafters.replay import RecordedText, replay
 from drafters.suffix.corpus import build_corpus, load_corpus
 from drafters.suffix_automaton import SuffixAutomatonDrafter
@@ -55,13 +58,14 @@ T_8 = 1.860
 def main(arguments: list[str]) -> int:
     """Runs the parts, prints a line a row, writes `results.json`; the exit code."""
     options = _parser().parse_args(arguments)
-    parts = options.parts.split(",")
     known = {"stream": _stream, "build": _build, "arbiter": _arbiter, "replay": _replay}
-    for part in parts:
+    for part in options.parts:
         if part not in known:
             raise UsageError(f"--parts {part} is unknown; there are {', '.join(known)}")
     rows: list[Row] = []
-    for part in parts:
+    for drafter in options.drafters:
+        check(drafter)
+    for part in options.parts:
         for row in known[part](options):
             rows.append({"part": part, **row})
             print(", ".join(f"{key} {_shown(value)}" for key, value in rows[-1].items()), flush=True)
@@ -70,27 +74,28 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rollahead bench drafters", description=__doc__.partition("\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="rollahead bench drafters", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
-    parser.add_argument("--train", type=_files, required=True, help=".jsonl files to learn from, comma between")
-    parser.add_argument("--prompts", type=_files, required=True, help=".jsonl files to draft for, comma between")
-    parser.add_argument("--parts", default="stream,build,arbiter,replay")
-    parser.add_argument("--memory-tokens", type=int, default=1_000_000)
-    parser.add_argument("--build-tokens", type=int, default=10_000_000)
-    parser.add_argument("--stream-texts", type=int, default=512)
-    parser.add_argument("--batch", default="1,4,16,64")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--tokens", type=int, default=96, help="tokens a sample in the arbiter part")
-    parser.add_argument("--groups", type=int, default=0, help="prompts a run; 0: a quarter of the batch, at least 2")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=files, required=True, help=".jsonl files to learn from, comma between")
+    parser.add_argument("--prompts", type=files, required=True, help=".jsonl files to draft for, comma between")
+    parser.add_argument("--parts", type=names, default=["stream", "build", "arbiter", "replay"])
+    parser.add_argument(
+        "--drafters", type=drafters, default=list(SINGLE), help="single choices of the arbiter part, names or tables"
+    )
+    parser.add_argument("--memory-tokens", type=at_least(1), default=1_000_000)
+    parser.add_argument("--build-tokens", type=at_least(1), default=10_000_000)
+    parser.add_argument("--stream-texts", type=at_least(1), default=512)
+    parser.add_argument("--batch", type=integers(), default=[1, 4, 16, 64])
+    parser.add_argument("--temperature", type=temperature, default=1.0)
+    parser.add_argument("--tokens", type=at_least(1), default=96, help="tokens a sample in the arbiter part")
+    parser.add_argument(
+        "--groups", type=at_least(0), default=0, help="prompts a run; 0: a quarter of the batch, at least 2"
+    )
+    parser.add_argument("--repeats", type=at_least(1), default=9)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-drafters"))
     return parser
-
-
-def _files(text: str) -> list[Path]:
-    return [Path(part) for part in text.split(",")]
 
 
 def _shown(value: Any) -> str:
@@ -181,17 +186,16 @@ def _arbiter(options: argparse.Namespace) -> list[Row]:
     """Every choice in turns; the arbiter's ratio to the best single one, repeat by repeat, and its lower 95% bound."""
     decoder = load_decoder(options.model)
     rows = []
-    names = (*SINGLE, "arbiter")
+    single = list(dict.fromkeys(["none", *options.drafters]))
+    choices = [piece_of(text) for text in single if text != "none"]
+    pieces = {short_name(text): piece_of(text) for text in single}
+    pieces["arbiter"] = {"name": "arbiter", "drafters": choices}
+    build(pieces["arbiter"])  # refused before anything is measured
     for label, prompts in _prompt_sets(options):
-        for batch in map(int, options.batch.split(",")):
+        for batch in options.batch:
             groups = options.groups or max(2, batch // 4)
-            speeds: dict[str, list[float]] = {name: [] for name in names}
-            for repeat in range(options.repeats + 1):
-                for name in names if repeat % 2 else reversed(names):
-                    speed = _speed(decoder, _piece(name), prompts[:groups], batch, options)
-                    if repeat:  # the first round warms up
-                        speeds[name].append(speed)
-            best = max(SINGLE, key=lambda name: statistics.median(speeds[name]))
+            speeds = _speeds(decoder, pieces, prompts, groups, batch, options)
+            best = max(map(short_name, single), key=lambda name: statistics.median(speeds[name]))
             ratios = [a / b for a, b in zip(speeds["arbiter"], speeds[best], strict=True)]
             margin = T_8 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
             plain = [a / b for a, b in zip(speeds["arbiter"], speeds["none"], strict=True)]
@@ -206,10 +210,6 @@ def _arbiter(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _piece(name: str) -> dict[str, Any]:
-    return {"name": name, "drafters": list(SINGLE[1:])} if name == "arbiter" else {"name": name}
-
-
 def _prompt_sets(options: argparse.Namespace) -> list[tuple[str, list[np.ndarray]]]:
     """Each file, all of them mixed, and prompts of random tokens."""
     sets = [(path.parent.name, [t.prompt_ids for t in recorded([path], options.model)]) for path in options.prompts]
@@ -219,24 +219,37 @@ def _prompt_sets(options: argparse.Namespace) -> list[tuple[str, list[np.ndarray
     return [*sets, ("random", [rng.integers(3, largest + 1, 48) for _ in range(64)])]
 
 
-def _speed(
-    decoder: Decoder, piece: Row, prompts: Sequence[np.ndarray], batch: int, options: argparse.Namespace
-) -> float:
-    """Tokens a second of `GROUP` samples of each prompt, each exactly `options.tokens` long; drafting in the clock."""
-    generator = NativeGenerator(
-        decoder, drafter=build(piece), max_sequences=batch, max_draft_tokens=CAP, stop_token_ids=(), stagger=True
-    )
+def _speeds(
+    decoder: Decoder, pieces: Mapping[str, Row], prompts: Sequence[np.ndarray], groups: int, batch: int,
+    options: argparse.Namespace,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Tokens a second of each of the named pieces and of each repeat, in short turns; drafting in the clock.
+
+    A repeat is `GROUP` samples of each of `groups` new prompts, each exactly `options.tokens` long.
+    Drafters keep what they have seen and measured, as in an engine; the first repeat warms up and is not counted.
+    """
+    generators = [
+        NativeGenerator(
+            decoder, drafter=build(piece), max_sequences=batch, max_draft_tokens=CAP, stop_token_ids=(),
+            stagger=True,
+        )
+        for piece in pieces.values()
+    ]  # fmt: skip
     sampling = SamplingParams(temperature=options.temperature, max_new_tokens=options.tokens)
-    began = time.perf_counter()
-    for i, prompt in enumerate(prompts):
-        seeds = tuple(options.seed + i * GROUP + s for s in range(GROUP))
-        generator.add(GroupRequest(i, prompt, sampling, seeds))
-    while generator.has_work():
-        generator.step()
-    seconds = time.perf_counter() - began
-    tokens = generator.stats().generated_tokens
-    generator.close()
-    return tokens / seconds
+    speeds: dict[str, list[float]] = {name: [] for name in pieces}
+    for repeat in range(options.repeats + 1):
+        before = [generator.stats().generated_tokens for generator in generators]
+        for i in range(repeat * groups, (repeat + 1) * groups):
+            seeds = tuple(options.seed + i * GROUP + s for s in range(GROUP))
+            for generator in generators:
+                generator.add(GroupRequest(i, prompts[i % len(prompts)], sampling, seeds))
+        turns = take_turns(generators)
+        for name, generator, was, (seconds, _) in zip(pieces, generators, before, turns, strict=True):
+            if repeat:
+                speeds[name].append((generator.stats().generated_tokens - was) / seconds)
+    for generator in generators:
+        generator.close()
+    return speeds
 
 
 class _Capped(BaseDrafter):
@@ -259,7 +272,7 @@ def _replay(options: argparse.Namespace) -> list[Row]:
     costs.fit(measured)
     rows = []
     for label, prompts in _prompt_sets(options)[: len(options.prompts)]:
-        for batch in map(int, options.batch.split(",")):
+        for batch in options.batch:
             texts = _sampled(decoder, prompts[: options.groups or max(2, batch // 4)], options)
             speeds = {"none": _on_paper(NoDrafter(), texts, batch, costs)}
             for name in ("suffix-automaton", "prompt-lookup"):

@@ -1,24 +1,31 @@
 """Whether drafting leaves what is sampled as it is: enumerated, counted, and compared with fresh forwards."""
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.drafter_choice import short_name
+from benchmarks.exactness_suite.checkpoint import checkpoint_checks
 from benchmarks.exactness_suite.counts import count_checks, repetition_checks
 from benchmarks.exactness_suite.enumeration import enumeration_checks
+from benchmarks.exactness_suite.fitting import Piece, belongs, build_fitted
 from benchmarks.exactness_suite.generators import GENERATORS
 from benchmarks.exactness_suite.model import FreshForward, random_checkpoint
 from benchmarks.exactness_suite.rollouts import rollout_checks
 from benchmarks.exactness_suite.scale import FULL, SHORT, Scale
-from benchmarks.exactness_suite.vllm import vllm_checks
+from benchmarks.exactness_suite.vllm import make as make_vllm
+from benchmarks.exactness_suite.vllm import sampler_checks, vllm_checks
+from benchmarks.options import Parser
 from benchmarks.results import write_results
-from drafters.base import Drafter
-from drafters.registry import build
+from drafters.registry import build, piece_of
+from pipeline.engine.generator import Generator
 from pipeline.engine.vllm.install import require_vllm
+from pipeline.errors import UsageError
+from pipeline.models.config import ModelConfig
 from pipeline.sampling.exactness import Check, holm
 from pipeline.sampling.exactness.statistics import LEVEL
 
@@ -32,25 +39,24 @@ def main(arguments: list[str]) -> int:
     Raises:
         UsageError: an unknown drafter, or a generator or checkpoint that cannot be used.
     """
-    parser = argparse.ArgumentParser(prog="rollahead bench exactness", description=__doc__)
-    parser.add_argument("--drafter", default="suffix-automaton", help="drafter by name or module:Class")
+    parser = Parser(prog="rollahead bench exactness", description=__doc__)
+    parser.add_argument(
+        "--drafter",
+        default="suffix-automaton",
+        help="drafter by name, module:Class, or a table {name = ..., option = ...}",
+    )
     parser.add_argument("--generator", choices=[*sorted(GENERATORS), "vllm"], default="native", help="what generates")
     parser.add_argument(
-        "--model", type=Path, metavar="DIR", help="count on this checkpoint's logits, not on random ones"
+        "--model", type=Path, metavar="DIR", help="count on this checkpoint's logits, and run the drafter on it"
     )
     parser.add_argument("--short", action="store_true", help="a tenth of it, in seconds")
     parser.add_argument("--out", type=Path, default=Path("bench/exactness"), metavar="DIR", help="for results.json")
     options = parser.parse_args(arguments)
-    build({"name": options.drafter})
+    piece = _piece(options.drafter, options.model)
     if options.generator == "vllm":
         require_vllm()
     checks = suite(
-        SHORT if options.short else FULL,
-        options.generator,
-        lambda: build({"name": options.drafter}),
-        options.drafter,
-        options.model,
-        print,
+        SHORT if options.short else FULL, options.generator, piece, short_name(options.drafter), options.model, print
     )
     failed = failures(checks)
     path = write_results(
@@ -67,12 +73,13 @@ def main(arguments: list[str]) -> int:
 def suite(
     scale: Scale,
     generator: str,
-    drafter: Callable[[], Drafter],
+    piece: Piece,
     name: str,
     model: Path | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Check]:
-    """All checks; what verifies and samples is ours with the native generator only, and tested by itself there."""
+    """All checks of the drafter of `piece`; what verifies and samples is ours with the native generator only, and
+    tested by itself there."""
     checks: list[Check] = []
 
     def done(more: Iterable[Check]) -> None:
@@ -80,19 +87,49 @@ def suite(
             checks.append(check)
             tell(_line(check))
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if model is not None:  # first, so that what does not fit is refused before anything is counted
+            start = _starter(generator, piece, model)
+            done(checkpoint_checks(start, name, model, scale.rollouts, scale.recorded, SEED))
         if generator == "native":
             done(enumeration_checks(scale))
-            checkpoint = model or random_checkpoint(
-                Path(folder) / "counted", scale.vocabulary, sharpness=1.0, seed=SEED
-            )
-            done(count_checks(real_logits(checkpoint, scale.draft_tokens), scale, SEED))
+            counted = model or random_checkpoint(folder / "counted", scale.vocabulary, sharpness=1.0, seed=SEED)
+            done(count_checks(real_logits(counted, scale.draft_tokens), scale, SEED))
             done(repetition_checks(SEED))
-        if generator == "vllm":
-            done(vllm_checks(name, scale, SEED, Path(folder)))
+        if belongs(piece):  # to the model it ran on: it fits no other
+            done(sampler_checks(scale.draws) if generator == "vllm" else ())
+        elif generator == "vllm":
+            done(vllm_checks(piece, name, scale, SEED, folder))
         else:
-            done(rollout_checks(GENERATORS[generator], drafter, name, scale, SEED, Path(folder)))
+            build = partial(build_fitted, piece)
+            done(rollout_checks(GENERATORS[generator], build, name, scale, SEED, folder))
     return checks
+
+
+def _piece(text: str, model: Path | None) -> Piece:
+    """
+    Raises:
+        UsageError: no such drafter, or one that cannot be tested here.
+    """
+    piece = piece_of(text)
+    if model is not None:
+        ModelConfig.from_folder(model)
+    if belongs(piece) and model is None:
+        raise UsageError(f"drafter {text} has a path, which belongs to one model; give that one as --model DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        if belongs(piece):
+            build(piece)
+        else:
+            tiny = random_checkpoint(Path(folder) / "tiny", 12, sharpness=1.0)
+            build_fitted(piece, tiny)
+    return piece
+
+
+def _starter(generator: str, piece: Piece, model: Path) -> Callable[[Callable[[str], None]], Generator]:
+    if generator == "vllm":
+        return lambda told: make_vllm(model, piece, on_event=told)
+    return lambda told: GENERATORS[generator](model, build(piece), on_event=told)
 
 
 def real_logits(checkpoint: Path, draft_tokens: int) -> np.ndarray:

@@ -1,7 +1,20 @@
 """Values that benchmarks take on their command lines; what cannot be read is refused with the option and the value."""
 
 import argparse
+import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from pipeline.config.types import LEAST_TEMPERATURE
+from pipeline.errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one sentence, as every command of ours does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}")
 
 
 def names(text: str) -> list[str]:
@@ -9,16 +22,36 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An integer that is not smaller."""
+def at_least(least: int, most: int = 1 << 31) -> Callable[[str], int]:
+    """An integer that is not smaller, nor larger than `most`."""
 
     def read(text: str) -> int:
         value = int(_number(text, int, "a whole number"))
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is too small; give at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{value} is too large; give at most {most}")
         return value
 
     return read
+
+
+SEED = at_least(0, 10**9)
+
+
+def temperature(text: str) -> float:
+    """0, or a number that logits can be divided by."""
+    value = float(_number(text, float, "a number"))
+    if not (value == 0 or LEAST_TEMPERATURE <= value < math.inf):
+        raise argparse.ArgumentTypeError(f"{text} is no temperature; give 0 (greedy) or at least {LEAST_TEMPERATURE:g}")
+    return value
+
+
+def files(text: str) -> list[Path]:
+    """Comma-separated paths; at least one of them."""
+    if not names(text):
+        raise argparse.ArgumentTypeError(f"{text!r} names no file")
+    return [Path(part) for part in names(text)]
 
 
 def integers(least: int = 1) -> Callable[[str], list[int]]:

@@ -17,12 +17,18 @@ def shape_of(name: str) -> tuple[int, int, int, int, int, int]:
     """Layers, hidden, intermediate, heads, KV heads and vocabulary of a name of `SHAPES` or random-LxHxV.
 
     Raises:
-        UsageError: neither.
+        UsageError: neither, or a shape that no model has.
     """
     match = re.fullmatch(r"random-(\d+)x(\d+)x(\d+)", name)
     if match:
         layers, hidden, vocabulary = map(int, match.groups())
-        return layers, hidden, 3 * hidden, max(1, hidden // 64), max(1, hidden // 256), vocabulary
+        heads, kv_heads = max(1, hidden // 64), max(1, hidden // 256)
+        if not layers or not hidden or hidden % (2 * heads) or heads % kv_heads or vocabulary < 16:
+            raise UsageError(
+                f"model {name} has no layers, a width that heads do not divide, or fewer than 16 tokens; give for "
+                "example random-4x256x4096 (layers, width, vocabulary)"
+            )
+        return layers, hidden, 3 * hidden, heads, kv_heads, vocabulary
     if name not in SHAPES:
         raise UsageError(f"model {name} is neither a folder nor one of {', '.join(SHAPES)}, random-LxHxV (layers, ...)")
     return SHAPES[name]

@@ -1,20 +1,24 @@
 """What `rollahead bench rollouts` compares, each run in a process of its own (`python -m benchmarks.rollout_systems`).
 
-A process loads its model once, then answers lines of JSON on standard input: a `Job` in, a `Timing` out.
+A process loads its model once, then answers lines of JSON on standard input: a list of `Job` in, one of `Timing` out.
 """
 
 import itertools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 
+from benchmarks.drafter_choice import and_length
 from benchmarks.memory import Growth
 from benchmarks.results import resident_bytes
+from benchmarks.turns import take_turns
 from pipeline.engine.generator import FinishedSample
+from pipeline.errors import RollaheadError
 
 VLLM_SYSTEM = "rollahead-vllm"
 """our drafters in vLLM's engine, beside the peer vllm"""
@@ -70,14 +74,24 @@ class Timing(msgspec.Struct, kw_only=True):
     """peak of the process"""
 
 
+class Answer(msgspec.Struct, kw_only=True):
+    """To jobs."""
+
+    timings: list[Timing] = []
+    refused: str = ""
+    """why there are none"""
+    exit_code: int = 2
+    """of a refusal"""
+
+
 class System(Protocol):
     def run(self, job: Job) -> Timing: ...
 
 
 def drafter_and_length(job: Job) -> tuple[str, int]:
-    """Of `name` or `name@longest draft`."""
-    name, _, length = job.drafter.partition("@")
-    return name, int(length) if length else job.max_draft_tokens
+    """Of `drafter` or `drafter@longest draft`."""
+    drafter, length = and_length(job.drafter)
+    return drafter, job.max_draft_tokens if length is None else length
 
 
 class Rollahead:
@@ -92,7 +106,7 @@ class Rollahead:
 
     def _generator(self, job: Job) -> Any:
         """One for each drafter, which remembers what it saw until a job is fresh."""
-        from drafters.registry import build
+        from drafters.registry import written
         from pipeline.engine.native.generator import NativeGenerator
 
         if job.fresh and job.drafter in self._generators:
@@ -100,33 +114,48 @@ class Rollahead:
         if job.drafter not in self._generators:
             name, length = drafter_and_length(job)
             self._generators[job.drafter] = NativeGenerator(
-                self._decoder, drafter=build({"name": name}), max_sequences=job.batch, max_draft_tokens=length,
+                self._decoder, drafter=written(name), max_sequences=job.batch, max_draft_tokens=length,
                 max_length=job.max_length, stop_token_ids=(), stagger=True,
             )  # fmt: skip
         return self._generators[job.drafter]
 
     def run(self, job: Job) -> Timing:
+        return self.run_together([job])[0]
+
+    def run_together(self, jobs: Sequence[Job]) -> list[Timing]:
+        """Jobs of different drafters in short turns; each one's seconds are those of its own turns."""
+        growth = Growth() if jobs[0].measure_memory else None
+        generators, starts = [], []
+        for job in jobs:
+            began = time.perf_counter()
+            generators.append(self._generator(job))
+            self._add(generators[-1], job)
+            starts.append(time.perf_counter() - began)
+        before = [generator.stats() for generator in generators]
+        turns = take_turns(generators)
+        return [
+            self._timing(generator, was, start, seconds, done, growth)
+            for generator, was, start, (seconds, done) in zip(generators, before, starts, turns, strict=True)
+        ]
+
+    def _add(self, generator: Any, job: Job) -> None:
         from pipeline.engine.generator import GroupRequest
         from pipeline.messages import SamplingParams
 
         sampling = SamplingParams(temperature=job.temperature, max_new_tokens=job.tokens)
-        growth = Growth() if job.measure_memory else None
-        began = time.perf_counter()
-        generator = self._generator(job)
-        before = generator.stats()
         for i, prompt in enumerate(job.prompts):
             seeds = tuple(job.seed * 1_000_003 + i * job.group_size + s for s in range(job.group_size))
             generator.add(GroupRequest(next(self._groups), np.array(prompt, np.int64), sampling, seeds))
-        start = time.perf_counter()
-        done: list[FinishedSample] = []
-        while generator.has_work():
-            done += generator.step()
-        seconds = time.perf_counter() - start
+
+    def _timing(
+        self, generator: Any, before: Any, start: float, seconds: float, done: list[FinishedSample],
+        growth: Growth | None,
+    ) -> Timing:  # fmt: skip
         stats = generator.stats()
         tried_at, accepted_at = _depths(done)
         return Timing(
             seconds=seconds,
-            start_seconds=start - began,
+            start_seconds=start,
             tokens=stats.generated_tokens - before.generated_tokens,
             drafted=stats.drafted - before.drafted,
             accepted=stats.accepted - before.accepted,
@@ -230,8 +259,13 @@ def serve(system: str, model: Path, threads: int) -> None:
     sys.stdout = sys.stderr  # libraries that print must not spoil the answers
     runner = system_named(system, model)
     for line in sys.stdin:
-        timing = runner.run(msgspec.json.decode(line, type=Job))
-        answers.write(msgspec.json.encode(timing).decode() + "\n")
+        jobs = msgspec.json.decode(line, type=list[Job])
+        try:
+            timings = runner.run_together(jobs) if isinstance(runner, Rollahead) else [runner.run(job) for job in jobs]
+            answer = Answer(timings=timings)
+        except RollaheadError as error:
+            answer = Answer(refused=str(error), exit_code=error.exit_code)
+        answers.write(msgspec.json.encode(answer).decode() + "\n")
         answers.flush()
 
 

@@ -170,10 +170,11 @@ class RollaheadVLLM(VLLM):
     """vLLM's engine with a drafter of ours in it."""
 
     def _speculation(self, name: str, length: int) -> dict[str, Any]:
+        from drafters.registry import piece_of
         from pipeline.engine.vllm.arguments import speculation
 
         self._scratch = tempfile.TemporaryDirectory(prefix="rollahead-vllm-")
-        return speculation({"name": name}, {}, length, self._model, Path(self._scratch.name))
+        return speculation(piece_of(name), {}, length, self._model, Path(self._scratch.name))
 
 
 def _forget(worker: Any) -> None:

@@ -20,10 +20,11 @@ import msgspec
 import torch
 
 from benchmarks.bandwidth import read_bandwidth
-from benchmarks.options import integers, names
+from benchmarks.drafter_choice import and_length, check, drafters, short_name
+from benchmarks.options import SEED, Parser, at_least, files, integers, names, temperature
 from benchmarks.random_model import checkpoint
 from benchmarks.results import spread, write_results
-from benchmarks.rollout_systems import VLLM_SYSTEM, Job, Timing
+from benchmarks.rollout_systems import VLLM_SYSTEM, Answer, Job, Timing
 from benchmarks.rollout_vllm import environment, find_vllm
 from pipeline.errors import RunFailed, UsageError
 from pipeline.models.config import ModelConfig
@@ -36,6 +37,10 @@ Prompts = dict[str, list[list[int]]]
 """token ids by the file they are of"""
 
 
+class _Line(msgspec.Struct):
+    question: str
+
+
 def main(arguments: list[str]) -> int:
     """Measures, prints a table, writes `results.json`; the exit code."""
     options = _parser().parse_args(arguments)
@@ -46,9 +51,15 @@ def main(arguments: list[str]) -> int:
     for batch in options.batch:
         _configurations(options, batch)  # refuse what is unknown before anything is measured
     prompts = _prompts(options, model)
+    length, positions = _longest(prompts) + options.tokens, ModelConfig.from_folder(model).max_positions
+    if length > positions:
+        raise UsageError(
+            f"--tokens {options.tokens} behind the longest prompt makes {length} tokens, the model has {positions} "
+            "positions; give fewer"
+        )
     bandwidth = read_bandwidth()
     rows: list[dict[str, Any]] = []
-    workers, read, length = _Workers(model, threads, options), 0, _longest(prompts) + options.tokens
+    workers, read = _Workers(model, threads, options), 0
     try:
         for (label, chosen), batch in itertools.product(prompts.items(), options.batch):
             configurations = _configurations(options, batch)
@@ -71,18 +82,18 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rollahead bench rollouts", description=__doc__.partition("\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="rollahead bench rollouts", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="checkpoint folder, or random-60m, random-LAYERSxHIDDENxVOCAB")
     parser.add_argument(
-        "--prompts", type=_paths, default=[], help="jsonl files with a field `question`; without them random tokens"
+        "--prompts", type=files, default=[], help="jsonl files with a field `question`; without them random tokens"
     )
     parser.add_argument("--batch", type=integers(), default=[1, 4, 16], help="sequences at once, for example 1,4,16")
     parser.add_argument(
         "--drafters",
-        type=names,
+        type=drafters,
         default=["none", "suffix-automaton"],
-        help="comma-separated; name@8: drafts of up to 8 tokens",
+        help="comma-separated names or tables {name = ..., option = ...}; with @8 behind: drafts of up to 8 tokens",
     )
     parser.add_argument("--peers", type=names, default=[], help="transformers, vllm")
     parser.add_argument("--vllm-python", type=Path, metavar="PATH", help="Python of an environment with vLLM")
@@ -95,13 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--same-prompts", action="store_true", help="rounds repeat the prompts with other seeds, as epochs do"
     )
-    parser.add_argument("--tokens", type=int, default=96, help="new tokens a sequence")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--group-size", type=int, default=8, help="samples a prompt")
-    parser.add_argument("--max-draft-tokens", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="of each system; 0: torch's default")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--waves", type=at_least(1), default=3, help="sequences a round, in batches")
+    parser.add_argument("--tokens", type=at_least(1), default=96, help="new tokens a sequence")
+    parser.add_argument("--temperature", type=temperature, default=1.0)
+    parser.add_argument("--group-size", type=at_least(1), default=8, help="samples a prompt")
+    parser.add_argument("--max-draft-tokens", type=at_least(1), default=4)
+    parser.add_argument("--repeats", type=at_least(1), default=5)
+    parser.add_argument("--threads", type=at_least(0, 1024), default=0, help="of each system; 0: torch's default")
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-rollouts"))
     return parser
 
@@ -120,10 +132,10 @@ def _complete(options: argparse.Namespace) -> None:
     for drafter in options.vllm_drafters:
         if drafter.partition("@")[0] not in PEER_DRAFTERS["vllm"]:
             raise UsageError(f"--vllm-drafters {drafter} is unknown; known are {', '.join(PEER_DRAFTERS['vllm'])}")
-    for drafter in (*options.drafters, *options.vllm_drafters):
-        _, at, length = drafter.partition("@")
-        if at and not (length.isdecimal() and int(length)):
-            raise UsageError(f"drafter {drafter}: after @ goes the longest draft in tokens, for example suffix@8")
+    for drafter in options.drafters:
+        check(drafter)
+    for drafter in options.vllm_drafters:
+        and_length(drafter)
 
 
 def _prompts(options: argparse.Namespace, model: Path) -> Prompts:
@@ -138,18 +150,25 @@ def _prompts(options: argparse.Namespace, model: Path) -> Prompts:
     tokenizer = Tokenizer(model)
     found: Prompts = {}
     for path in options.prompts:
-        try:
-            lines = itertools.islice(itertools.cycle(path.read_bytes().splitlines()), count)
-            questions = [msgspec.json.decode(line)["question"] for line in lines]
-        except (OSError, msgspec.MsgspecError, KeyError, TypeError) as error:
-            raise UsageError(f"--prompts {path}: {error!r}; give lines of JSON with a field question") from error
+        questions = itertools.islice(itertools.cycle(_questions(path)), count)
         found[os.path.relpath(path)] = [tokenizer.encode(f"Question: {question}\nAnswer:") for question in questions]
     return found
 
 
+def _questions(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+        questions = [msgspec.json.decode(line, type=_Line).question for line in lines]
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UsageError(f"--prompts {path}: {error}; give lines of JSON with a text as field question") from error
+    if not questions:
+        raise UsageError(f"--prompts {path} is empty; give lines of JSON with a field question")
+    return questions
+
+
 def _groups(options: argparse.Namespace, batch: int) -> int:
-    """Prompts a round."""
-    return -(-max(batch, options.group_size) // options.group_size)
+    """Prompts a round: `--waves` times as many samples as there are places, so that places are filled again."""
+    return -(-max(batch * options.waves, options.group_size) // options.group_size)
 
 
 def _longest(prompts: Prompts) -> int:
@@ -177,14 +196,20 @@ def _interleaved(
     prompts: list[list[int]],
     max_length: int,
 ) -> dict[Configuration, list[Timing]]:
-    """Every configuration once a repeat, in an order that turns round; the first round warms up and is not counted."""
+    """Every configuration once a repeat, in an order that turns round; the first round warms up and is not counted.
+
+    The native generator's own configurations take turns of a few milliseconds within a round (`benchmarks.turns`).
+    """
+    native = [c for c in configurations if c[0] == "rollahead"]
+    runs = [native, *([c] for c in configurations if c not in native)]
     timings: dict[Configuration, list[Timing]] = {configuration: [] for configuration in configurations}
     for repeat in range(options.repeats + 1):
-        for configuration in configurations if repeat % 2 else reversed(configurations):
-            system, drafter = configuration
-            timing = workers[configuration].run(_job(options, drafter, batch, prompts, max_length, repeat))
-            if repeat:
-                timings[system, drafter].append(timing)
+        for together in runs if repeat % 2 else reversed(runs):
+            jobs = [_job(options, drafter, batch, prompts, max_length, repeat) for _, drafter in together]
+            found = workers[together[0]].run(jobs) if together else []
+            for configuration, timing in zip(together, found, strict=True):
+                if repeat:
+                    timings[configuration].append(timing)
     return timings
 
 
@@ -205,7 +230,7 @@ def _weighed(workers: "_Workers", configuration: Configuration, timed: list[Timi
     """A run that measures memory; vLLM, which takes its memory at its start, says in every run what it knows."""
     if configuration[0] in ("vllm", VLLM_SYSTEM):
         return timed[-1]
-    return workers[configuration].run(msgspec.structs.replace(job, measure_memory=True))
+    return workers[configuration].run([msgspec.structs.replace(job, measure_memory=True)])[0]
 
 
 def _rows(
@@ -227,7 +252,7 @@ def _rows(
         rows.append({
             "system": "rollahead" if system == VLLM_SYSTEM else system,
             "generator": {"rollahead": "native", VLLM_SYSTEM: "vllm"}.get(system, system),
-            "drafter": drafter,
+            "drafter": short_name(drafter) if system in ("rollahead", VLLM_SYSTEM) else drafter,
             "batch": batch,
             "temperature": options.temperature,
             "dtype": found[-1].dtype or None,
@@ -330,18 +355,21 @@ class _Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1], text=True, env=variables,
         )  # fmt: skip
 
-    def run(self, job: Job) -> Timing:
+    def run(self, jobs: Sequence[Job]) -> list[Timing]:
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(msgspec.json.encode(job).decode() + "\n")
+            process.stdin.write(msgspec.json.encode(jobs).decode() + "\n")
             process.stdin.flush()
         except BrokenPipeError:
             pass  # the answer below is empty then
         answer = process.stdout.readline()
         if not answer:
             raise RunFailed(f"{self._system} ended with code {process.wait()}; its output is above")
-        return msgspec.json.decode(answer, type=Timing)
+        found = msgspec.json.decode(answer, type=Answer)
+        if found.refused:
+            raise (UsageError if found.exit_code == 2 else RunFailed)(found.refused)
+        return found.timings
 
     def stop(self) -> None:
         assert self._process.stdin is not None
@@ -350,7 +378,3 @@ class _Worker:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
-
-
-def _paths(text: str) -> list[Path]:
-    return [Path(part) for part in text.split(",")]

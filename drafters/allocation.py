@@ -15,7 +15,7 @@ from drafters.cost_model import verification_seconds
 DRAFTED, NOTHING_KNOWN, DOES_NOT_PAY, NO_ROOM, SHORTENED = range(5)
 REASONS = ("drafted", "nothing known", "does not pay", "no room", "shortened")
 """what became of a sequence in a step; `shortened` counts drafted ones again, whose draft was cut"""
-_HYSTERESIS = 1.005
+_HYSTERESIS = 1.02
 """drafting must promise this much more than not drafting: a wrong promise costs, an even one gains nothing"""
 _TRIAL = 0.7
 """what it must promise in a trial, which is made to learn what it costs"""

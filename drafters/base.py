@@ -4,6 +4,10 @@ A drafter guesses continuations; verification alone decides what is sampled, so 
 slower but never different. Sequences are named by an integer that stays theirs from `begin` to `end`, whatever row of
 a batch they sit in. Life of a sequence: `begin`, then `propose` and `observe` by turns, perhaps `preempt` and later
 `restore`, and `end`.
+
+What a drafter is given is for reading. Arrays of `SequenceStart` and `Verified` are read-only, those of `DraftRequest`
+a drafter's own copies; tensors cannot be locked, and a drafter that writes to one that it is shown spoils its own view,
+but for the target itself (TARGET_LAYERS), which it is trusted with.
 """
 
 from collections.abc import Sequence
@@ -149,11 +153,15 @@ class Verified(Struct, frozen=True, eq=False):
     """[layers + 1, N, H] at the same places: the embedding, then what each layer gave, before the final norm"""
 
     def flat(self) -> tuple[np.ndarray, np.ndarray]:
-        """All emitted tokens, int64 [N], and where each row's begin and end, int64 [B + 1]."""
+        """All emitted tokens, int64 [N], and where each row's begin and end, int64 [B + 1]; the caller's own arrays."""
         borders = np.array([0, *accumulate(map(len, self.emitted))], np.int64)
-        if len(self.emitted) == 1:
-            return self.emitted[0], borders
         return np.concatenate(self.emitted) if len(self.emitted) else np.zeros(0, np.int64), borders
+
+
+def locked(array: np.ndarray) -> np.ndarray:
+    """The same array, which cannot be written to any more."""
+    array.flags.writeable = False
+    return array
 
 
 @runtime_checkable

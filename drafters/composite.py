@@ -10,6 +10,7 @@ import torch
 from drafters.base import BaseDrafter, Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
 from drafters.guard import CALL_SECONDS, Guard
 from drafters.registry import build
+from pipeline.errors import UsageError
 
 
 class Ensemble:
@@ -27,6 +28,13 @@ class Ensemble:
     def build(pieces: Sequence[Mapping[str, Any] | str]) -> "Ensemble":
         """From pieces of configuration: names, or tables with a name and options."""
         return Ensemble([build({"name": piece} if isinstance(piece, str) else piece) for piece in pieces])
+
+    def all(self) -> Iterator[Drafter]:
+        """Its drafters, and theirs where they have some."""
+        for drafter in self.drafters:
+            yield drafter
+            if isinstance(drafter, CompositeDrafter):
+                yield from drafter.ensemble.all()
 
     def host(self, vocab_size: int, on_event: Callable[[str], None], call_seconds: float) -> None:
         self.guards = [Guard(drafter, vocab_size, on_event, call_seconds) for drafter in self.drafters]
@@ -81,6 +89,12 @@ class CompositeDrafter(BaseDrafter):
     """Forwards everything but `propose` to its ensemble."""
 
     def __init__(self, ensemble: Ensemble) -> None:
+        """
+        Raises:
+            UsageError: a drafter of its own kind is among the drafters, at whatever depth.
+        """
+        if any(isinstance(part, type(self)) for part in ensemble.all()):
+            raise UsageError(f"drafter {self.name} is to hand out drafts of another {self.name}; name other drafters")
         self.ensemble = ensemble
         self.needs = ensemble.needs
 

@@ -1,5 +1,6 @@
 """A drafter behind a guard: whatever it does wrong costs speed, not text, and is said once."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
@@ -61,6 +62,7 @@ class Guard:
         self._vocab_size = vocab_size
         self._call_seconds = call_seconds
         self._failed = 0
+        _compile()
         if isinstance(drafter, Host):
             drafter.host(vocab_size, on_event, call_seconds)
 
@@ -104,10 +106,13 @@ class Guard:
 
     def propose(self, request: DraftRequest) -> Proposal:
         """A checked proposal, no wider than its longest draft; empty where nothing may or can be drafted."""
+        rows = len(request.ids)
         if self._drafter is None or not request.budgets.any():
-            return Proposal.empty(len(request.ids))
-        proposal = self._call(lambda d: checked(d.propose(request), request, self._vocab_size), None)
-        return Proposal.empty(len(request.ids)) if proposal is None else proposal
+            return Proposal.empty(rows)
+        # What it is held to must not be what it can write to.
+        own = DraftRequest([*request.ids], request.budgets.copy(), request.temperatures.copy())
+        proposal = self._call(lambda d: checked(d.propose(own), request, self._vocab_size), None)
+        return Proposal.empty(rows) if proposal is None else proposal
 
     def observe(self, verified: Verified) -> None:
         self._call(lambda d: d.observe(verified), None)
@@ -141,7 +146,7 @@ class Guard:
             if limited and seconds > self._call_seconds:
                 raise TooSlow(f"a call took {seconds:.1f} s, more than {self._call_seconds:g}")
             return result
-        except Exception as error:  # a stranger's code may raise anything, and generation does not depend on it
+        except (Exception, SystemExit) as error:  # a stranger's code may raise anything; generation goes on without it
             self._failed += 1 + (self._drafter.failures if isinstance(self._drafter, Host) else 0)
             self._drafter = None
             self.on_event(f"drafter {self.name} is switched off after {type(error).__name__}: {error}")
@@ -156,6 +161,7 @@ def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Propo
     Raises:
         BadProposal: shapes, lengths, ids or probabilities the protocol does not allow.
     """
+    _check_types(proposal)
     rows, ids, lengths = len(request.ids), proposal.token_ids, proposal.lengths
     if ids.ndim != 2 or len(ids) != rows or lengths.shape != (rows,):
         raise BadProposal(f"token_ids {ids.shape} and lengths {lengths.shape} for {rows} rows")
@@ -169,7 +175,7 @@ def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Propo
     if not known:
         raise BadProposal(f"a token id is outside the vocabulary of {vocab_size}")
     width = ids.shape[1]
-    drafted_by, matches, confidences = _checked_notes(proposal, rows, width)
+    drafted_by, matches, confidences = _checked_notes(proposal, lengths, width)
     q, sampled = proposal.probabilities if width else None, None
     if q is not None:
         sampled = _checked_mask(proposal.sampled, lengths)
@@ -178,6 +184,18 @@ def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Propo
         else:
             q = sampled = None
     return Proposal(ids, lengths, q, None, sampled, drafted_by, matches, confidences)
+
+
+def _check_types(proposal: Proposal) -> None:
+    """A Struct takes anything; what is no array would fail with words of its own."""
+    if not isinstance(proposal, Proposal):
+        raise BadProposal(f"propose gave {type(proposal).__name__}, not drafters.base.Proposal")
+    for name in ("token_ids", "lengths", "matches", "confidences", "sampled"):
+        value = getattr(proposal, name)
+        if not isinstance(value, np.ndarray) and (value is not None or name in ("token_ids", "lengths")):
+            raise BadProposal(f"{name} is {type(value).__name__}, not a numpy array")
+    if proposal.probabilities is not None and not isinstance(proposal.probabilities, torch.Tensor):
+        raise BadProposal(f"probabilities is {type(proposal.probabilities).__name__}, not a torch tensor")
 
 
 def _int64(values: np.ndarray) -> np.ndarray:
@@ -206,20 +224,56 @@ def _tidied(
     return True, known, tokens, lengths.copy()
 
 
+_NO_MATCHES, _NO_CONFIDENCES = np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
+
+
 def _checked_notes(
-    proposal: Proposal, rows: int, width: int
+    proposal: Proposal, lengths: np.ndarray, width: int
 ) -> tuple[Sequence[str] | None, np.ndarray | None, np.ndarray | None]:
     """What is said about the drafts beside the drafts."""
-    by, matches, confidences = proposal.drafted_by, proposal.matches, proposal.confidences
+    rows, by, matches, confidences = len(lengths), proposal.drafted_by, proposal.matches, proposal.confidences
     if by is not None and (len(by) != rows or not all(isinstance(name, str) for name in by)):
         raise BadProposal(f"drafted_by has {len(by)} entries for {rows} rows, or some that are no names")
-    if matches is not None and matches.shape != (rows,):
-        raise BadProposal(f"matches {matches.shape} for {rows} rows")
+    if matches is None and confidences is None:
+        return by, None, None
+    if matches is not None:
+        if matches.shape != (rows,) or matches.dtype.kind != "i":
+            raise BadProposal(f"matches are {matches.dtype} {matches.shape} for {rows} rows, not one integer each")
+        matches = _int64(matches)
     if confidences is not None:
         if confidences.ndim != 2 or len(confidences) != rows or confidences.shape[1] < width:
             raise BadProposal(f"confidences {confidences.shape} for {rows} drafts of up to {width} tokens")
-        confidences = confidences[:, :width]
+        if confidences.dtype.kind != "f":
+            raise BadProposal(f"confidences are {confidences.dtype}, not floating-point numbers")
+        confidences = np.array(confidences[:, :width], np.float32, order="C")
+    counted, sure = _sound_notes(
+        _NO_MATCHES if matches is None else matches, _NO_CONFIDENCES if confidences is None else confidences, lengths
+    )
+    if not counted:
+        raise BadProposal("matches are negative; a draft without a match has 0")
+    if not sure:
+        raise BadProposal("a draft token's confidence is no number between 0 and 1")
     return by, matches, confidences
+
+
+@njit(cache=True)
+def _sound_notes(matches: np.ndarray, confidences: np.ndarray, lengths: np.ndarray) -> tuple[bool, bool]:
+    """Whether matches count something, and confidences of draft tokens are probabilities, up to rounding."""
+    counted, sure = True, True
+    for b in range(len(matches)):
+        counted &= matches[b] >= 0
+    for b in range(len(confidences)):
+        for k in range(lengths[b]):
+            sure &= 0 <= confidences[b, k] <= 1.001
+    return counted, sure
+
+
+@functools.cache
+def _compile() -> None:
+    """The compiled checks, before the first call's time counts."""
+    ints, one = np.ones(1, np.int64), np.ones((1, 1), np.int64)
+    _tidied(one, ints, ints, 2)
+    _sound_notes(ints, one.astype(np.float32), ints)
 
 
 def _checked_mask(sampled: np.ndarray | None, lengths: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from drafters.base import Drafter
-from pipeline.errors import UsageError
+from drafters.base import Drafter, Needs
+from pipeline.errors import UsageError, complaint
 from pipeline.plugins import search_working_directory
 
 GROUP = "rollahead.drafters"
@@ -27,14 +27,14 @@ class DrafterInfo:
     needs: str
     """what it asks of the generator, in words"""
     summary: str
-    """first line of its documentation; for one that cannot be imported, why"""
+    """first line of its documentation; for one that cannot be used, why"""
     target: str
     """module:Class"""
     options: tuple[str, ...] = ()
 
 
 def available() -> list[DrafterInfo]:
-    """Every installed drafter by name; one that cannot be imported is listed with its error."""
+    """Every installed drafter by name; one that cannot be imported or read is listed with its error."""
     return [_describe(point) for _, point in sorted(_installed().items())]
 
 
@@ -44,20 +44,32 @@ def written(text: str) -> Drafter:
     Raises:
         UsageError: the table cannot be read, or as for `build`.
     """
+    return build(piece_of(text))
+
+
+def piece_of(text: str) -> dict[str, Any]:
+    """Name and options of what a command line names.
+
+    Raises:
+        UsageError: the table cannot be read, or names no drafter.
+    """
     if not text.startswith("{"):
-        return build({"name": text})
+        return {"name": text}
     try:
-        return build(tomllib.loads(f"drafter = {text}")["drafter"])
+        piece: dict[str, Any] = tomllib.loads(f"drafter = {text}")["drafter"]
     except tomllib.TOMLDecodeError as error:
         example = '{name = "draft-model", path = "DIR"}'
         raise UsageError(f"drafter {text} is no inline table of TOML ({error}); write {example}") from None
+    if not isinstance(piece.get("name"), str):
+        raise UsageError('a drafter needs a name, for example {name = "suffix-automaton"}')
+    return piece
 
 
 def build(piece: Mapping[str, Any]) -> Drafter:
     """The drafter a piece of configuration names: `name` (entry point or module:Class) beside its own options.
 
     Raises:
-        UsageError: unknown name or option, a value of the wrong type, or a class that is no drafter.
+        UsageError: unknown name or option, a value of the wrong type, a class that cannot be made or is no drafter.
     """
     options = dict(piece)
     name = options.pop("name", None)
@@ -65,14 +77,21 @@ def build(piece: Mapping[str, Any]) -> Drafter:
         raise UsageError('a drafter needs a name, for example {name = "suffix-automaton"}')
     kind = _find(name)
     declared = getattr(kind, "Options", None)
-    if declared is None:
-        if options:
-            raise UsageError(f"drafter {name} takes no options; remove {', '.join(sorted(options))}")
-        drafter = kind()
-    else:
-        drafter = kind(_options(name, declared, options))
+    if declared is None and options:
+        raise UsageError(f"drafter {name} takes no options; remove {', '.join(sorted(options))}")
+    arguments = [] if declared is None else [_options(name, declared, options)]
+    try:
+        drafter = kind(*arguments)
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:  # a stranger's constructor may raise anything, and is the user's to mend
+        raise UsageError(f"drafter {name} cannot be made: {error!r}") from error
     if not isinstance(drafter, Drafter):
         raise UsageError(f"{name} is not a drafter: it lacks a method of drafters.base.Drafter")
+    if not isinstance(drafter.name, str) or not drafter.name:
+        raise UsageError(f"drafter {name} has {drafter.name!r} for its name; give it a text that is not empty")
+    if not isinstance(drafter.needs, Needs):
+        raise UsageError(f"drafter {name} has {drafter.needs!r} for its needs; give members of drafters.base.Needs")
     return drafter
 
 
@@ -84,18 +103,17 @@ def _describe(point: EntryPoint) -> DrafterInfo:
     source = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
     try:
         kind = point.load()
-    except Exception as error:  # whatever a stranger's module raises on import must not hide the other drafters
-        return DrafterInfo(point.name, source, "unknown", f"cannot be imported: {error!r}", point.value)
-    declared = getattr(kind, "Options", None)
-    needs = ", ".join((need.name or "").lower().replace("_", " ") for need in kind.needs) or "nothing"
-    return DrafterInfo(
-        name=point.name,
-        source=source,
-        needs=needs,
-        summary=(kind.__doc__ or "").strip().partition("\n")[0],
-        target=point.value,
-        options=declared.__struct_fields__ if declared else (),
-    )
+        declared = getattr(kind, "Options", None)
+        return DrafterInfo(
+            name=point.name,
+            source=source,
+            needs=", ".join((need.name or "").lower().replace("_", " ") for need in Needs(kind.needs)) or "nothing",
+            summary=(kind.__doc__ or "").strip().partition("\n")[0],
+            target=point.value,
+            options=declared.__struct_fields__ if declared else (),
+        )
+    except (Exception, SystemExit) as error:  # whatever a stranger's package does must not hide the other drafters
+        return DrafterInfo(point.name, source, "unknown", f"cannot be used: {error!r}", point.value)
 
 
 def _find(name: str) -> Any:
@@ -103,7 +121,7 @@ def _find(name: str) -> Any:
     if name in installed:
         try:
             return installed[name].load()
-        except Exception as error:  # a broken plug-in is the user's to mend, so it ends as a usage error
+        except (Exception, SystemExit) as error:  # a broken plug-in is the user's to mend: a usage error
             raise UsageError(f"drafter {name} ({installed[name].value}) cannot be imported: {error!r}") from error
     module, _, attribute = name.partition(":")
     if not attribute:
@@ -114,11 +132,13 @@ def _find(name: str) -> Any:
     search_working_directory()
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # as above
+    except (Exception, SystemExit) as error:  # as above
         raise UsageError(f"drafter {name} cannot be imported: {error!r}") from error
 
 
-def _options(name: str, declared: type[msgspec.Struct], options: dict[str, Any]) -> msgspec.Struct:
+def _options(name: str, declared: Any, options: dict[str, Any]) -> msgspec.Struct:
+    if not (isinstance(declared, type) and issubclass(declared, msgspec.Struct)):
+        raise UsageError(f"drafter {name} declares Options that are no msgspec.Struct")
     for key in options:
         if key not in declared.__struct_fields__:
             near = difflib.get_close_matches(key, declared.__struct_fields__, n=1, cutoff=0.0)
@@ -127,4 +147,7 @@ def _options(name: str, declared: type[msgspec.Struct], options: dict[str, Any])
     try:
         return msgspec.convert(options, declared)
     except msgspec.ValidationError as error:
-        raise UsageError(f"drafter {name}: {error}") from None
+        key, what = complaint(str(error))
+        option = key.partition("[")[0].partition(".")[0]
+        value = f"{option} = {options[option]!r} is not valid: " if option in options else ""
+        raise UsageError(f"drafter {name}: {value}{what}") from None

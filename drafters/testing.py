@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from drafters.base import Drafter, DraftRequest, Needs, Places, Proposal, SequenceStart, Verified
+from drafters.base import Drafter, DraftRequest, Needs, Places, Proposal, SequenceStart, Verified, locked
 from drafters.guard import CALL_SECONDS, Host, checked
 from pipeline.models.config import ModelConfig, RopeParameters
 from pipeline.models.decoder import Decoder
@@ -224,13 +224,20 @@ class Rehearsal:
                 tokens = tokens[: tokens.index(STOP) + 1]
             accepted[row] = min(int(verified.accepted[row]), len(tokens))
             text.tokens += tokens
-            emitted.append(np.array(tokens, np.int64))
+            emitted.append(locked(np.array(tokens, np.int64)))
         self._observe(proposal, hidden, logits, states, emitted, accepted)
 
     def _starts(self, texts: Sequence[_Text]) -> list[SequenceStart]:
         """As an engine tells them: with the response so far, and hidden states where they are asked for."""
         assert self.drafter is not None
-        starts = [replace(text.start, response_ids=np.array(text.tokens, np.int64)) for text in texts]
+        starts = [
+            replace(
+                text.start,
+                prompt_ids=locked(text.start.prompt_ids.copy()),
+                response_ids=locked(np.array(text.tokens, np.int64)),
+            )
+            for text in texts
+        ]
         if Needs.HIDDEN_STATES not in self.drafter.needs or not starts:
             return starts
         tokens = [[*text.start.prompt_ids.tolist(), *text.tokens] for text in texts]
@@ -245,10 +252,13 @@ class Rehearsal:
             for text in self.live
         ]
         temperatures = np.array([text.start.temperature for text in self.live], np.float32)
-        request = DraftRequest(ids, np.array(most, np.int64), temperatures)
+        request = DraftRequest(ids, locked(np.array(most, np.int64)), locked(temperatures))
         proposal = Proposal.empty(len(ids))
         if self.drafter is not None and any(most):
-            proposal = checked(self.drafter.propose(request), request, self.target.config.vocab_size)
+            shown = DraftRequest([*ids], request.budgets.copy(), temperatures.copy())
+            proposal = checked(self.drafter.propose(shown), request, self.target.config.vocab_size)
+            same = np.array_equal(shown.budgets, most) and np.array_equal(shown.temperatures, temperatures)
+            assert same and shown.ids == ids, "it writes into the request, which is for reading; copy what you change"
         drafts = zip(ids, proposal.token_ids, proposal.lengths, strict=True)
         self.proposals.append({i: tokens[:n].tolist() for i, tokens, n in drafts})
         self.drafted += int(proposal.lengths.sum())
@@ -291,10 +301,10 @@ class Rehearsal:
                 Verified(
                     [text.start.id for text in self.live],
                     emitted,
-                    accepted,
+                    locked(accepted),
                     hidden if Needs.HIDDEN_STATES in needs else None,
                     logits if Needs.LOGITS in needs else None,
-                    np.cumsum(proposal.lengths + 1) - (proposal.lengths + 1),
+                    locked(np.cumsum(proposal.lengths + 1) - (proposal.lengths + 1)),
                     layers=torch.stack(states) if Needs.LAYER_STATES in needs else None,
                 )
             )

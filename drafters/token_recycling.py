@@ -68,7 +68,7 @@ class TokenRecyclingDrafter(BaseDrafter):
         if not len(self._successors):
             self._successors = np.full(verified.logits.shape[1], -1, np.int64)
         if verified.logits.device.type == "cpu":
-            best = likeliest(verified.logits.float().contiguous().numpy(), verified.starts, borders)
+            best = likeliest(verified.logits.float().contiguous().numpy(), verified.starts.copy(), borders)
         else:
             counts = np.diff(borders)
             places = np.concatenate([np.arange(n) for n in counts]) + np.repeat(verified.starts, counts)

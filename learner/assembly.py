@@ -80,6 +80,7 @@ def batch_tokens(
         age=(publication - joined([row.version for row in packs], torch.int64)).clamp(min=0),
         sampler=joined([row.sampler for row in packs], torch.int64),
         entropy_old=entropy_old,
+        token=joined([row.target for row in packs], torch.int64),
         turn=joined([row.turn for row in packs], torch.int64),
         attention_entropy=joined([values.attention_entropy for values in evaluated or ()]),
         samples=_moved(samples, device),

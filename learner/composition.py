@@ -31,19 +31,20 @@ def check_composition(objective: Objective, config: Config) -> None:
     _check_proximal(objective)
     _check_aggregation(objective)
     _check_rewards(objective, config)
+    _check_steps(objective)
     if not config.objective.reconstructed:
         for piece in objective.pieces():
             if trait(piece, "reconstructed"):
                 raise UsageError(
                     f"{piece.name} is reconstructed: its formula or a value of it is not known to be the paper's; "
-                    "set objective.reconstructed = true to use it all the same"
+                    "set objective.reconstructed = true (--set objective.reconstructed=true) to use it all the same"
                 )
 
 
 def check_engine_gives(config: Config) -> None:
     """Raises UsageError where a built-in piece needs what the configured engine does not record. For an engine alone:
     a user's own pieces need not be installed beside it, and what they need is asked for when it connects."""
-    if capabilities_of(config).entropy:
+    if capabilities_of(config).entropy and not _other_samplers(config):
         return
     for key in (*SINGLE, *LISTS):
         value = getattr(config.objective, key)
@@ -54,13 +55,14 @@ def check_engine_gives(config: Config) -> None:
 
 def uncorrected_sampler(objective: Objective, config: Config) -> str | None:
     """A sentence for the log where engines sample from something else than the policy and nothing looks at it."""
-    policy = config.engine.kv_compression.policy["name"]
     looks = objective.proximal != "recompute" or Needs.BEHAVIOUR_LOGPROBS in objective.needs
-    if policy == "none" or looks:
+    other = _other_samplers(config)
+    if not other or looks:
         return None
+    compressed = config.engine.kv_compression.policy["name"] != "none"
     return (
-        f"WARNING: engine.kv_compression.policy = {policy} changes what is sampled, and no piece of the objective "
-        "looks at the sampler's log-probs; add corrections, for example objective.recipe = sparse-rl"
+        f"WARNING: {' and '.join(other)} changes what is sampled, and no piece of the objective looks at the sampler's "
+        f"log-probs; add corrections, for example objective.recipe = {'sparse-rl' if compressed else 'tis'}"
     )
 
 
@@ -97,7 +99,9 @@ def _check_inputs(objective: Objective) -> None:
 
 
 def _check_given(piece: Any, config: Config) -> None:
-    """What a piece needs from the engine, which records entropies or does not."""
+    """What a piece needs from the engine, which records entropies or does not, or those of something else."""
+    if other := _other_samplers(config):
+        _check_entropies_are_pi_olds(piece, config, " and ".join(other))
     if capabilities_of(config).entropy:
         return
     generator, proximal = config.engine.generator, config.objective.proximal
@@ -111,6 +115,21 @@ def _check_given(piece: Any, config: Config) -> None:
             f'{piece.name} needs entropies of pi_old, which objective.proximal = "behaviour" takes from the engine, '
             f'and engine.generator = "{generator}" records none; set objective.proximal = "recompute", or '
             'engine.generator = "native"'
+        )
+
+
+def _other_samplers(config: Config) -> list[str]:
+    """Options of the engine that have something else than the policy draw tokens."""
+    switching, policy = config.engine.switching.small_model, config.engine.kv_compression.policy["name"]
+    found = [f"engine.kv_compression.policy = {policy}"] if policy != "none" else []
+    return [*found, f"engine.switching.small_model = {switching}"] if switching else found
+
+
+def _check_entropies_are_pi_olds(piece: Any, config: Config, other: str) -> None:
+    if Needs.OLD_ENTROPY in piece.needs and config.objective.proximal == "behaviour":
+        raise UsageError(
+            f'{piece.name} needs entropies of pi_old, and with objective.proximal = "behaviour" those of {other} would '
+            'stand in for them; set objective.proximal = "recompute"'
         )
 
 
@@ -132,6 +151,16 @@ def _check_aggregation(objective: Objective) -> None:
             f"the surrogate {objective.surrogate.name} is defined as {' or '.join(allowed)}, not {chosen}; set "
             f"objective.aggregation = {allowed[0]}"
         )
+
+
+def _check_steps(objective: Objective) -> None:
+    for piece in objective.modulators:
+        if trait(piece, "one_step"):
+            raise UsageError(
+                f"{piece.name} needs the borders between an agent's steps, and no engine here records environment "
+                f"tokens; set objective.modulators.{piece.name}.ends to the ids of tokens that end a step, or "
+                f"objective.modulators.{piece.name}.turns = true for an engine of your own that records them"
+            )
 
 
 def _check_rewards(objective: Objective, config: Config) -> None:

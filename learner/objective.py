@@ -5,6 +5,7 @@ The pieces live one a file in the folders of those names (signatures: `learner.p
 this module composes them.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,8 +14,20 @@ import torch
 
 from learner.pieces import build, trait
 from learner.protocols import Advantage, Aggregation, Correction, Gate, Modulator, Regulariser, Shaping, Surrogate
-from learner.tokens import BatchMetrics, BatchTokens, GroupRewards, Layout, MicroBatchTokens, Needs, TokenMetrics
+from learner.ratios import finite_or_zero
+from learner.tokens import (
+    BatchMetrics,
+    BatchTokens,
+    GroupRewards,
+    Layout,
+    MicroBatchTokens,
+    Needs,
+    TokenMetrics,
+    selected,
+    usable,
+)
 from pipeline.config.types import ObjectiveSection
+from pipeline.errors import UsageError
 
 CONTRACT_METRICS = frozenset({"clip_fraction", "entropy_ratio_kept"})
 """Metrics a piece reports under their own name; all its others are reported as "piece/metric"."""
@@ -107,31 +120,44 @@ class Objective:
     def shaped(self, samples: GroupRewards) -> GroupRewards:
         """The samples with shaped rewards."""
         for shape in self.shaping:
-            samples = replace(samples, rewards=shape(samples))
+            samples = replace(samples, rewards=_shaped_like(shape, shape(samples), samples.rewards))
         return samples
 
     def advantages(self, samples: GroupRewards) -> torch.Tensor:
         """Advantage of each sample, float32 [S], from rewards that are shaped."""
-        return self.advantage(samples)
+        return _shaped_like(self.advantage, self.advantage(samples), samples.rewards)
 
     def modulated(self, batch: BatchTokens) -> tuple[BatchTokens, BatchMetrics]:
-        """The batch with the modulators' advantages; pieces that look at batches have seen it."""
+        """The batch with the modulators' advantages; pieces that look at batches have seen it.
+
+        Tokens with a value that is not finite are kept from them, since one would stay in a controller's memory for
+        good, and have advantage 0.
+        """
         metrics: BatchMetrics = {}
+        index = usable(batch).nonzero()[:, 0]
+        seen = selected(batch, index)
         for modulator in self.modulators:
-            advantage, measured = modulator(batch)
-            batch = replace(batch, advantage=advantage)
+            advantage, measured = _with_metrics(modulator, modulator(seen), seen.advantage)
+            seen = replace(seen, advantage=finite_or_zero(advantage))
             metrics |= _named(modulator.name, measured)
         for piece in self.pieces():
             if hasattr(piece, "begin"):
-                piece.begin(batch)
-        return batch, metrics
+                piece.begin(seen)
+        advantage = torch.zeros_like(batch.advantage).index_copy(0, index, seen.advantage)
+        return replace(batch, advantage=advantage), metrics
 
     def weights(self, batch: BatchTokens) -> tuple[torch.Tensor, BatchMetrics]:
-        """Importance weight of each token, float32 [N], and metrics under the pieces' names."""
-        weight = torch.ones_like(batch.advantage)
+        """Importance weight of each token, float32 [N], and metrics under the pieces' names.
+
+        Tokens with a value that is not finite weigh 0 from the start. Corrections see them all the same: an impossible
+        token is what masks of whole samples look for.
+        """
+        finite = usable(batch)
+        weight = finite.to(batch.advantage.dtype)
         metrics: BatchMetrics = {}
         for correction in self.corrections:
-            weight, measured = correction(weight, batch)
+            weight, measured = _with_metrics(correction, correction(weight, batch), batch.advantage)
+            weight = torch.where(finite, finite_or_zero(weight), torch.zeros_like(weight))
             metrics |= _named(correction.name, measured)
         return weight, metrics
 
@@ -139,13 +165,13 @@ class Objective:
 
     def coefficients(self, layout: Layout) -> torch.Tensor:
         """What each token's loss is multiplied by before the sum, float32 [M]."""
-        return self.aggregation(layout)
+        return _shaped_like(self.aggregation, self.aggregation(layout), layout.sequence)
 
     def plans(self, tokens: MicroBatchTokens) -> Plans:
         """What pieces plan from all M tokens of the mini-batch."""
         with torch.no_grad():
-            usable = self._usable(tokens)
-            return {key: piece.plan(usable) for key, piece in self.planners}
+            seen = self._usable(tokens)
+            return {key: piece.plan(seen) for key, piece in self.planners}
 
     def loss(self, tokens: MicroBatchTokens, plans: Plans | None = None) -> tuple[torch.Tensor, TokenMetrics]:
         """The micro-batch's share of the loss: the sum over its tokens, each times its coefficient.
@@ -166,16 +192,17 @@ class Objective:
             replace(tokens, planned=plans[key]) if (key := f"{index}:{piece.name}") in plans else tokens
             for index, piece in enumerate(parts)
         ]
-        loss, metrics = self.surrogate(views[0])
-        sums = _sums(self.surrogate.name, metrics)
+        like = tokens.advantage
+        loss, metrics = _with_metrics(self.surrogate, self.surrogate(views[0]), like)
+        sums = _sums(self.surrogate, metrics, like)
         loss = torch.where(tokens.weight != 0, loss * tokens.weight, torch.zeros_like(loss))
         for gate, view in zip(self.gates, views[1:], strict=False):
-            loss, metrics = gate(loss, view)
-            sums |= _sums(gate.name, metrics)
+            loss, metrics = _with_metrics(gate, gate(loss, view), like)
+            sums |= _sums(gate, metrics, like)
         for regulariser, view in zip(self.regularisers, views[1 + len(self.gates) :], strict=True):
-            term, metrics = regulariser(view)
+            term, metrics = _with_metrics(regulariser, regulariser(view), like)
             loss = loss + term
-            sums |= _sums(regulariser.name, metrics)
+            sums |= _sums(regulariser, metrics, like)
         return (loss * tokens.coefficient).sum(), sums
 
     def with_proximal(self, tokens: MicroBatchTokens) -> MicroBatchTokens:
@@ -209,7 +236,8 @@ class Objective:
 
     def restore(self, state: dict[str, dict[str, float]]) -> None:
         for key, piece in self._with_state():
-            piece.restore(state.get(key, {}))
+            # What was not finite when it was kept is forgotten: it would never become finite again.
+            piece.restore({name: value for name, value in state.get(key, {}).items() if math.isfinite(value)})
 
     def _with_state(self) -> Iterator[tuple[str, Any]]:
         return ((f"{i}:{piece.name}", piece) for i, piece in enumerate(self.pieces()) if hasattr(piece, "state"))
@@ -217,19 +245,18 @@ class Objective:
     def _usable(self, tokens: MicroBatchTokens) -> MicroBatchTokens:
         """Tokens with a value that is not finite get weight 0, advantage 0, ratio 1 and no gradient. Not by a product:
         0 times infinity is not a number."""
-        usable = tokens.logp.detach().isfinite() & tokens.logp_old.isfinite() & tokens.logp_behaviour.isfinite()
-        for values in (tokens.entropy.detach(), tokens.entropy_old, tokens.logp_reference):
-            usable = usable & values.isfinite() if len(values) else usable
-        if bool(usable.all()):
-            return tokens
         names = (
             "logp", "logp_old", "logp_behaviour", "entropy", "entropy_old", "advantage", "weight", "logp_reference",
             "expected_score", "nucleus_entropy",
         )  # fmt: skip
+        values = {name: value for name in names if len(value := getattr(tokens, name))}
+        finite = torch.ones_like(tokens.logp_old, dtype=torch.bool)
+        for value in values.values():
+            finite = finite & value.detach().isfinite()
+        if bool(finite.all()):
+            return tokens
         changed: dict[str, Any] = {
-            name: torch.where(usable, value, torch.zeros_like(value))
-            for name in names
-            if len(value := getattr(tokens, name))
+            name: torch.where(finite, value, torch.zeros_like(value)) for name, value in values.items()
         }
         return replace(tokens, **changed)
 
@@ -242,5 +269,25 @@ def _metric_key(piece: str, metric: str) -> str:
     return metric if metric in CONTRACT_METRICS else f"{piece}/{metric}"
 
 
-def _sums(piece: str, metrics: TokenMetrics) -> TokenMetrics:
-    return {_metric_key(piece, key): value.detach().float().sum() for key, value in metrics.items()}
+def _sums(piece: Any, metrics: TokenMetrics, like: torch.Tensor) -> TokenMetrics:
+    return {
+        _metric_key(piece.name, key): _shaped_like(piece, value, like, f"metric {key}").detach().float().sum()
+        for key, value in metrics.items()
+    }
+
+
+def _with_metrics(piece: Any, result: Any, like: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """A piece's tensor and metrics, with the shape checked: another would be broadcast, and train something else."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise UsageError(f"{piece.name} returns {type(result).__name__}; make it return a tensor and a dict of metrics")
+    return _shaped_like(piece, result[0], like), result[1]
+
+
+def _shaped_like(piece: Any, result: Any, like: torch.Tensor, what: str = "result") -> torch.Tensor:
+    if not isinstance(result, torch.Tensor) or result.shape != like.shape:
+        found = f"shape {list(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
+        raise UsageError(
+            f"{piece.name}: its {what} has {found}, not {list(like.shape)}; return one value a token, or a sample, as "
+            "learner/protocols.py says (learner.testing.check_piece checks it)"
+        )
+    return result

@@ -13,8 +13,10 @@ ones and holds what else a piece may declare. `learner.testing.check_piece` test
 import difflib
 import importlib
 import inspect
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import msgspec
 
@@ -52,6 +54,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "product-mask": "learner.corrections.product_mask:ProductMask",
         "rejection": "learner.corrections.rejection:DivergenceRejection",
         "tis": "learner.corrections.tis:TruncatedImportanceSampling",
+        "token-mask": "learner.corrections.token_mask:TokenMask",
         "veto": "learner.corrections.veto:Veto",
     },
     "surrogate": {
@@ -99,6 +102,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
 }
 """kind -> name -> where its class is, in the order a training step applies the kinds; loaded when used."""
 
+_SINGLE = ("advantage", "surrogate", "aggregation")
+_WITH_TWO = ("correction", "gate")
+"""kinds whose pieces are given two arguments: what the pieces before left, and the tensors"""
+
 
 class Piece:
     """Base of the built-in pieces. A user's own piece need not inherit from it: what it does not have is as here."""
@@ -121,6 +128,8 @@ class Piece:
     """probability mass that `Needs.NUCLEUS_ENTROPY` is taken on"""
     signed_rewards: ClassVar[bool] = False
     """does nothing useful where no reward is below zero"""
+    one_step: ClassVar[bool] = False
+    """acts on the steps of an agent, and its options say no border between them"""
 
     class Options(Section):
         pass
@@ -174,15 +183,93 @@ def build(kind: str, piece: Mapping[str, Any]) -> Any:
         raise UsageError(f"the {kind} {dict(piece)!r} has no name; known: {', '.join(sorted(BUILT_IN[kind]))}")
     cls = find(kind, name)
     given = {key: value for key, value in piece.items() if key != "name"}
+    where = f"objective.{kind if kind in (*_SINGLE, 'shaping') else kind + 's'}: "
     if not isinstance(cls, type):
-        _refuse_unknown(kind, name, given, _keyword_only(cls))
-        return FunctionPiece(cls, given, has_metrics=kind not in ("shaping", "advantage", "aggregation"))
-    _refuse_unknown(kind, name, given, [field.encode_name for field in msgspec.structs.fields(cls.Options)])  # type: ignore[attr-defined]
+        has_metrics = kind not in ("shaping", "advantage", "aggregation")
+        return FunctionPiece(cls, keywords_of(cls, name, given, 2 if kind in _WITH_TWO else 1, where), has_metrics)
+    _refuse_unknown(where, name, given, [field.encode_name for field in msgspec.structs.fields(cls.Options)])  # type: ignore[attr-defined]
+    _refuse_not_finite(where, name, given)
     try:
         options = msgspec.convert(given, cls.Options)  # type: ignore[attr-defined]
     except msgspec.ValidationError as error:
-        raise UsageError(f"the {kind} {name!r}: {error}") from error
-    return cls(options)
+        raise UsageError(where + _explained(str(error), name, given, cls.Options)) from error  # type: ignore[attr-defined]
+    try:
+        return cls(options)
+    except UsageError as error:
+        raise UsageError(f"{where}{error}") from error
+
+
+def keywords_of(
+    function: Callable[..., Any], name: str, given: Mapping[str, Any], tensors: int, where: str
+) -> dict[str, Any]:
+    """The options of a function's piece, of the types that its annotations, or else its defaults, say.
+
+    Raises:
+        UsageError: one that is missing, unknown or of another type; or the function does not take its kind's tensors.
+    """
+    parameters = {
+        parameter.name: parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    _refuse_unknown(where, name, given, list(parameters), "; a function's options are its keyword-only arguments")
+    _refuse_not_finite(where, name, given)
+    for key, parameter in parameters.items():
+        if key not in given and parameter.default is inspect.Parameter.empty:
+            raise UsageError(f"{where}{name}.{key} is missing and has no default; set it in the piece's table")
+    try:
+        inspect.signature(function).bind(*[None] * tensors, **given)
+    except TypeError as error:
+        raise UsageError(
+            f"{where}{name} cannot be called with {tensors} positional argument{'s' * (tensors > 1)} and its options "
+            f"({error}); give it the signature of its kind in learner/protocols.py, its options keyword-only"
+        ) from error
+    try:
+        hints = get_type_hints(function)
+    except (NameError, TypeError):
+        hints = {}
+    return {key: _as_typed(value, parameters[key], hints, f"{where}{name}.{key}") for key, value in given.items()}
+
+
+def _as_typed(value: Any, parameter: inspect.Parameter, hints: Mapping[str, Any], option: str) -> Any:
+    # An integer default stands for any number: `scale=1` is how people write 1.0.
+    of_default = {bool: bool, int: float, float: float, str: str}.get(type(parameter.default), Any)
+    try:
+        return msgspec.convert(value, hints.get(parameter.name, of_default))
+    except msgspec.ValidationError as error:
+        what = str(error).replace("`", "")
+        raise UsageError(f"{option} = {value!r} is not valid: {what[0].lower()}{what[1:]}; set it to one") from error
+    except TypeError:  # a hint that msgspec knows no values of
+        return value
+
+
+def _explained(message: str, name: str, given: Mapping[str, Any], options: type[Section]) -> str:
+    """msgspec's message on a piece's options with key, value and help, as that on a section's."""
+    found = re.search(r"^(?P<what>.*?)(?: - at `\$\.(?P<path>[^`]+)`)?$", message)
+    assert found is not None
+    what = found["what"].replace("`", "")
+    what = what[0].lower() + what[1:]
+    if found["path"] is None:
+        return f"{name} is not valid: {what}; set it in the piece's table"
+    parts = re.findall(r"[^.\[\]]+", found["path"])
+    value: Any = given
+    for part in parts:
+        if isinstance(value, list | Mapping):
+            value = value[int(part)] if isinstance(value, list) else value.get(part)
+    hint = get_type_hints(options, include_extras=True).get(parts[0])
+    texts = [meta.description for meta in getattr(hint, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
+    help_ = [text for text in texts if text][-1:] or ["see docs/objectives.md"]
+    return f"{name}.{found['path']} = {value!r} is not valid: {what} ({help_[0]})"
+
+
+def _refuse_not_finite(where: str, name: str, given: Any) -> None:
+    """A number that is infinite or not a number would pass every bound from below."""
+    for key, value in given.items():
+        if isinstance(value, Mapping):
+            _refuse_not_finite(where, f"{name}.{key}", value)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UsageError(f"{where}{name}.{key} = {value!r} is not valid: set a finite number")
 
 
 def trait(piece: Any, name: str) -> Any:
@@ -216,12 +303,7 @@ def _load(kind: str, target: str) -> Any:
     return found
 
 
-def _keyword_only(function: Callable[..., Any]) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
-
-
-def _refuse_unknown(kind: str, name: str, given: Iterable[str], known: list[str]) -> None:
-    for key in given:
+def _refuse_unknown(where: str, name: str, given: Mapping[str, Any], known: list[str], remedy: str = "") -> None:
+    for key, value in given.items():
         if key not in known:
-            raise UsageError(f"the {kind} {name!r} has no option {key!r}{nearest(key, known)}")
+            raise UsageError(f"{where}{name} has no option {key!r} (= {value!r}){nearest(key, known)}{remedy}")

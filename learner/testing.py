@@ -6,16 +6,21 @@ def test_my_gate():
     check_piece("gate", {"name": "my_package.my_gate:MyGate", "threshold": 0.3})
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
+from learner.objective import Objective
 from learner.pieces import build
 from learner.ratios import log_ratio
 from learner.segments import positions, token_uniforms
-from learner.tokens import BatchTokens, GroupRewards, Layout, MicroBatchTokens, Needs
+from learner.tokens import BatchTokens, GroupRewards, Layout, MicroBatchTokens, Needs, selected
+
+_NEUTRAL = {"advantage": "grpo", "surrogate": "unclipped", "aggregation": "token-mean"}
+"""What an objective needs beside the piece that is checked."""
 
 
 def check_piece(kind: str, piece: Mapping[str, Any], seed: int = 0) -> Any:
@@ -66,6 +71,7 @@ def random_batch(seed: int = 0, samples: int = 12, group_size: int = 4) -> Batch
         age=torch.randint(0, 4, (count,), generator=draw),
         sampler=torch.zeros(count, dtype=torch.int64),
         entropy_old=torch.rand(count, generator=draw) + 0.05,
+        token=torch.arange(count) * 7 % 12,
         turn=positions(sequence) // 3,
         attention_entropy=torch.rand(count, generator=draw),
         samples=GroupRewards(
@@ -129,12 +135,6 @@ def select(tokens: MicroBatchTokens, index: torch.Tensor) -> MicroBatchTokens:
     return replace(tokens, **{n: value[index] for n in names if len(value := getattr(tokens, n))})
 
 
-def select_batch(batch: BatchTokens, index: torch.Tensor) -> BatchTokens:
-    """Some of the batch's tokens, in the order of `index`."""
-    names = [f.name for f in fields(BatchTokens) if f.name not in ("samples", "step")]
-    return replace(batch, **{name: getattr(batch, name)[index] for name in names})
-
-
 def _samples(batch: BatchTokens) -> GroupRewards:
     assert batch.samples is not None
     return batch.samples
@@ -170,11 +170,28 @@ def _check_batch(kind: str, table: Mapping[str, Any], batch: BatchTokens) -> Non
     assert torch.equal(before[0], batch.advantage), f"{piece.name} changes advantages in place"
     assert torch.equal(before[1], batch.logp_old), f"{piece.name} changes log-probs in place"
     order = _other_order(batch.sequence)
-    _check_close(piece, result_of(select_batch(batch, order)), result[order], "depends on the order of the samples")
-    assert len(result_of(select_batch(batch, order[:0]))) == 0, f"{piece.name} gives values for no token"
-    broken = replace(batch, logp_behaviour=batch.logp_behaviour.clone())
-    broken.logp_behaviour[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    _check_close(piece, result_of(selected(batch, order)), result[order], "depends on the order of the samples")
+    assert len(result_of(selected(batch, order[:0]))) == 0, f"{piece.name} gives values for no token"
+    values = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    broken = replace(batch, logp_behaviour=torch.cat([values, batch.logp_behaviour[3:]]))
     assert bool(result_of(broken).isfinite().all()), f"{piece.name} gives weights that are not finite"
+    for name in ("logp_old", "logp_behaviour", "entropy_old", "attention_entropy"):
+        changed: dict[str, Any] = {name: torch.cat([values, getattr(batch, name)[3:]])}
+        _check_within_objective(kind, table, replace(batch, **changed))
+
+
+def _check_within_objective(kind: str, table: Mapping[str, Any], batch: BatchTokens) -> None:
+    """With values that are not finite, as an objective gives them to a piece: results, metrics and memory are."""
+    piece = build(kind, table)
+    parts: dict[str, Any] = {key: build(key, {"name": name}) for key, name in _NEUTRAL.items()}
+    whole = Objective(**parts | {f"{kind}s": (piece,)})
+    for _ in range(2):
+        result, metrics = whole.weights(batch) if kind == "correction" else whole.modulated(batch)
+        tensor = result.advantage if isinstance(result, BatchTokens) else result
+        numbers = [*metrics.values(), *(value for state in whole.state().values() for value in state.values())]
+        assert bool(tensor.isfinite().all()) and all(map(math.isfinite, numbers)), (
+            f"{piece.name} gives values that are not finite, or remembers one"
+        )
 
 
 def _check_aggregation(piece: Any, batch: BatchTokens) -> None:

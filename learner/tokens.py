@@ -5,7 +5,7 @@ unless configured otherwise), mu the distribution that sampled. Log-probs and en
 temperature, float32. A tensor that no piece of the objective needs (`Needs`) is empty.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Flag, auto
 
 import torch
@@ -80,6 +80,8 @@ class BatchTokens:
     """int64 [N], `pipeline.messages.Sampler`"""
     entropy_old: torch.Tensor = field(default_factory=_none)
     """float32 [N]"""
+    token: torch.Tensor = field(default_factory=_none)
+    """int64 [N], its id"""
     turn: torch.Tensor = field(default_factory=_none)
     """int64 [N], which step of an agent the token belongs to: runs of generated tokens between environment tokens"""
     attention_entropy: torch.Tensor = field(default_factory=_none)
@@ -88,6 +90,23 @@ class BatchTokens:
     """rewards after shaping; None where only corrections are applied"""
     step: int = 0
     """batches trained before this one"""
+
+
+def selected(batch: BatchTokens, index: torch.Tensor) -> BatchTokens:
+    """Some of the batch's tokens, in the order of `index`; samples stay, also those without a token."""
+    names = [f.name for f in fields(BatchTokens) if f.name not in ("samples", "step")]
+    return replace(batch, **{name: value[index] for name in names if len(value := getattr(batch, name))})
+
+
+def usable(batch: BatchTokens) -> torch.Tensor:
+    """Tokens none of whose values is infinite or not a number; bool [N]."""
+    values = (
+        batch.logp_old, batch.logp_behaviour, batch.advantage, batch.entropy_old, batch.attention_entropy,
+    )  # fmt: skip
+    finite = torch.ones_like(batch.advantage, dtype=torch.bool)
+    for value in values:
+        finite = finite & value.isfinite() if len(value) else finite
+    return finite
 
 
 @dataclass(frozen=True, slots=True)

@@ -328,8 +328,10 @@ def _train_drafter(options: argparse.Namespace) -> int:
 def _drafters(options: argparse.Namespace) -> int:
     from drafters.registry import available
 
-    for info in available():
-        print(f"{info.name:<18} {info.source:<22} needs {info.needs:<16} {info.summary}")
+    rows = [(info.name, info.source, f"needs {info.needs}", info.summary) for info in available()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
 
 

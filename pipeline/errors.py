@@ -1,5 +1,7 @@
 """The two ways a command fails, and the exit code of each."""
 
+import re
+
 
 class RollaheadError(Exception):
     """A failure whose message is one sentence for the user: what was wrong, its value, the remedy."""
@@ -15,3 +17,14 @@ class UsageError(RollaheadError):
     """The command line, the configuration or an input is wrong (exit code 2)."""
 
     exit_code = 2
+
+
+def complaint(message: str) -> tuple[str, str]:
+    """Key and sentence of what msgspec says: "Expected `int` >= 1 - at `$.tokens`" is of `tokens`, "expected int >= 1".
+
+    The key is empty where the message names none.
+    """
+    found = re.fullmatch(r"(?P<what>.*?)(?: - at `\$\.?(?P<key>[^`]*)`)?", message, re.DOTALL)
+    assert found is not None  # it matches anything
+    what = found["what"].replace("`", "")
+    return found["key"] or "", what[:1].lower() + what[1:]

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from drafters.base import BaseDrafter, DraftRequest, Proposal, SequenceStart, Verified
-from drafters.mtp.drafter import MTPDrafter
 from drafters.mtp.module import MTPModule
 from pipeline.models.config import ModelConfig
 
@@ -89,6 +88,39 @@ def future(texts: Mapping[int, list[int]]) -> Guessing:
     )
 
 
+class Overwriting(Tracking):
+    """Writes into whatever it is given, unlocking it first, and drafts up to the budgets that it wrote."""
+
+    name = "overwrites what it is given"
+
+    def begin(self, sequences: Sequence[SequenceStart]) -> None:
+        super().begin(sequences)
+        for start in sequences:
+            _overwrite(start.prompt_ids, start.response_ids)
+
+    def propose(self, request: DraftRequest) -> Proposal:
+        lengths = request.budgets.copy()
+        _overwrite(request.budgets, request.temperatures)
+        return Proposal(np.zeros((len(lengths), max(1, int(lengths.max()))), np.int64), lengths)
+
+    def observe(self, verified: Verified) -> None:
+        assert verified.starts is not None
+        super().observe(verified)
+        _overwrite(*verified.emitted, verified.accepted, verified.starts)
+
+
+def _overwrite(*arrays: np.ndarray) -> None:
+    for array in arrays:
+        owner = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        try:
+            owner.flags.writeable = array.flags.writeable = True
+        except ValueError:  # it is somebody's memory that numpy does not own
+            continue
+        array[:] = 0
+
+
 class Drawn(Tracking):
     """Draws drafts from a distribution of its own for each depth of the response, and says which."""
 
@@ -111,15 +143,15 @@ class Drawn(Tracking):
         return self._law[:depth].expand(len(request.ids), -1, -1)
 
 
-def random_head(folder: Path, seed: int) -> MTPDrafter:
-    """A multi-token-prediction head of random weights for the checkpoint in `folder`, with distributions of its own."""
+def random_head(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """Weights of a multi-token-prediction head for the checkpoint in `folder`, with distributions of its own."""
     generator = torch.Generator().manual_seed(seed)
     module = MTPModule(ModelConfig.from_folder(folder))
     with torch.no_grad():
         for weight in module.parameters():
             if weight.dim() > 1:
                 weight.normal_(0, weight.shape[1] ** -0.5, generator=generator)
-    return MTPDrafter(weights=module.weights())
+    return module.weights()
 
 
 class Mixed(Drawn):

@@ -20,6 +20,7 @@ def random_checkpoint(
         num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=256, tie_word_embeddings=tied,
         bos_token_id=1, eos_token_id=STOP,
     )  # fmt: skip
+    transformers.utils.logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.Qwen3ForCausalLM(config)
@@ -37,7 +38,10 @@ class FreshForward:
 
     def __init__(self, folder: Path) -> None:
         transformers.utils.logging.disable_progress_bar()
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        ).eval()
+        self.vocabulary = int(self._model.config.vocab_size)
 
     @torch.no_grad()
     def logits(self, texts: Sequence[Sequence[int]]) -> np.ndarray:

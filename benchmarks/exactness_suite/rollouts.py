@@ -1,7 +1,7 @@
 """Whole responses through a generator: their joint distribution, and what is recorded of every token."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from benchmarks.exactness_suite.model import STOP, FreshForward, random_checkpoi
 from benchmarks.exactness_suite.scale import Scale
 from benchmarks.exactness_suite.settings import chosen
 from drafters.base import Drafter
+from drafters.mtp.drafter import MTPDrafter
 from drafters.registry import build as build_drafter
 from pipeline.engine.generator import FinishedSample, GroupRequest, TokenOrigin
 from pipeline.messages import SamplingParams
@@ -81,13 +82,13 @@ def requests(params: SamplingParams, samples: int, first_seed: int) -> list[Grou
 
 
 def rollout_checks(
-    make: MakeGenerator, build: Callable[[], Drafter], name: str, scale: Scale, seed: int, folder: Path
+    make: MakeGenerator, build: Callable[[Path], Drafter], name: str, scale: Scale, seed: int, folder: Path
 ) -> Iterator[Check]:
     """Joint tests and recorded values.
 
     Args:
         make: the generator.
-        build: the drafter that the suite was asked to test, `name` its name.
+        build: the drafter that the suite was asked to test, for a checkpoint's folder; `name` is its name.
         folder: an empty folder for checkpoints.
     """
     tiny = random_checkpoint(folder / "tiny", VOCABULARY, sharpness=0.6, seed=seed)
@@ -95,7 +96,7 @@ def rollout_checks(
     events: list[str] = []
     for setting, params in chosen(VOCABULARY, scale.every_rule).items():
         params = msgspec.structs.replace(params, stop_token_ids=(STOP,) if params.min_new_tokens else ())
-        generator = make(tiny, build(), on_event=events.append)
+        generator = make(tiny, build(tiny), on_event=events.append)
         found = generate(generator, requests(params, scale.rollouts, seed))
         yield from joint_checks(f"{name}, {setting}", found, law.joint(params))
         seed += scale.rollouts
@@ -121,8 +122,8 @@ def hostile_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale,
         (drafters.future(texts), "standard"),
         (drafters.Drawn(VOCABULARY, seed), "standard"),
         (drafters.Drawn(VOCABULARY, seed, sharpness=3.0), "block"),
-        (drafters.random_head(tiny, seed), "standard"),
-        (drafters.random_head(tiny, seed + 1), "block"),
+        (MTPDrafter(weights=drafters.random_head(tiny, seed)), "standard"),
+        (MTPDrafter(weights=drafters.random_head(tiny, seed + 1)), "block"),
         (drafters.Mixed(VOCABULARY, seed), "standard"),
         (drafters.Mixed(VOCABULARY, seed), "block"),
     ]
@@ -132,6 +133,16 @@ def hostile_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale,
         new = asked if same else requests(params, scale.rollouts, seed + (index + 1) * scale.rollouts)
         found = generate(make(tiny, drafter, verification=rule), new)
         yield from joint_checks(f"hostile: {drafter.name}, {rule}", found, joint)
+    yield from overwriting_checks(make, law, tiny, scale.rollouts, seed + (len(worst) + 1) * scale.rollouts)
+
+
+def overwriting_checks(make: MakeGenerator, law: JointLaw, tiny: Path, samples: int, seed: int) -> Iterator[Check]:
+    """With a penalty, which a prompt that a drafter had changed would act on."""
+    params, drafter, events = SamplingParams(repetition_penalty=3.0), drafters.Overwriting(), list[str]()
+    generator = make(tiny, drafter, on_event=events.append)
+    found = generate(generator, requests(params, samples, seed))
+    yield from joint_checks(f"hostile: {drafter.name}, standard", found, law.joint(params))
+    yield bound_check(f"hostile: {drafter.name}, never switched off", len(events), 1, detail="; ".join(events))
 
 
 def model_checks(
@@ -165,14 +176,14 @@ def history_checks(make: MakeGenerator, law: JointLaw, tiny: Path, scale: Scale,
 
 
 def recorded_checks(
-    make: MakeGenerator, build: Callable[[], Drafter], name: str, scale: Scale, seed: int, folder: Path
+    make: MakeGenerator, build: Callable[[Path], Drafter], name: str, scale: Scale, seed: int, folder: Path
 ) -> list[Check]:
     """Log-prob and entropy of every token against a forward of the whole text, by how the token came to be."""
     vocabulary = 64
     checkpoint = random_checkpoint(folder / "small", vocabulary, sharpness=2.0, seed=seed + 3)
     model, errors = FreshForward(checkpoint), {origin: [0.0] for origin in TokenOrigin}
     settings = chosen(vocabulary, scale.every_rule)
-    for rule, drafter in (("standard", build()), ("standard", drafters.Drawn(vocabulary, seed)),
+    for rule, drafter in (("standard", build(checkpoint)), ("standard", drafters.Drawn(vocabulary, seed)),
                           ("block", drafters.Drawn(vocabulary, seed + 1, sharpness=2.0))):  # fmt: skip
         generator = make(checkpoint, drafter, max_draft_tokens=4, verification=rule)
         asked = [
@@ -197,14 +208,26 @@ def recorded_checks(
 def _compare(
     sample: FinishedSample, params: SamplingParams, model: FreshForward, errors: dict[TokenOrigin, list[float]]
 ) -> None:
-    text = sample.token_ids.tolist()
-    logits = model.logits([[*PROMPT, *text]])[0, len(PROMPT) - 1 : -1]
-    untruncated = msgspec.structs.replace(params, top_k=0, top_p=1.0, min_p=0.0)
     assert sample.origins is not None and sample.entropies is not None
+    for origin, error in zip(sample.origins.tolist(), recorded_errors(sample, params, model), strict=True):
+        errors[TokenOrigin(origin)].append(float(error))
+
+
+def recorded_errors(
+    sample: FinishedSample, params: SamplingParams, model: FreshForward, prompt: Sequence[int] = PROMPT
+) -> np.ndarray:
+    """How far each token's recorded log-prob and entropy, where there is one, are from a fresh forward's: the larger of
+    the two in nats, float64 [T]."""
+    text = sample.token_ids.tolist()
+    logits = model.logits([[*prompt, *text]])[0, len(prompt) - 1 : -1]
+    untruncated = msgspec.structs.replace(params, top_k=0, top_p=1.0, min_p=0.0)
+    errors = np.zeros(len(text))
     for n, token in enumerate(text):
-        law = processed_law(logits[n], params, PROMPT, text[:n], params.stop_token_ids)
-        whole = processed_law(logits[n], untruncated, PROMPT, text[:n], params.stop_token_ids)
-        entropy = -float((whole[whole > 0] * np.log(whole[whole > 0])).sum())
+        law = processed_law(logits[n], params, prompt, text[:n], params.stop_token_ids)
         with np.errstate(divide="ignore"):
-            error = max(abs(float(sample.logprobs[n]) - np.log(law[token])), abs(float(sample.entropies[n]) - entropy))
-        errors[TokenOrigin(int(sample.origins[n]))].append(float(error))
+            errors[n] = abs(float(sample.logprobs[n]) - np.log(law[token]))
+        if sample.entropies is not None:
+            whole = processed_law(logits[n], untruncated, prompt, text[:n], params.stop_token_ids)
+            entropy = -float((whole[whole > 0] * np.log(whole[whole > 0])).sum())
+            errors[n] = max(errors[n], abs(float(sample.entropies[n]) - entropy))
+    return errors

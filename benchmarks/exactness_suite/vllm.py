@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.exactness_suite.drafters import Guessing
+from benchmarks.exactness_suite.fitting import Piece, fitted
 from benchmarks.exactness_suite.generators import generate
 from benchmarks.exactness_suite.model import STOP, FreshForward, random_checkpoint
 from benchmarks.exactness_suite.rollouts import (
@@ -19,6 +20,7 @@ from benchmarks.exactness_suite.rollouts import (
     VOCABULARY,
     JointLaw,
     joint_checks,
+    recorded_errors,
     requests,
 )
 from benchmarks.exactness_suite.scale import Scale
@@ -30,7 +32,7 @@ from pipeline.engine.vllm.install import installed_version
 from pipeline.engine.vllm.sampling import refusal
 from pipeline.errors import RunFailed
 from pipeline.messages import SamplingParams
-from pipeline.sampling.exactness import Check, bound_check, processed_law
+from pipeline.sampling.exactness import Check, bound_check
 
 HEAD = 32
 """width of an attention head: the smallest that vLLM computes on a CPU"""
@@ -67,15 +69,17 @@ def settings(vocabulary: int, every: bool) -> dict[str, SamplingParams]:
     return found
 
 
-def vllm_checks(drafter: str, scale: Scale, seed: int, folder: Path) -> Iterator[Check]:
-    """Everything; `folder` is an empty one for checkpoints."""
+def vllm_checks(piece: Piece, name: str, scale: Scale, seed: int, folder: Path) -> Iterator[Check]:
+    """Everything, with the drafter of `piece`, called `name`; `folder` is an empty one for checkpoints."""
     yield from sampler_checks(scale.draws)
     tiny = random_checkpoint(folder / "tiny", VOCABULARY, sharpness=0.6, seed=seed, head_dim=HEAD)
     law = JointLaw(tiny)
-    yield from rollout_checks(drafter, tiny, law, settings(VOCABULARY, scale.every_rule), scale, seed)
+    chosen = settings(VOCABULARY, scale.every_rule)
+    yield from rollout_checks(fitted(piece, tiny), name, tiny, law, chosen, scale, seed)
     for hostile in (ConstantToken, RandomTokens):
         some = {"temperature 0.8": SamplingParams(temperature=0.8)}
-        yield from rollout_checks(f"{__name__}:{hostile.__name__}", tiny, law, some, scale, seed + 1)
+        named = f"{__name__}:{hostile.__name__}"
+        yield from rollout_checks({"name": named}, named, tiny, law, some, scale, seed + 1)
 
 
 def sampler_checks(rows: int) -> Iterator[Check]:
@@ -107,23 +111,30 @@ def sampler_p_values(rows: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def make(folder: Path, drafter: str, **options: Any) -> VllmGenerator:
+def make(folder: Path, drafter: str | Piece, **options: Any) -> VllmGenerator:
     """On a float32 checkpoint, for many short responses; the model's end of text does not end them."""
+    piece = {"name": drafter} if isinstance(drafter, str) else drafter
     return VllmGenerator(
-        folder, drafter={"name": drafter}, options={"enforce_eager": True}, max_sequences=128, max_draft_tokens=3,
+        folder, drafter=piece, options={"enforce_eager": True}, max_sequences=128, max_draft_tokens=3,
         max_length=64, dtype="float32", stop_token_ids=(), version=0, **options,
     )  # fmt: skip
 
 
 def rollout_checks(
-    drafter: str, tiny: Path, law: JointLaw, chosen: Mapping[str, SamplingParams], scale: Scale, seed: int
+    piece: Piece,
+    name: str,
+    tiny: Path,
+    law: JointLaw,
+    chosen: Mapping[str, SamplingParams],
+    scale: Scale,
+    seed: int,
 ) -> list[Check]:
     """All settings in one batch, so that rows of different ones stand beside each other."""
     events: list[str] = []
-    generator = make(tiny, drafter, on_event=events.append)
+    generator = make(tiny, piece, on_event=events.append)
     try:
-        checks = list(settings_checks(generator, drafter, tiny, law, chosen, scale.rollouts, scale.recorded, seed))
-        checks.append(bound_check(f"{drafter} was never switched off", len(events), 1, detail="; ".join(events)))
+        checks = list(settings_checks(generator, name, tiny, law, chosen, scale.rollouts, scale.recorded, seed))
+        checks.append(bound_check(f"{name} was never switched off", len(events), 1, detail="; ".join(events)))
         return checks
     finally:
         generator.close()
@@ -167,7 +178,7 @@ def settings_checks(
         drafted += sum(counts.drafted for counts in sample.drafters.values())
         accepted += sum(counts.accepted for counts in sample.drafters.values())
         if params.max_new_tokens == TOKENS:
-            errors += logprob_errors(sample, params, model)
+            errors += recorded_errors(sample, params, model).tolist()
         else:
             by_setting[of[sample.group]].append(sample)
     for name, samples in by_setting.items():
@@ -177,15 +188,6 @@ def settings_checks(
     yield bound_check(
         f"vllm, {drafter}, drafts verified", 1 / max(1, drafted), 1.0, drafted, f"{accepted} of {drafted} accepted"
     )
-
-
-def logprob_errors(sample: FinishedSample, params: SamplingParams, model: FreshForward) -> Sequence[float]:
-    """|recorded - fresh| of each token, in nats; greedy tokens at temperature 1."""
-    text = sample.token_ids.tolist()
-    logits = model.logits([[*PROMPT, *text]])[0, len(PROMPT) - 1 : -1]
-    laws = [processed_law(logits[n], params, PROMPT, text[:n], params.stop_token_ids) for n in range(len(text))]
-    with np.errstate(divide="ignore"):
-        return [abs(float(sample.logprobs[n]) - float(np.log(laws[n][token]))) for n, token in enumerate(text)]
 
 
 def _numbered(request: GroupRequest, number: int) -> GroupRequest:

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.errors import UsageError
 from pipeline.models.tokenizer import Tokenizer
 
+_FIELD = re.compile(r"\{(\w+)\}")
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -24,8 +25,11 @@ def read_documents(files: Sequence[Path], tokenizer: Tokenizer | None, template:
         template: text in which `{field}` stands for a field of the line.
 
     Raises:
-        UsageError: a file cannot be read, a line is no object or lacks a field, text without a tokenizer.
+        UsageError: a template without a field, a file that cannot be read, a line that is no object or lacks a field,
+            text without a tokenizer.
     """
+    if not _FIELD.search(template):
+        raise UsageError(f"--template {template!r} names no field, so that all lines are one text; write {{question}}")
     for path in files:
         try:
             lines = path.read_text(encoding="utf-8")
@@ -55,7 +59,7 @@ def _document(line: str, tokenizer: Tokenizer | None, template: str, place: str)
             raise UsageError(f"{place} has no field {found[1]!r}; it has {', '.join(fields)}; give another --template")
         return str(fields[found[1]])
 
-    return _encoded(re.sub(r"\{(\w+)\}", value, template), tokenizer, place)
+    return _encoded(_FIELD.sub(value, template), tokenizer, place)
 
 
 def _encoded(text: str, tokenizer: Tokenizer | None, place: str) -> np.ndarray:

@@ -90,8 +90,8 @@ class SuffixMemory:
             if start.id in self._slots:
                 continue
             row = self._new_row(start.id)
-            prompt = np.ascontiguousarray(start.prompt_ids, np.int64)
-            response = np.ascontiguousarray(start.response_ids, np.int64)
+            # Copies: for arrays that are read-only the compiled parts would be compiled once more.
+            prompt, response = np.array(start.prompt_ids, np.int64), np.array(start.response_ids, np.int64)
             self._digests[start.id] = digest = hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
             known = self._prompt(digest, prompt)
             known.users += 1

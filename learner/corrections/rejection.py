@@ -16,7 +16,7 @@ class DivergenceRejection(Piece):
     of a token, or as sum, mean or maximum over the sample.
 
     The k2 and k3 rejections of verl's rollout correction (Schulman 2020 for the estimators); a mean k3 of 0.001 to 0.01
-    is usual. For bands on the ratio itself (k1) see geometric-mask, product-mask and icepop. A pure mask.
+    is usual. For bands on the ratio itself (k1) see token-mask, product-mask and geometric-mask. A pure mask.
     """
 
     name = "rejection"

@@ -17,7 +17,8 @@ class KLCov(Piece):
     (log pi_t - mean log pi).
 
     Cui et al. 2025, "The entropy mechanism of RL", arXiv 2505.22617 (KL-Cov), on the surrogate without a clip
-    ("unclipped"). `fraction` is a plain share of the N tokens, at least one: 2e-3 for 7B, 2e-4 for 32B. Means and order
+    ("unclipped"). `fraction` is a plain share of the N tokens, exactly max(1, int(fraction N)) of them: 2e-3 for 7B,
+    2e-4 for 32B; equal covariances are chosen among at random, and where all are 0 no token is held. Means and order
     are over the whole mini-batch.
     """
 
@@ -30,10 +31,13 @@ class KLCov(Piece):
     def plan(self, tokens: MicroBatchTokens) -> torch.Tensor:
         """bool [M], tokens that are held."""
         cov = covariance(tokens)
-        if not len(cov):
-            return torch.zeros_like(cov, dtype=torch.bool)
+        held = torch.zeros_like(cov, dtype=torch.bool)
+        if not len(cov) or not bool(cov.any()):
+            return held
         wanted = max(1, int(self.options.fraction * len(cov)))
-        return cov >= cov.topk(wanted).values[-1]
+        # Ties by the token's own random number: the same tokens in any order of the mini-batch.
+        order = tokens.uniform.argsort(stable=True)
+        return held.index_fill(0, order[cov[order].argsort(descending=True, stable=True)][:wanted], True)
 
     def __call__(self, loss: torch.Tensor, tokens: MicroBatchTokens) -> tuple[torch.Tensor, TokenMetrics]:
         """float32 [T]"""

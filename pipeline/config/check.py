@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from pipeline.config.check_vllm import check_vllm
-from pipeline.config.types import Config, KVCompressionSection, SamplingSection, SwitchingSection
+from pipeline.config.types import LEAST_TEMPERATURE, Config, KVCompressionSection, SamplingSection, SwitchingSection
 from pipeline.errors import UsageError
 
 
@@ -36,6 +36,17 @@ def check_config(config: Config) -> None:
         )
     if sampling.temperature == 0:
         raise UsageError("sampling.temperature = 0 (greedy) gives nothing to learn from; use for example 1.0")
+    for name, value in (
+        ("sampling.temperature", sampling.temperature),
+        ("learner.eval_temperature", learner.eval_temperature),
+    ):
+        if 0 < value < LEAST_TEMPERATURE:
+            raise UsageError(f"{name} = {value:g} is too small to divide logits by; use at least {LEAST_TEMPERATURE:g}")
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        raise UsageError(
+            f"sampling.min_new_tokens = {sampling.min_new_tokens} is more than sampling.max_new_tokens = "
+            f"{sampling.max_new_tokens}; lower the one or raise the other"
+        )
     check_vllm(config)
     _check_replay(sampling)
     _check_switching(config)

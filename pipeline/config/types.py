@@ -20,6 +20,10 @@ def option(text: str) -> Meta:
     return Meta(description=text)
 
 
+LEAST_TEMPERATURE = 1e-5
+"""but for 0: logits divided by less than this are rounding noise, and before long no numbers in float32"""
+
+
 class Section(Struct, kw_only=True, forbid_unknown_fields=True):
     """A table of the configuration; a key it does not know is an error."""
 

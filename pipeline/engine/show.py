@@ -1,6 +1,7 @@
 """`rollahead generate`: one response, with the tokens a drafter guessed right marked."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from pipeline.engine.native.compression import KVCompression
 from pipeline.engine.native.eviction import build as build_policy
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.native.switching import parse_rule
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, complaint
 from pipeline.messages import Sampler, SamplingParams
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
+from pipeline.sampling.processors import check_temperature
 
 COLOURS = ("green", "yellow", "magenta", "blue", "red")
 """of the drafters, in the order in which each had a first draft"""
@@ -61,6 +63,9 @@ def generate(
         )
     if samples < 1:
         raise UsageError(f"--samples {samples} must be at least 1")
+    if not -(2**63) <= seed <= 2**63 - samples:
+        raise UsageError(f"--seed {seed} with {samples} samples is outside 64 bits; use a smaller number")
+    check_temperature("--temperature", params.temperature)
     generator = NativeGenerator(
         folder,
         drafter=written(drafter),
@@ -108,10 +113,12 @@ def sampling_params(options: Mapping[str, Any], eos_token_ids: Sequence[int]) ->
     try:
         return msgspec.convert(given, SamplingParams)
     except msgspec.ValidationError as error:
-        what, _, key = str(error).partition(" - at `$.")
-        name = key.rstrip("`").partition("[")[0]
-        text = what[0].lower() + what[1:].replace("`", "")
-        raise UsageError(f"--{name.replace('_', '-')} {options.get(name)} is not valid: {text}") from None
+        key, what = complaint(str(error))
+        name = key.partition("[")[0]
+        value = options.get(name)
+        if isinstance(value, list) and (index := re.match(r"\[(\d+)\]", key.removeprefix(name))):
+            value = value[int(index[1])] if int(index[1]) < len(value) else value
+        raise UsageError(f"--{name.replace('_', '-')} {value} is not valid: {what}") from None
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.config.types import LEAST_TEMPERATURE
 from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
 from pipeline.sampling.bias import BiasTable
@@ -35,6 +36,18 @@ _SETTINGS = np.dtype(
 )  # fmt: skip
 
 
+def check_temperature(name: str, value: float) -> None:
+    """Refuse what is neither greedy nor large enough to divide by.
+
+    Raises:
+        UsageError: it is neither; `name` is the option it came by.
+    """
+    if 0 < value < LEAST_TEMPERATURE:
+        raise UsageError(
+            f"{name} = {value:g} is too small to divide logits by; use 0 (greedy) or at least {LEAST_TEMPERATURE:g}"
+        )
+
+
 class Processors:
     """Settings of the sequences under way, and for those with penalties the counts of their tokens.
 
@@ -53,12 +66,20 @@ class Processors:
         """Refuse settings that no response can have.
 
         Raises:
-            UsageError: an id outside the vocabulary, or no token that could be drawn.
+            UsageError: an id outside the vocabulary, no token that could be drawn, a temperature too small to divide
+                by, or a least length above the greatest.
         """
+        check_temperature("sampling.temperature", params.temperature)
+        if params.min_new_tokens > params.max_new_tokens:
+            raise UsageError(
+                f"sampling.min_new_tokens = {params.min_new_tokens} is more than sampling.max_new_tokens = "
+                f"{params.max_new_tokens}; lower the one or raise the other"
+            )
         named = {
             "logit_bias": tuple(token for token, _ in params.logit_bias),
             "allowed_token_ids": params.allowed_token_ids,
             "bad_token_ids": params.bad_token_ids,
+            "stop_token_ids": params.stop_token_ids,
         }
         for name, ids in named.items():
             if ids and max(ids) >= self._vocab_size:

@@ -27,7 +27,7 @@ def results(folder):
 def test_rollouts_are_measured_against_transformers(tmp_path):
     bench(
         "rollouts", "--model", "random-2x64x256", "--batch", "1,3", "--tokens", "8", "--repeats", "2", "--group-size",
-        "2", "--peers", "transformers", "--threads", "1", "--out", str(tmp_path),
+        "2", "--peers", "transformers", "--threads", "1", "--waves", "1", "--out", str(tmp_path),
     )  # fmt: skip
     rows = results(tmp_path)["rows"]
     assert [(r["system"], r["drafter"], r["batch"]) for r in rows] == [

@@ -64,6 +64,7 @@ def test_text_is_encoded_as_the_model_meets_it(tmp_path, model):
         ('{"token_ids": [1, 99999999999]}\n', [], "f.jsonl:1: token_ids is not a list of token ids"),
         ("\n", [], "the corpus has no token"),
         ('{"question": "a"}\n', ["--template", "{answer}"], "f.jsonl:1 has no field 'answer'; it has question"),
+        ('{"question": "a"}\n', ["--template", "question"], "--template 'question' names no field"),
         (None, [], "f.jsonl cannot be read"),
     ],
 )

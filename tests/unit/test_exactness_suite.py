@@ -11,13 +11,15 @@ from scipy import special, stats
 
 from benchmarks import exactness
 from benchmarks.exactness_suite import drafters, rollouts
+from benchmarks.exactness_suite.checkpoint import checkpoint_checks
 from benchmarks.exactness_suite.counts import Case, count_checks, repetition_checks
 from benchmarks.exactness_suite.enumeration import enumeration_checks
+from benchmarks.exactness_suite.fitting import build_fitted
 from benchmarks.exactness_suite.generators import GENERATORS
 from benchmarks.exactness_suite.model import random_checkpoint
 from benchmarks.exactness_suite.scale import FULL, SHORT
 from drafters.base import BaseDrafter
-from drafters.registry import build
+from drafters.registry import build, piece_of
 from pipeline.bench import bench
 from pipeline.engine.native import verifier
 from pipeline.errors import UsageError
@@ -185,7 +187,7 @@ def test_seeds_that_come_again_need_new_numbers_where_a_drafter_remembers_them(m
 
 def recorded(folder):
     folder.mkdir(exist_ok=True)
-    drafter = lambda: build({"name": "suffix-automaton"})  # noqa: E731
+    drafter = lambda folder: build({"name": "suffix-automaton"})  # noqa: E731
     return rollouts.recorded_checks(GENERATORS["native"], drafter, "suffix-automaton", SCALE, 1, folder)
 
 
@@ -226,9 +228,58 @@ def test_a_drafter_that_is_switched_off_fails_its_suite(tiny, tmp_path):
             raise KeyError("nothing here")
 
     checks = rollouts.rollout_checks(
-        GENERATORS["native"], Broken, "broken", dataclasses.replace(SCALE, rollouts=200), 1, tmp_path
+        GENERATORS["native"], lambda folder: Broken(), "broken", dataclasses.replace(SCALE, rollouts=200), 1, tmp_path
     )
     assert "broken was never switched off" in failed(checks)
+
+
+# ---- what is tested ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mtp",
+        '{name = "draft-model", max_tokens = 2}',
+        '{name = "arbiter", measure = false, drafters = [{name = "suffix-automaton", auxiliary = "mtp"}]}',
+    ],
+)
+def test_drafters_of_a_model_are_made_for_the_suites_own(tmp_path, text):
+    path = random_checkpoint(tmp_path / "tiny", rollouts.VOCABULARY, sharpness=0.6, seed=3)
+    drafter, events = build_fitted(piece_of(text), path), []
+    generator = GENERATORS["native"](path, drafter, on_event=events.append)
+    found = rollouts.generate(generator, rollouts.requests(SamplingParams(), 200, 5))
+    assert not events and sum(c.accepted for s in found for c in s.drafters.values()) > 0
+
+
+def on_a_checkpoint(path, drafter):
+    start = lambda told: GENERATORS["native"](path, drafter, on_event=told)  # noqa: E731
+    return failed(checkpoint_checks(start, "it", path, 3_000, 2, 1))
+
+
+def test_a_drafter_is_run_on_the_checkpoint_that_is_given(monkeypatch, tmp_path):
+    path = random_checkpoint(tmp_path / "m", rollouts.VOCABULARY, sharpness=1.0, seed=3)
+    make = lambda: drafters.Drawn(rollouts.VOCABULARY, 1, sharpness=2.0)  # noqa: E731
+    assert not on_a_checkpoint(path, make())
+    assert on_a_checkpoint(path, drafters.too_long(after=0)) == {"it on m, never switched off"}
+    skip_residual(monkeypatch)
+    assert any(name.startswith("first token") for name in on_a_checkpoint(path, make()))
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(exactness, "count_checks", lambda *arguments: pytest.fail("counted"))
+    path = random_checkpoint(tmp_path / "m", rollouts.VOCABULARY, sharpness=1.0)
+    other = random_checkpoint(tmp_path / "other", rollouts.VOCABULARY + 4, sharpness=1.0)
+    of_other = f'{{name = "draft-model", path = "{other}"}}'
+    for arguments, said in (
+        (["--drafter", of_other], "give that one as --model DIR"),
+        (["--drafter", of_other, "--model", str(path)], "has a vocabulary of 16 tokens|tokenizer"),
+        (["--drafter", "mtp", "--model", str(path)], "head"),
+        (["--model", "/nope"], "model folder /nope does not exist"),
+        (["--drafter", "{name = 3}"], "a drafter needs a name"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            bench("exactness", [*arguments, "--short", "--out", str(tmp_path / "out")])
 
 
 # ---- the statistics ----------------------------------------------------------------------------------------------

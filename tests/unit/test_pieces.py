@@ -1,11 +1,16 @@
+import math
+
 import pytest
 
 from learner.gates.erc import EntropyRatioClipping
 from learner.objective import Objective
 from learner.pieces import BUILT_IN, build, find
-from learner.tokens import Needs
+from learner.testing import random_batch, random_tokens
+from learner.tokens import Layout, Needs
+from pipeline.cli import main
 from pipeline.config.types import ObjectiveSection, Section
 from pipeline.errors import UsageError
+from tests.unit.objectives.scenes import objective
 
 
 class HalfGate:
@@ -57,7 +62,7 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 
 def test_an_unknown_option_is_refused_with_the_nearest():
-    with pytest.raises(UsageError, match=r"no option 'clip_hihg'; did you mean 'clip_high'\?"):
+    with pytest.raises(UsageError, match=r"no option 'clip_hihg' \(= 0.3\); did you mean 'clip_high'\?"):
         build("surrogate", {"name": "ppo-clip", "clip_hihg": 0.3})
 
 
@@ -87,3 +92,105 @@ def test_a_users_own_piece_is_named_by_module_and_class():
 def test_what_is_not_a_piece_is_refused(name):
     with pytest.raises(UsageError):
         build("gate", {"name": name})
+
+
+def must_be_told(loss, tokens, *, threshold, share=0.5, times=1, kind="a", sharp: bool = False):
+    return loss
+
+
+def one_tensor_only(tokens):
+    return tokens
+
+
+MINE = f"{__name__}:must_be_told"
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "said"),
+    [
+        ("gate", {"name": "steer", "low": 1.5}, "gates: steer.low = 1.5 is not valid: expected float <= 1.0 (smallest"),
+        ("correction", {"name": "tis", "cap": "two"}, "objective.corrections: tis.cap = 'two' is not valid: expected"),
+        ("modulator", {"name": "entropic", "target": {"start": 0.4, "end": -1}}, "target.end = -1 is not valid"),
+        ("modulator", {"name": "d3s", "tokens": [0.5, 2.0]}, "d3s.tokens[1] = 2.0 is not valid"),
+        ("surrogate", {"name": "ppo-clip", "clip_hihg": 1}, "objective.surrogate: ppo-clip has no option 'clip_hihg'"),
+        ("gate", {"name": "erc", "low": 1.2}, "objective.gates: erc: the band"),
+        ("regulariser", {"name": "kl", "coefficient": math.inf}, "kl.coefficient = inf is not valid: set a finite"),
+        ("shaping", {"name": "signed", "shift": math.nan}, "objective.shaping: signed.shift = nan is not valid"),
+        ("modulator", {"name": "d3s", "tokens": [0.5, math.nan]}, "is not valid: set a finite number"),
+        ("gate", {"name": MINE}, "must_be_told.threshold is missing and has no default; set it"),
+        ("gate", {"name": MINE, "threshold": 1, "tims": 2}, "(= 2); did you mean 'times'?; a function's options are"),
+        ("gate", {"name": MINE, "threshold": 1, "share": "half"}, ".share = 'half' is not valid: expected float"),
+        ("gate", {"name": MINE, "threshold": 1, "sharp": 3}, "expected bool, got int"),
+        ("gate", {"name": MINE, "threshold": 1, "kind": 3}, "expected str, got int"),
+        ("gate", {"name": f"{__name__}:one_tensor_only"}, "cannot be called with 2 positional arguments"),
+    ],
+)
+def test_a_pieces_options_are_refused_with_key_value_and_remedy(kind, table, said):
+    with pytest.raises(UsageError) as refused:
+        build(kind, table)
+    assert said in str(refused.value) and str(refused.value).startswith("objective.")
+
+
+def test_a_functions_options_of_the_right_types_are_taken():
+    name = f"{__name__}:must_be_told"
+    piece = build("gate", {"name": name, "threshold": [1], "share": 1, "times": 1.5, "sharp": True})
+    assert piece.options == {"threshold": [1], "share": 1.0, "times": 1.5, "sharp": True}
+
+
+def test_a_users_piece_is_refused_before_anything_starts(capsys):
+    gate = f"objective.gates=[{{name='{__name__}:must_be_told'}}]"
+    assert main(["run", "--dry-run", "--set", gate]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "objective.gates: " in error and "threshold is missing" in error
+
+
+def summed(loss, tokens):
+    return loss.sum()
+
+
+def of_a_batch(loss, tokens):
+    return loss, {"mean": loss.detach().mean()}
+
+
+def one_number(samples):
+    return samples.rewards.mean()
+
+
+def bare(loss, tokens):
+    return loss, 3, 4
+
+
+@pytest.mark.parametrize(
+    ("pieces", "said"),
+    [
+        ({"gates": [{"name": f"{__name__}:summed"}]}, "summed: its result has shape []"),
+        ({"gates": [{"name": f"{__name__}:of_a_batch"}]}, "of_a_batch: its metric mean has shape []"),
+        ({"gates": [{"name": f"{__name__}:bare"}]}, "bare returns tuple"),
+        ({"surrogate": {"name": f"{__name__}:one_advantage"}}, "one_advantage: its result has shape [1]"),
+        ({"regularisers": [{"name": f"{__name__}:one_advantage"}]}, "one_advantage: its result has shape [1]"),
+        ({"corrections": [{"name": f"{__name__}:summed"}]}, "summed: its result has shape []"),
+        ({"modulators": [{"name": f"{__name__}:one_advantage"}]}, "one_advantage: its result has shape [1]"),
+        ({"advantage": {"name": f"{__name__}:one_number"}}, "one_number: its result has shape []"),
+        ({"shaping": [{"name": f"{__name__}:one_number"}]}, "one_number: its result has shape []"),
+        ({"aggregation": {"name": f"{__name__}:a_share"}}, "a_share: its result has float"),
+    ],
+)
+def test_a_result_of_another_shape_is_not_broadcast(pieces, said):
+    batch = random_batch()
+    _, tokens = random_tokens(batch)
+    whole = objective(**pieces)
+    with pytest.raises(UsageError) as refused:
+        whole.advantages(whole.shaped(batch.samples))
+        whole.modulated(batch)
+        whole.weights(batch)
+        whole.coefficients(Layout(batch.sequence, batch.sequence, 8))
+        whole.loss(tokens)
+    assert said in str(refused.value)
+
+
+def one_advantage(tokens):
+    return tokens.advantage[:1]
+
+
+def a_share(layout):
+    return 1 / len(layout.sequence)

@@ -164,6 +164,9 @@ def test_slots_are_reused_and_counts_start_anew():
         ({"bad_token_ids": (5, 41)}, "bad_token_ids has token id 41"),
         ({"allowed_token_ids": (5,), "bad_token_ids": (5,)}, "no token can be drawn"),
         ({"allowed_token_ids": STOP, "min_new_tokens": 1}, "no token can be drawn"),
+        ({"stop_token_ids": (3, 40)}, "stop_token_ids has token id 40, outside the vocabulary of 40"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens = 9 is more than sampling.max_new_tokens = 8"),
+        ({"temperature": 1e-40}, r"temperature = 1e-40 is too small .* 0 \(greedy\) or at least 1e-05"),
     ],
 )
 def test_settings_that_no_response_can_have_are_refused(changes, message):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from msgspec import structs
 
-from learner.composition import check_composition, check_engine_gives
+from learner.composition import check_composition, check_engine_gives, uncorrected_sampler
 from learner.logprobs import pack_logprobs
 from learner.objective import Objective
 from learner.packing import pack
@@ -34,9 +34,16 @@ ACTS = {
 }
 """Values with which a piece that rarely acts, or on large batches only, acts on this one."""
 
+RECONSTRUCTED = ["attention-entropy", "d3s", "earl", "entropy-schedule", "spine"]
+ASKED = {
+    "empg": ["objective.modulators.empg.ends=[3]"],
+    **{name: ["objective.reconstructed=true"] for name in RECONSTRUCTED},
+}
+"""What a recipe leaves to the user."""
+
 
 def objective_of(name, *overrides):
-    config = load_config(None, [f"objective.recipe={name}", *overrides])
+    config = load_config(None, [f"objective.recipe={name}", *ASKED.get(name, []), *overrides])
     return Objective.from_config(config.objective), config
 
 
@@ -101,6 +108,21 @@ def test_a_recipe_builds_says_where_it_is_from_and_survives_a_round_trip(name):
     assert convert(tomllib.loads(render(config))) == config
     for given, piece in zip(config.objective.gates, objective.gates, strict=True):
         assert piece.name == given["name"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_reconstructed_recipe_is_for_those_who_ask_for_it(name, capsys):
+    assert "reconstructed" not in load_recipe(name)["objective"]
+    asked = [text for more in ASKED.get(name, []) if "reconstructed" not in more for text in ("--set", more)]
+    refused = main(["run", "--dry-run", "--set", f"objective.recipe={name}", *asked])
+    assert (refused == 2) == (name in RECONSTRUCTED)
+    if refused:
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--set objective.reconstructed=true" in error
+        assert (
+            main(["run", "--dry-run", "--set", f"objective.recipe={name}", "--set", "objective.reconstructed=true"])
+            == 0
+        )
 
 
 def test_recipes_hold_the_papers_values():
@@ -185,6 +207,7 @@ def test_what_a_recipe_does_not_have_is_refused(overrides, said):
         (["objective.gates=spine"], "objective.reconstructed = true"),
         (["objective.modulators=d3s"], "objective.reconstructed = true"),
         (['objective.modulators=[{name="entropic", target={start=0.4, end=0.2}}]'], "objective.reconstructed = true"),
+        (["objective.recipe=empg"], "set objective.modulators.empg.ends"),
         (["objective.regularisers=[{name='kl', estimator='k1'}]"], "no gradient in expectation"),
         (["objective.gates=[{name='erc', low=1.5}]"], "must hold 1"),
     ],
@@ -244,3 +267,53 @@ def test_erc_on_the_engines_log_probs_asks_engines_for_entropies():
     assert objective.needs_entropy_from_engine
     assert not objective_of("grpo-erc")[0].needs_entropy_from_engine
     assert not objective_of("bypass")[0].needs_entropy_from_engine
+
+
+SAMPLERS = {
+    "engine.kv_compression.policy = r-kv": ["engine.kv_compression.policy=r-kv"],
+    "engine.switching.small_model = small": ["engine.switching.small_model=small"],
+}
+NEED_OLD_ENTROPY = [
+    ["objective.gates=erc"],
+    ["objective.modulators=entropic"],
+    ['objective.modulators=[{name="empg", ends=[3]}]'],
+    ["objective.modulators=d3s", "objective.reconstructed=true"],
+    ["objective.modulators=entrocraft", "objective.shaping=signed"],
+    ["objective.regularisers=adaptive-entropy"],
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("pieces", NEED_OLD_ENTROPY, ids=lambda pieces: pieces[0])
+def test_entropies_of_another_sampler_are_not_taken_for_pi_olds(sampler, pieces):
+    bare = ["objective.gates=[]", "objective.corrections=[]"]
+    config = load_config(None, [*bare, "objective.proximal=behaviour", *SAMPLERS[sampler], *pieces])
+    with pytest.raises(UsageError, match=f'those of {sampler} would .* objective.proximal = "recompute"'):
+        check_composition(Objective.from_config(config.objective), config)
+    with pytest.raises(UsageError, match=f"those of {sampler} would"):
+        check_engine_gives(config)
+    for changed in ("objective.proximal=recompute", *(f"{key}={value}" for key, value in _without(sampler))):
+        overrides = [*bare, "objective.proximal=behaviour", *SAMPLERS[sampler], *pieces, changed]
+        config = load_config(None, overrides)
+        check_composition(Objective.from_config(config.objective), config)
+
+
+def _without(sampler):
+    return [("engine.kv_compression.policy", "none") if "kv" in sampler else ("engine.switching.small_model", '""')]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_that_nothing_corrects_is_warned_of(sampler):
+    for pieces, warned in (
+        (["objective.corrections=[]"], True),
+        (["objective.corrections=tis"], False),
+        (["objective.recipe=bypass"], False),
+    ):
+        config = load_config(None, [*SAMPLERS[sampler], *pieces])
+        warning = uncorrected_sampler(Objective.from_config(config.objective), config)
+        assert bool(warning) is warned
+        if warning:
+            assert sampler in warning and warning.startswith("WARNING")
+            example = warning.rpartition(" ")[2]
+            better = load_config(None, [*SAMPLERS[sampler], f"objective.recipe={example}"])
+            assert uncorrected_sampler(Objective.from_config(better.objective), better) is None

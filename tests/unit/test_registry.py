@@ -8,6 +8,7 @@ from drafters.base import BaseDrafter, Drafter
 from drafters.none import NoDrafter
 from drafters.registry import available, build, written
 from drafters.suffix_automaton import SuffixAutomatonDrafter
+from pipeline.cli import main
 from pipeline.errors import UsageError
 
 
@@ -25,6 +26,38 @@ class OwnDrafter(BaseDrafter):
 
 class NotADrafter:
     pass
+
+
+class Arguments(BaseDrafter):
+    def __init__(self, depth):
+        self.depth = depth
+
+
+class Raises(BaseDrafter):
+    def __init__(self):
+        raise RuntimeError("boom")
+
+
+class Leaves(BaseDrafter):
+    def __init__(self):
+        sys.exit(3)
+
+
+class Numbered(BaseDrafter):
+    name = 3
+
+
+class Needy(BaseDrafter):
+    needs = "hidden"
+
+
+class Demanding(OwnDrafter):
+    class Options(Struct):
+        depth: int
+
+
+class Untyped(OwnDrafter):
+    Options = dict
 
 
 def test_installed_drafters_are_listed_with_where_they_come_from():
@@ -60,8 +93,25 @@ def test_a_command_line_can_give_options():
     [
         ({"name": "sufix-automaton"}, "did you mean suffix-automaton.*installed are arbiter, .*none, prompt-lookup"),
         ({"name": "suffix-automaton", "min_macth": 3}, "no option 'min_macth'; did you mean min_match"),
-        ({"name": "suffix-automaton", "min_match": 0}, "min_match"),
-        ({"name": "suffix-automaton", "factor": "much"}, "factor"),
+        ({"name": "suffix-automaton", "min_match": 0}, "min_match = 0 is not valid: expected int >= 1$"),
+        ({"name": "suffix-automaton", "factor": "much"}, "factor = 'much' is not valid: expected float, got str$"),
+        ({"name": "suffix-automaton", "memory_mb": -1}, "memory_mb = -1 is not valid: expected float >= 0.0$"),
+        ({"name": f"{__name__}:Arguments"}, "Arguments cannot be made: TypeError.*'depth'"),
+        ({"name": f"{__name__}:Raises"}, r"Raises cannot be made: RuntimeError\('boom'\)"),
+        ({"name": f"{__name__}:Leaves"}, r"Leaves cannot be made: SystemExit\(3\)"),
+        ({"name": f"{__name__}:Numbered"}, "has 3 for its name"),
+        ({"name": f"{__name__}:Needy"}, "has 'hidden' for its needs; give members of drafters.base.Needs"),
+        ({"name": f"{__name__}:Demanding"}, "Demanding: object missing required field depth$"),
+        ({"name": f"{__name__}:Untyped"}, "Options that are no msgspec.Struct"),
+        ({"name": "arbiter", "drafters": ["none", {"name": "arbiter"}]}, "arbiter is to hand out drafts of another"),
+        (
+            {
+                "name": "arbiter",
+                "drafters": [{"name": "suffix-automaton", "auxiliary": {"name": "arbiter", "drafters": ["none"]}}],
+            },
+            "arbiter is to hand out drafts of another arbiter; name other drafters",
+        ),
+        ({"name": "suffix-automaton", "auxiliary": "suffix-automaton"}, "drafts of another suffix-automaton"),
         ({"name": "none", "depth": 3}, "takes no options; remove depth"),
         ({"name": f"{__name__}:NotADrafter"}, "is not a drafter"),
         ({"name": f"{__name__}:Absent"}, "cannot be imported"),
@@ -100,3 +150,18 @@ def test_an_installed_plug_in_is_found_and_a_broken_one_does_not_hide_the_rest(t
     assert "absent_module" in by_name["broken"].summary and "none" in by_name
     with pytest.raises(UsageError, match=r"drafter broken \(absent_module:Strange\) cannot be imported"):
         build({"name": "broken"})
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["class Strange:\n    'no drafter'\n", "class Strange:\n    needs = 'hidden'\n", "raise SystemExit(4)\n"],
+)
+def test_a_package_that_is_broken_otherwise_hides_nothing_either(tmp_path, monkeypatch, capsys, source):
+    (tmp_path / "strange_plugin.py").write_text(source)
+    monkeypatch.delitem(sys.modules, "strange_plugin", raising=False)
+    install(tmp_path, monkeypatch, "a-drafter-with-a-very-long-name", "strange_plugin:Strange")
+    assert main(["drafters"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("a-drafter-with-a-very-long-name" in line and "cannot be used: " in line for line in lines)
+    assert len({line.index(" needs ") for line in lines}) == 1 and any(line.startswith("none ") for line in lines)
+    sys.modules.pop("strange_plugin", None)

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Items
 import numpy as np
 import torch
 
-from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
+from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified, locked
 from drafters.guard import CALL_SECONDS, Guard
 from pipeline.engine.native.batch import Batch
 from pipeline.engine.native.scoring import Scores
@@ -57,10 +57,10 @@ class Drafting(Guard):
             Verified(
                 ids=batch.ids,
                 emitted=[e.token_ids for e in emissions],
-                accepted=np.array([e.accepted for e in emissions], np.int64),
+                accepted=locked(np.array([e.accepted for e in emissions], np.int64)),
                 hidden=scores.hidden if Needs.HIDDEN_STATES in self.needs else None,
                 logits=scores.logits if Needs.LOGITS in self.needs else None,
-                starts=scores.starts,
+                starts=locked(scores.starts),
                 seconds=seconds,
                 layers=None if scores.layers is None else torch.stack(scores.layers),
             )
@@ -72,8 +72,9 @@ class Drafting(Guard):
             decoder = self._target.decoder
             none = decoder.embedding.new_zeros(0, decoder.config.hidden_size)
             hidden = s.hidden[0] if len(s.hidden) == 1 else torch.cat([none, *s.hidden])
-        response = s.token_ids[: s.count].copy()
-        return SequenceStart(s.id, s.request.prompt_ids, s.group, s.temperature, s.seed, response, hidden)
+        # Copies: what generation reads, penalties among it, is out of a drafter's reach.
+        prompt, response = locked(s.request.prompt_ids.copy()), locked(s.token_ids[: s.count].copy())
+        return SequenceStart(s.id, prompt, s.group, s.temperature, s.seed, response, hidden)
 
 
 def _watch(drafting: "weakref.ref[Drafting]", seconds: float) -> None:

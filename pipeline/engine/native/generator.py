@@ -93,9 +93,15 @@ class NativeGenerator:
             on_event: told in one sentence when the drafter is switched off or stuck; None: `warnings.warn`.
 
         Raises:
-            UsageError: the checkpoint cannot be used, `max_length` is over what the model was made for, `kv_bytes` does
-                not hold one sequence of `max_length`, or the small model or the drafter does not fit the policy.
+            UsageError: a count that is too small, a checkpoint that cannot be used, `max_length` over what the model
+                was made for, `kv_bytes` that do not hold one sequence of `max_length`, or a small model or drafter that
+                does not fit the policy.
         """
+        counts = {"max_sequences": (max_sequences, 1), "max_draft_tokens": (max_draft_tokens, 0)}
+        counts |= {"kv_bytes": (kv_bytes, 0), "prefill_tokens": (prefill_tokens, 1)}
+        for name, (value, least) in counts.items():
+            if value < least:
+                raise UsageError(f"{name} = {value} is too small; give at least {least}")
         self.decoder = model if isinstance(model, Decoder) else load_decoder(model, dtype, device)
         self.capabilities = Capabilities(entropy=entropy, kept_ids=True)
         self.version, self._recompute = version, recompute_on_update

@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from drafters.base import Proposal
+from drafters.base import Proposal, locked
 from pipeline.engine.generator import KeptIds
 from pipeline.engine.native.batch import Batch
 from pipeline.engine.native.scoring import Scores
@@ -48,8 +48,9 @@ class Verifier:
         verified = self._verify(batch, scores.logits, proposal)
         accepted, logprobs = verified.accepted.cpu().numpy(), verified.logprobs.cpu().numpy()
         if not np.isfinite(logprobs).all():
-            raise RunFailed(f"publication {version} gives log-probs that are not numbers; its weights are broken")
-        tokens = verified.tokens.cpu().numpy()
+            what = "the model" if version < 0 else f"publication {version}"
+            raise RunFailed(f"{what} gives log-probs that are not numbers; its weights are broken")
+        tokens = locked(verified.tokens.cpu().numpy())  # emissions are views of it, which drafters are shown
         entropies = None if verified.entropies is None else verified.entropies.cpu().numpy()
         emissions, kept = [], _kept_by_row(verified)
         before = None  # any setting, which is what a switch of models goes by

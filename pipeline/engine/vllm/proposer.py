@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from drafters.base import Drafter, DraftRequest, Proposal, SequenceStart, Verified
+from drafters.base import Drafter, DraftRequest, Proposal, SequenceStart, Verified, locked
 from drafters.composite import CompositeDrafter
 from drafters.guard import Guard
 from drafters.registry import build
@@ -164,7 +164,7 @@ class DrafterProposer:
             new = new[:stop]
         followed.seen += len(new)
         followed.over = bool(stop) or followed.seen >= followed.last
-        return new
+        return locked(new)
 
     def _observe(self, emitted: dict[str, np.ndarray], seconds: float) -> None:
         """First the rows that were asked for, in their order, whether or not they are still there; then the others."""
@@ -172,10 +172,10 @@ class DrafterProposer:
         if step.ids:
             found = [emitted.pop(request, nothing) for request in step.requests]
             accepted = np.minimum(np.array([max(0, len(tokens) - 1) for tokens in found], np.int64), step.lengths)
-            self._guard.observe(Verified(step.ids, found, accepted, seconds=seconds))
+            self._guard.observe(Verified(step.ids, found, locked(accepted), seconds=seconds))
         if emitted:
             ids = [self._followed[request].id for request in emitted]
-            self._guard.observe(Verified(ids, list(emitted.values()), np.zeros(len(ids), np.int64)))
+            self._guard.observe(Verified(ids, list(emitted.values()), locked(np.zeros(len(ids), np.int64))))
 
     def _end(self) -> None:
         """Requests that stopped, or that vLLM has forgotten: finished or aborted."""
@@ -201,7 +201,7 @@ class DrafterProposer:
     def _restart(self, request: str) -> SequenceStart:
         followed = self._followed[request]
         start, text = followed.start, self._runner.requests[request].output_token_ids
-        response = np.array(text[: followed.seen - len(start.prompt_ids)], np.int64)
+        response = locked(np.array(text[: followed.seen - len(start.prompt_ids)], np.int64))
         return SequenceStart(start.id, start.prompt_ids, start.group, start.temperature, start.seed, response)
 
     def _begin(self, new: list[str], rows: Mapping[str, int], tokens: np.ndarray, counts: np.ndarray) -> None:
@@ -217,7 +217,7 @@ class DrafterProposer:
     def _follow(self, request: Any) -> _Followed:
         params = request.sampling_params
         group, seed = (params.extra_args or {}).get(KEY, (-1 - self._next_id, 0))
-        prompt = np.array(request.prompt_token_ids, np.int64)
+        prompt = locked(np.array(request.prompt_token_ids, np.int64))
         start = SequenceStart(self._next_id, prompt, group, params.temperature, seed)
         self._next_id += 1
         last = min(self._max_length, len(prompt) + (params.max_tokens or self._max_length))

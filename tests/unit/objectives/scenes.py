@@ -81,27 +81,59 @@ def objective(**pieces):
     """An objective of the pieces given by their tables; the rest does nothing."""
     single = {"advantage": "grpo", "surrogate": "unclipped", "aggregation": "token-mean"}
     lists = ("shaping", "modulators", "corrections", "gates", "regularisers")
-    built = {key: build(key, pieces.get(key, {"name": name})) for key, name in single.items()}
-    built |= {key: tuple(build(key.rstrip("s"), piece) for piece in pieces.get(key, ())) for key in lists}
-    return Objective(**built, proximal=pieces.get("proximal", "recompute"))
+    parts = {key: build(key, pieces.get(key, {"name": name})) for key, name in single.items()}
+    parts |= {key: tuple(build(key.rstrip("s"), piece) for piece in pieces.get(key, ())) for key in lists}
+    return Objective(**parts, proximal=pieces.get("proximal", "recompute"))
 
 
 WITH_PLAN = ["hapo", "m2po", "clip-cov", "kl-cov", "high-entropy", "steer", "clip-b", "clip-v", "siren", "positive-nll"]
-VALUES = {
-    "clip-cov": {"low": -1.0, "fraction": 0.2},
-    "kl-cov": {"fraction": 0.2},
-    "clip-b": {"mu": 0.5},
-    "clip-v": {"mu": 0.5, "fraction": 0.2},
+ACTS = {
+    "clip-cov": {"low": -1.0, "fraction": 0.3},
+    "kl-cov": {"fraction": 0.3},
+    "clip-b": {"mu": 0.0},
+    "clip-v": {"mu": 0.1, "fraction": 0.3},
+    "dppo": {"low": 0.05, "high": 0.05},
+    "gspo": {"clip_low": 0.01, "clip_high": 0.01},
+    "opsm": {"threshold": 0.01},
+    "reinforce": {"cap": 1.1},
 }
+"""Values with which a piece acts on these few tokens."""
 
 
-def built(name):
+def built(name, **options):
+    """An objective of the unclipped surrogate and one piece, with values and in a state in which it acts; or of one
+    surrogate."""
     kind = next(kind for kind, names in BUILT_IN.items() if name in names)
-    table = {"name": name, **VALUES.get(name, {})}
+    table = {"name": name, **ACTS.get(name, {}), **options}
     whole = objective(surrogate=table) if kind == "surrogate" else objective(**{f"{kind}s": [table]})
     if name == "siren":
         whole.regularisers[0].restore({"anchor": 0.4})
+    if name == "adaptive-entropy":
+        whole.regularisers[0].restore({"coefficient": 0.3})
+        whole.modulated(batch_of([1.0, 1.0], entropy_old=torch.tensor([0.05, 0.15])))  # below its target of 0.2
     return whole
+
+
+def assert_acts(whole, tokens):
+    """The gates and regularisers change the gradient of the surrogate alone, by more than rounding: a check of a piece
+    that does nothing would be no check of it."""
+
+    def gradient_with(which):
+        leaf = tokens.logp.detach().clone().requires_grad_()
+        # Log-prob and entropy move together, so that pieces of the entropy alone have a gradient here.
+        now = replace(tokens, logp=leaf, entropy=_following(tokens.entropy, leaf),
+                      nucleus_entropy=_following(tokens.nucleus_entropy, leaf))  # fmt: skip
+        still = replace(tokens, logp=leaf.detach(), entropy=tokens.entropy.detach(),
+                        nucleus_entropy=tokens.nucleus_entropy.detach())  # fmt: skip
+        return torch.autograd.grad(which.loss(now, which.plans(still))[0], leaf)[0]
+
+    if whole.gates or whole.regularisers:
+        change = gradient_with(whole) - gradient_with(replace(whole, gates=(), regularisers=()))
+        assert float(change.abs().max()) > 1e-6, f"{[piece.name for piece in whole.pieces()]} do nothing here"
+
+
+def _following(values, leaf):
+    return values.detach() - 0.5 * (leaf - leaf.detach()) if len(values) else values
 
 
 class FrozenFactors:

@@ -117,6 +117,27 @@ def test_empg_equals_a_loop_over_steps():
     assert metrics["steps"] == len(steps) > 12
 
 
+def test_tokens_that_end_a_step_divide_a_sample_as_turns_do():
+    newline, dot = 3, 9
+    tokens = [[5, newline, 5, 5, dot, newline, 5], [newline, 5, 5], [5, 5], [5, dot]]
+    turns, sequence = [], []
+    for sample, ids in enumerate(tokens):
+        for position in range(len(ids)):
+            turns.append(sum(token in (newline, dot) for token in ids[:position]))
+            sequence.append(sample)
+    more = {"entropy_old": torch.rand(len(turns), generator=torch.Generator().manual_seed(0)),
+            "advantage": [1.0 if sample % 2 else -1.0 for sample in sequence]}  # fmt: skip
+    one_turn = torch.zeros(len(turns), dtype=torch.int64)
+    by_turn = batch_of([1.0] * len(turns), sequence=sequence, turn=torch.tensor(turns), **more)
+    ids = torch.tensor([token for sample in tokens for token in sample])
+    by_token = batch_of([1.0] * len(turns), sequence=sequence, turn=one_turn, token=ids, **more)
+    found, metrics = modulated({"name": "empg", "ends": [newline, dot]}, by_token)
+    expected, _ = modulated({"name": "empg", "turns": True}, by_turn)
+    torch.testing.assert_close(found, expected)
+    assert metrics["steps"] == 4 + 2 + 1 + 1
+    assert not torch.allclose(found, modulated({"name": "empg", "ends": [dot]}, by_token)[0])
+
+
 def test_the_most_varied_subset_is_the_best_of_all_subsets():
     draw = torch.Generator().manual_seed(0)
     for count in (1, 2, 3, 5):

@@ -28,6 +28,7 @@ VARIANTS = [
     ("gate", {"name": "clip-b", "mu": 0.5}),
     ("gate", {"name": "clip-v", "mu": 0.5, "fraction": 0.3}),
     ("regulariser", {"name": "kl", "estimator": "k3+", "score": "ratio"}),
+    ("modulator", {"name": "empg", "ends": [3, 9]}),
     ("modulator", {"name": "entropic", "target": {"start": 0.6, "end": 0.3}}),
 ]
 
@@ -86,7 +87,7 @@ def test_a_users_functions_keywords_are_its_options():
     assert piece.options == {"scale": 3.0}
     assert build("gate", {"name": f"{__name__}:certain_only"}).needs == Needs.ENTROPY
     assert Needs.OLD_ENTROPY in piece.needs
-    with pytest.raises(UsageError, match=r"no option 'scael'; did you mean 'scale'"):
+    with pytest.raises(UsageError, match=r"no option 'scael' \(= 3.0\); did you mean 'scale'"):
         build("surrogate", {"name": f"{__name__}:squared", "scael": 3.0})
 
 

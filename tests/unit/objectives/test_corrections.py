@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from learner.composition import build_objective
 from learner.pieces import BUILT_IN, build
+from pipeline.config import load_config
 from pipeline.errors import UsageError
 from tests.unit.objectives.scenes import batch_of, objective, random_batch
 
@@ -43,6 +45,9 @@ def weights(table, batch, before=None):
         ({"name": "rejection", "level": "sequence-sum", "high": 3.53}, [1] * 4),
         ({"name": "rejection", "level": "sequence-sum", "high": 3.52}, [0] * 4),
         ({"name": "rejection", "level": "token", "estimator": "k2", "high": math.log(6) ** 2 / 2 - 0.01}, [1, 1, 0, 1]),
+        ({"name": "token-mask"}, [1, 0, 0, 1]),
+        ({"name": "token-mask", "low": 0.3}, [1, 1, 0, 1]),  # rho, not 1 / rho
+        ({"name": "token-mask", "high": 6.1}, [1, 0, 1, 1]),
         ({"name": "veto"}, [1] * 4),
         ({"name": "veto", "low": 0.41}, [0] * 4),
         ({"name": "veto", "high": 5.9}, [0] * 4),
@@ -51,6 +56,15 @@ def weights(table, batch, before=None):
 def test_the_published_vector(table, expected):
     found, _ = weights(table, batch_of(RATIOS))
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_token_mask_stands_beside_token_weights_and_does_not_weigh_itself():
+    whole = objective(corrections=[{"name": "token-mask"}, {"name": "tis", "cap": 1.5}])
+    assert whole.weights(batch_of([1.0, 0.4, 1.8, 6.0, 0.9]))[0].tolist() == pytest.approx([1, 0, 1.5, 0, 0.9])
+    overrides = ['objective.corrections=["token-mask", "tis"]']
+    build_objective(load_config(None, overrides))
+    with pytest.raises(UsageError, match="more than once"):
+        build_objective(load_config(None, ['objective.corrections=["icepop", "tis"]']))
 
 
 def test_the_geometric_mask_drops_the_published_sample():

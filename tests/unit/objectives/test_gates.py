@@ -13,6 +13,7 @@ from learner.gates.spine import median, otsu_threshold
 from learner.gates.steer import entropy_effect
 from learner.pieces import BUILT_IN, build
 from learner.segments import token_uniforms
+from learner.testing import select
 from tests.unit.objectives.scenes import random_batch, random_tokens, tokens_of, with_plan
 
 
@@ -75,6 +76,20 @@ def test_kl_cov_holds_the_tokens_of_the_largest_covariance():
     assert torch.equal(metrics["held"], expected)
     distance = (tokens.logp - tokens.logp_old).abs().detach()
     torch.testing.assert_close(loss.detach(), base + torch.where(expected, 0.5 * distance, torch.zeros(400)))
+
+
+def test_kl_cov_holds_exactly_its_share_of_ties_whatever_their_order_and_none_without_signal():
+    count = 100
+    uniform = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # Forty tokens of the largest covariance, of which ten are held.
+    tied = tokens_of([1.0] * count, [1.0] * 40 + [-1.0] * 60, logp=[-0.5] * 40 + [-1.0] * 60, uniform=uniform)
+    gate = build("gate", {"name": "kl-cov", "fraction": 0.1})
+    held = gate.plan(tied)
+    assert int(held.sum()) == 10 and bool(held[:40].any()) and not bool(held[40:].any())
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(gate.plan(select(tied, order)), held[order])
+    nothing = tokens_of([1.0] * count, [0.0] * count, logp=torch.rand(count) - 2, uniform=uniform)
+    assert not bool(gate.plan(nothing).any())
 
 
 def test_high_entropy_keeps_the_top_fifth_of_the_mini_batch():

@@ -5,6 +5,7 @@ with the probability that the switching rule gives it. The expectation is taken 
 corrections, surrogate and aggregation of the learner compute from that response alone, with a fixed baseline.
 """
 
+import copy
 import itertools
 
 import pytest
@@ -17,7 +18,11 @@ from pipeline.engine.native.switching import SwitchingRule, SwitchState
 from pipeline.messages import Sampler
 
 V, T, BASELINE = 3, 3, 0.4
-RULE = SwitchingRule(threshold=0.95, window=1, min_run=1)
+RULES = {
+    "published": SwitchingRule(threshold=0.95, window=1, min_run=1),
+    "before": SwitchingRule(threshold=0.85, window=1, min_run=1, before_sampling=True),
+}
+RULE = RULES["published"]
 PREFIXES = [prefix for n in range(T) for prefix in itertools.product(range(V), repeat=n)]
 ROW = {prefix: row for row, prefix in enumerate(PREFIXES)}
 RESPONSES = list(itertools.product(range(V), repeat=T))
@@ -31,14 +36,32 @@ REWARD = {
 POLICY = THETA.log_softmax(-1)
 
 
+@pytest.fixture(params=RULES, autouse=True)
+def rule(request):
+    """The rule that all of a test is under."""
+    global RULE
+    RULE = RULES[request.param]
+
+
+def entropy(law):
+    return float(-(law.exp() * law).sum())
+
+
+def law_of(state, row):
+    """Log-probs that the next token is drawn from: of the model at work, after it had its chance to hand over."""
+    if state.small and state.hand_over(entropy(SMALL[row])):
+        return POLICY[row]
+    return (SMALL if state.small else POLICY)[row]
+
+
 def sampled(response):
     """Log mu of each token [T], and who sampled it, under the rule."""
     state, logp, samplers = SwitchState(RULE), [], []
     for t, token in enumerate(response):
-        law = (SMALL if state.small else POLICY)[ROW[response[:t]]]
+        law = law_of(state, ROW[response[:t]])
         logp.append(law[token])
         samplers.append(Sampler.SWITCHED_MODEL if state.small else Sampler.POLICY)
-        state.step(float(-(law.exp() * law).sum()))
+        state.step(entropy(law))
     return torch.stack(logp), torch.tensor([int(s) for s in samplers])
 
 
@@ -90,12 +113,11 @@ def with_token_weights():
         if len(prefix) == T:
             return REWARD[prefix]
         row = ROW[prefix]
-        law = (SMALL if state.small else POLICY)[row].exp()
+        law = law_of(state, row).exp()
         value = torch.zeros(V, dtype=torch.float64)
         for token in range(V):
-            after = SwitchState(RULE)
-            after.small = state.small
-            after.step(float(-(law * law.log()).sum()))
+            after = copy.deepcopy(state)
+            after.step(entropy(law.log()))
             value[token] = visit((*prefix, token), after, reach * law[token])
         p = POLICY[row].exp()
         advantage = value - BASELINE
