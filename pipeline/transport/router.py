@@ -145,7 +145,7 @@ class ZmqLearnerSocket(SocketThread):
             peer_frame, *parts = await self._socket.recv_multipart(copy=False)
             peer, frames = peer_frame.bytes, [part.bytes for part in parts]
             if parts:
-                self._unfinished.delivered(parts[0].get(zmq.SRCFD), peer)
+                self._unfinished.delivered(_descriptor(parts[0]), peer)
             if self._keys is None:
                 self._take(peer, unseal(frames))
             else:
@@ -230,6 +230,14 @@ class ZmqLearnerSocket(SocketThread):
                 raise error
             backlog.pop()
         return True
+
+
+def _descriptor(frame: zmq.Frame) -> int:
+    """The connection that a frame came on; -1 where ZeroMQ does not say, as for peers of its first protocol."""
+    try:
+        return frame.get(zmq.SRCFD)
+    except zmq.ZMQError:
+        return -1
 
 
 def _port(address: str) -> int:
