@@ -69,12 +69,12 @@ def run_learner(config: Config, *, evaluate_only: bool = False) -> int:
     """Train until `run.steps` batches are done, or evaluate once; returns the exit code."""
     check_config(config)
     objective = build_objective(config)
-    check_startup(config, evaluate_only)
     ranks.start(resolve_device(config.learner.device).type, config.transport.stall_seconds)
     threads = resolve_threads(config.learner.threads, config)
     torch.set_num_threads(threads if config.learner.threads else max(1, threads // ranks.on_this_machine()))
     if ranks.rank() > 0:
         return follow(config, objective)
+    check_startup(config, evaluate_only)  # of rank 0 alone, which has the socket and its keys
     stop, log = StopSignal(), Log("learner")
     if warning := uncorrected_sampler(objective, config):
         log(warning)
