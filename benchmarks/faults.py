@@ -69,7 +69,7 @@ def _kills(root: Path, seconds: float, seed: int) -> dict[str, Any]:
     long = seconds > 0
     return kill_matrix(
         root, names=NAMES * 2 if long else SHORT_FAILPOINTS, random_kills=200 if long else 4, seed=seed,
-        deadline=time.monotonic() + (seconds or 40),
+        deadline=time.monotonic() + (seconds or 150),
     )  # fmt: skip
 
 
