@@ -22,6 +22,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from pipeline.errors import UsageError
+from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 
 DAMPING = 0.2
@@ -43,6 +45,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
+    depth = ModelConfig.from_folder(options.base).layers
+    if options.layers <= depth:
+        raise UsageError(f"--layers {options.layers} adds none to the {depth} of {options.base}; give more")
+    answered(options.texts)  # refused before the base is loaded
     model, added = grown(options.base, options.layers)
     texts = batches(options.base, options.texts, options.batch, options.seed)
     held_out = [next(texts) for _ in range(2)]
@@ -79,11 +85,30 @@ def grown(base: Path, layers: int) -> tuple[transformers.PreTrainedModel, list[i
     return model, [layer for layer in range(layers) if layer not in kept]
 
 
+def answered(path: Path) -> list[tuple[str, str]]:
+    """Questions and answers of a .jsonl file.
+
+    Raises:
+        UsageError: it cannot be read, or a line lacks one of them.
+    """
+    found = []
+    try:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            sample = json.loads(line)
+            if not isinstance(sample, dict) or not {"question", "answer"} <= sample.keys():
+                raise UsageError(f"{path}:{number} has no question and answer; give lines such as GSM8K's")
+            found.append((str(sample["question"]), str(sample["answer"])))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is no .jsonl file of questions and answers: {error}") from None
+    if not found:
+        raise UsageError(f"{path} is empty; give a .jsonl file of questions and answers")
+    return found
+
+
 def batches(folder: Path, path: Path, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids and labels [size, L] of questions with their answers, in random order, again and again."""
     tokenizer, eos = Tokenizer(folder), Tokenizer(folder).eos_token_ids[0]
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    texts = [[*tokenizer.encode(f"Question: {x['question']}\nAnswer: {x['answer']}"), eos] for x in lines]
+    texts = [[*tokenizer.encode(f"Question: {q}\nAnswer: {a}"), eos] for q, a in answered(path)]
     generator = torch.Generator().manual_seed(seed)
     while True:
         # Texts of like length together: padding would be most of the work otherwise.

@@ -47,6 +47,11 @@ def main(arguments: list[str]) -> int:
     if options.short:
         options.steps, options.seeds = 4, [0]
     arms = [*(_named(name) for name in options.arms), *(_written(text) for text in options.arm)]
+    listed = [arm.name for arm in arms]
+    if twice := [name for name in dict.fromkeys(listed) if listed.count(name) > 1]:
+        raise UsageError(f"arm {twice[0]} is given twice; name each once, and other settings by --arm NAME: ...")
+    if not arms:
+        raise UsageError("--arms names no arm; give for example --arms synchronous,arbiter")
     runs = [(arm, seed) for seed in options.seeds for arm in arms]
     for arm, seed in runs:
         check_config(load_config(_base(options), _settings(options, arm, seed)))  # before the first hour is spent
@@ -98,7 +103,7 @@ def _named(name: str) -> Arm:
         return Arm(name, ())
     drafters = [info.name for info in available()]
     if name not in drafters and ":" not in name:
-        known = ", ".join(["synchronous", "asynchronous", "arbiter", *drafters])
+        known = ", ".join(dict.fromkeys(["synchronous", "asynchronous", "arbiter", *drafters]))
         raise UsageError(f"--arms {name} is unknown; there are {known}, module:Class, and --arm for settings")
     return Arm(name, (f"engine.drafter.name={name}",))
 

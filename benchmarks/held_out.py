@@ -10,11 +10,12 @@ from pipeline.config.types import TaskSection
 from pipeline.engine.generator import FinishedSample, GroupRequest
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
+from pipeline.models.chat import chat_template
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.tasks import load_task
 from pipeline.tasks.jsonl import read_examples
 from pipeline.tasks.prompts import rollout_sampling
-from pipeline.tasks.rewards import load_reward, score_group
+from pipeline.tasks.rewards import load_reward, reward_name, score_group
 
 Scored = tuple[np.ndarray, FinishedSample, float]
 """Prompt ids, sample, reward."""
@@ -33,9 +34,11 @@ class HeldOut:
         Raises:
             UsageError: there is no held-out prompt.
         """
-        self._tokenizer, self._reward = Tokenizer(folder), load_reward(config.task.reward)
+        self._tokenizer, self._reward = Tokenizer(folder), load_reward(reward_name(config.task))
         sampling = rollout_sampling(config.sampling, tuple(self._tokenizer.eos_token_ids))
-        source = evaluation_source(load_task(config.task, config.run.seed), self._tokenizer.encode, sampling, config)
+        source = evaluation_source(
+            load_task(config.task, config.run.seed, chat_template(folder)), self._tokenizer.encode, sampling, config
+        )
         self._leases = {lease.id: lease for lease in source(0)}
 
     @property

@@ -87,7 +87,7 @@ def _prompts(options: argparse.Namespace) -> list[np.ndarray]:
     try:
         lines = options.prompts.read_text().splitlines()
         questions = [json.loads(line)["question"] for line in lines]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--prompts {options.prompts} is no file of questions: {error!r}") from None
     return [np.array(tokenizer.encode(f"Question: {q}\nAnswer:"), np.int64) for q in questions]
 

@@ -18,10 +18,11 @@ from pipeline.engine.generator import FinishedSample, GroupRequest
 from pipeline.engine.rewarding import FinishedGroup, ScoredGroup
 from pipeline.engine.service import build_generator, trajectory_of
 from pipeline.messages import Lease, Trajectory
+from pipeline.models.chat import chat_template
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.tasks import load_task
 from pipeline.tasks.prompts import check_prompts
-from pipeline.tasks.rewards import load_reward, score_group
+from pipeline.tasks.rewards import load_reward, reward_name, score_group
 from pipeline.telemetry import Log
 from pipeline.weights import FilesystemPublisher
 
@@ -60,13 +61,13 @@ class Rollouts:
     """Batches of scored groups, in the order of the run's leases."""
 
     def __init__(self, config: Config, folder: Path, temperature: Any) -> None:
-        tokenizer, task = Tokenizer(folder), load_task(config.task, config.run.seed)
+        tokenizer, task = Tokenizer(folder), load_task(config.task, config.run.seed, chat_template(folder))
         usable = check_prompts(task, tokenizer.encode, config.sampling.max_prompt_tokens, config.task.long_prompts)
         stop = tuple(tokenizer.eos_token_ids)
         self._source = LeaseSource(task, usable, tokenizer.encode, stop, config, temperature)
         self._generator = build_generator(config, folder, Log("bench"))
         self._groups = config.learner.batch_size // config.learner.group_size
-        self._reward, self._decode = load_reward(config.task.reward), tokenizer.decode
+        self._reward, self._decode = load_reward(reward_name(config.task)), tokenizer.decode
         self._next = 0
 
     def batch(self, weights: Path, version: int) -> list[list[Trajectory]]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -232,6 +233,24 @@ class BaseDrafter:
     def end(self, ids: Sequence[int]) -> None:
         pass
 
+    def check_policy(self, folder: Path | None, brings_head: bool) -> None:
+        """Before anything is loaded; not part of the protocol.
+
+        Args:
+            folder: the policy's checkpoint directory; None: it is made when the run starts.
+            brings_head: whether publications bring a draft head beside the policy.
+
+        Raises:
+            UsageError: this drafter cannot draft for such a policy.
+        """
+
     def counters(self) -> dict[str, float]:
         """Figures worth showing to people, since the drafter was made; not part of the protocol."""
         return {}
+
+
+def check_policy(drafter: Drafter, folder: Path | None, brings_head: bool) -> None:
+    """`BaseDrafter.check_policy` of a drafter that has it."""
+    check = getattr(drafter, "check_policy", None)
+    if check is not None:
+        check(folder, brings_head)

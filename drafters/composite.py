@@ -2,12 +2,23 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from drafters.base import BaseDrafter, Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
+from drafters.base import (
+    BaseDrafter,
+    Drafter,
+    DraftRequest,
+    Needs,
+    Proposal,
+    SequenceStart,
+    Target,
+    Verified,
+    check_policy,
+)
 from drafters.guard import CALL_SECONDS, Guard
 from drafters.registry import build
 from pipeline.errors import UsageError
@@ -129,6 +140,10 @@ class CompositeDrafter(BaseDrafter):
 
     def end(self, ids: Sequence[int]) -> None:
         self.ensemble.end(ids)
+
+    def check_policy(self, folder: Path | None, brings_head: bool) -> None:
+        for drafter in self.ensemble.drafters:
+            check_policy(drafter, folder, brings_head)
 
     def counters(self) -> dict[str, float]:
         return self.ensemble.counters()

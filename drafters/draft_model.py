@@ -87,6 +87,13 @@ class DraftModelDrafter(BaseDrafter):
                     "give a checkpoint with the policy's tokenizer"
                 )
             return
+        self._check_tokenizer(theirs)
+
+    def check_policy(self, folder: Path | None, brings_head: bool) -> None:
+        if folder is not None:
+            self._check_tokenizer(Tokenizer(folder))
+
+    def _check_tokenizer(self, theirs: Tokenizer) -> None:
         mine = Tokenizer(self._folder)
         id = theirs.first_difference(mine)
         if id is not None:

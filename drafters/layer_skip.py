@@ -11,6 +11,7 @@ chosen by some of them, since rows with different sets would share no pass over 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -22,6 +23,7 @@ from drafters.base import BaseDrafter, DraftRequest, Needs, Places, Proposal, Se
 from drafters.drawing import Drawing
 from drafters.skip_program import Probe, solve
 from pipeline.errors import UsageError
+from pipeline.models.config import ModelConfig
 from pipeline.models.kv_cache import AttentionPlan, KVCache
 
 Set = tuple[int, ...]
@@ -75,14 +77,22 @@ class LayerSkipDrafter(BaseDrafter):
         Raises:
             UsageError: the target has too few layers for `skip` to leave one out and one in.
         """
-        layers = len(target.decoder.layers)
-        self._count = round(self.options.skip * layers)
-        if not 0 < self._count < layers:
+        self._count = self._skipped(len(target.decoder.layers))
+        self._target = target
+
+    def check_policy(self, folder: Path | None, brings_head: bool) -> None:
+        if folder is not None:
+            self._skipped(ModelConfig.from_folder(folder).layers)
+
+    def _skipped(self, layers: int) -> int:
+        """How many of so many layers are left out."""
+        count = round(self.options.skip * layers)
+        if not 0 < count < layers:
             raise UsageError(
-                f"skip {self.options.skip:g} of drafter layer-skip leaves out {self._count} of {layers} layers; "
+                f"skip {self.options.skip:g} of drafter layer-skip leaves out {count} of {layers} layers; "
                 "choose one that leaves out at least one, and not all"
             )
-        self._target = target
+        return count
 
     # ---- what happens to sequences -------------------------------------------------------------------------------
 

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from drafters.mtp.data import Batch, padded_batch
-from drafters.mtp.head import head_files, head_tensors
-from drafters.mtp.module import MTPModule
+from drafters.mtp.fitting import trainable_head
 from drafters.mtp.training import FrozenHead, HeadTraining, new_module
 from learner.attention import segment_arguments
 from learner.policy import policy_state
@@ -39,16 +39,12 @@ class HeadCoTraining:
         Args:
             model: the policy, which is read and never changed.
             config: of the policy.
-            section: of the configuration.
-            start: files of the head to begin with; none: one made of the policy's last layer.
+            section: of the configuration; its steps are batches of the run, of which `warm_up` is a part.
+            start: files of the head to begin with, which fits; none: one made of the policy's last layer.
             seed: of its random part.
             compute: type of matrix products.
-
-        Raises:
-            UsageError: the head does not fit the policy.
         """
         self._model, self._section, self._compute = model, section, compute
-        self._check(config, start)
         state = {} if start else {name: t.float().cpu() for name, t in policy_state(model).items()}
         module = new_module(config, state, start, seed).to(model.device)
         self.training = HeadTraining(module, self._frozen(), section, seed, compute)
@@ -58,18 +54,18 @@ class HeadCoTraining:
         """None where `drafter.co_train` is off.
 
         Raises:
-            UsageError: see above, or the policy is divided among several ranks.
+            UsageError: no head that fits and can be trained, or the policy is divided among several ranks.
         """
         section = config.drafter
         if not section.co_train:
             return None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError("drafter.co_train = true needs a learner of one rank; start it without torchrun")
-        start = head_files(section.start or folder)
-        if section.start and not start:
-            raise UsageError(f"drafter.start = {section.start!r} holds no head; train one with rollahead train-drafter")
+        of_policy = ModelConfig.from_folder(folder)
+        start = trainable_head(section.start, folder, of_policy)
         compute = torch.bfloat16 if config.learner.dtype == "bfloat16" else torch.float32
-        return HeadCoTraining(model, ModelConfig.from_folder(folder), section, start, config.run.seed, compute)
+        section = msgspec.structs.replace(section, steps=config.run.steps)
+        return HeadCoTraining(model, of_policy, section, start, config.run.seed, compute)
 
     def train(self, groups: Sequence[Sequence[Trajectory]]) -> Metrics:
         """One optimiser step on up to `drafter.batch_tokens` tokens of a batch; its loss and chances of acceptance."""
@@ -78,7 +74,7 @@ class HeadCoTraining:
             return {}
         self.training.step += 1
         self.training.frozen = self._frozen()
-        loss, alphas = self.training.fit(batch, self._section.loss, self._section.co_learning_rate)
+        loss, alphas = self.training.fit(batch, self.training.objective, self._section.co_learning_rate)
         depths = {f"draft_head_acceptance_{depth}": alpha for depth, alpha in enumerate(alphas, 1)}
         return {"draft_head_loss": loss, **depths}
 
@@ -98,16 +94,6 @@ class HeadCoTraining:
     def restore(self, root: Path, step: int) -> bool:
         """As it was at the checkpoint of `step`; False where there is nothing of it."""
         return self.training.resume(root / f"step-{step}")
-
-    def _check(self, config: ModelConfig, start: Sequence[Path]) -> None:
-        wanted = {name: t.shape for name, t in MTPModule(config).weights().items()} if start else {}
-        found = {name: t.shape for name, t in head_tensors(start).items()} if start else {}
-        if found != wanted:
-            name = min(found.items() ^ wanted.items())[0]
-            raise UsageError(
-                f"the draft head in {start[0].parent} does not fit the policy: {name} is "
-                f"{list(found.get(name, []))} where {list(wanted.get(name, []))} is needed; train one for it"
-            )
 
     def _frozen(self) -> FrozenHead:
         embedding: Any = self._model.get_input_embeddings()

@@ -40,6 +40,7 @@ from learner.trainer import build_trainer
 from pipeline.config import Config, check_against_model, check_config, resolve_threads
 from pipeline.errors import RunFailed
 from pipeline.failpoints import failpoint
+from pipeline.models.chat import chat_template
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.run_directory import RunDirectory
@@ -132,7 +133,7 @@ class Learner:
         tokenizer = Tokenizer(self.model_folder)
         model_config = ModelConfig.from_folder(self.model_folder)
         check_against_model(config, model_config.max_positions)
-        task = load_task(config.task, config.run.seed)
+        task = load_task(config.task, config.run.seed, chat_template(self.model_folder))
         source = parts.lease_source(config, task, tokenizer, objective)
         evaluates = evaluate_only or config.learner.eval_every > 0
         self.eval_leases = parts.eval_leases(config, task, tokenizer) if evaluates else None

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.errors import RollaheadError
+from pipeline.errors import RollaheadError, UsageError
 
 EXAMPLES = """\
 examples:
@@ -36,6 +36,13 @@ COMMAND_EXAMPLES = {
   rollahead export runs/mine --out final --dtype bfloat16
   rollahead export MODEL --drafter runs/head --out head-for-vllm
 """,
+    "train-drafter": """\
+  rollahead train-drafter --set model.path=DIR --set task.kind=jsonl --set task.path=FILE --out runs/head
+  rollahead train-drafter c.toml --set 'drafter.texts=["answers.jsonl"]' --set drafter.steps=2000 --out runs/head
+  rollahead train-drafter c.toml --dry-run                              check, and print every option
+""",
+    "drafters": "  rollahead drafters\n",
+    "doctor": "  rollahead doctor\n",
     "corpus": "  rollahead corpus build answers.jsonl --tokenizer DIR --out corpus\n",
     "keygen": "  rollahead keygen keys --engine gpu-1 --engine gpu-2\n",
     "bench": "  rollahead bench list\n  rollahead bench exactness --short\n  rollahead bench end-to-end --short\n",
@@ -100,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="run directory; with --drafter the checkpoint directory of the model")
     export.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
-    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: float32")
     export.add_argument(
         "--drafter", type=Path, metavar="DIR", help="write this multi-token-prediction head in the form that vLLM runs"
     )
@@ -299,6 +306,11 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     if options.drafter is not None:
+        for name in ("step", "dtype"):
+            if (value := getattr(options, name)) is not None:
+                raise UsageError(
+                    f"--{name} {value} is a run's; with --drafter the head is written as it is, so leave it out"
+                )
         from drafters.mtp.vllm_form import write_for_vllm
 
         write_for_vllm(options.run, options.drafter, options.out)
@@ -307,7 +319,8 @@ def _export(options: argparse.Namespace) -> int:
         return 0
     from learner.export import export
 
-    print(f"{options.out} is written from {export(options.run, options.step, options.out, options.dtype)}")
+    dtype = options.dtype or "float32"
+    print(f"{options.out} is written from {export(options.run, options.step, options.out, dtype)}")
     return 0
 
 
@@ -317,10 +330,12 @@ def _train_drafter(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     if options.out:
         config.run.out = options.out
+    from pipeline.drafter_training import check_training, train_drafter
+
     if options.dry_run:
+        check_training(config)
         sys.stdout.write(render(config))
         return 0
-    from pipeline.drafter_training import train_drafter
 
     return train_drafter(config)
 
@@ -403,13 +418,13 @@ def _dry_run(config: object, parts: tuple[str, ...], *, evaluate_only: bool = Fa
     if "engine" in parts:
         from learner.composition import check_engine_gives
         from pipeline.engine.service import check_connection, check_pieces
-        from pipeline.tasks.rewards import load_reward
+        from pipeline.tasks.rewards import load_reward, reward_name
 
         check_engine_gives(config)
         check_pieces(config)
         if parts == ("engine",):
             check_connection(config, connect)
-        load_reward(config.task.reward)
+        load_reward(reward_name(config.task))
     sys.stdout.write(render(config))
     return 0
 

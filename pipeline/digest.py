@@ -18,7 +18,9 @@ def run_digest(config: Config) -> dict[str, str]:
     task = config.task
     digest = {
         "sampling": _hash(msgspec.json.encode(config.sampling)),
-        "task": _hash(msgspec.json.encode([task.kind, task.prompt_template, task.answer_field, task.reward])),
+        "task": _hash(
+            msgspec.json.encode([task.kind, task.prompt_template, task.answer_field, task.reward, *task.reward_weights])
+        ),
     }
     if config.model.path:
         folder = Path(config.model.path)

@@ -116,11 +116,26 @@ def check_accelerators() -> list[Finding]:
 
 def check_packages() -> list[Finding]:
     """Extras, by what they are for."""
-    extras = {"vllm": "generation at scale", "datasets": "Hugging Face datasets", "wandb": "Weights & Biases"}
-    return [
+    extras = {"datasets": "Hugging Face datasets", "wandb": "Weights & Biases"}
+    return [_vllm()] + [
         Finding(name, "installed" if importlib.util.find_spec(name) else f"not installed (only for {purpose})")
         for name, purpose in extras.items()
     ]
+
+
+def _vllm() -> Finding:
+    """Installed or not, and whether the vLLM generator drives the version that is."""
+    from pipeline.engine.vllm.install import DRIVEN, installed_version, require_vllm
+    from pipeline.errors import UsageError
+
+    if importlib.util.find_spec("vllm") is None:
+        return Finding("vllm", "not installed (only for generation at scale)")
+    found = installed_version() or "unknown"
+    try:
+        require_vllm()
+    except UsageError as error:
+        return Finding("vllm", f'{found}, which engine.generator = "vllm" does not drive', str(error))
+    return Finding("vllm", f'{found}: fit for engine.generator = "vllm", which drives {DRIVEN}x')
 
 
 def check_limits() -> list[Finding]:

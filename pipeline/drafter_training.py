@@ -7,6 +7,8 @@ training.safetensors (what training goes on from), metrics.jsonl, drafter.toml (
 import sys
 import time
 import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from drafters.mtp.data import Rollout, TrainingTexts, load_rollouts, read_rollouts
-from drafters.mtp.head import FILE, MTPHead, head_files, load_head
+from drafters.mtp.fitting import trainable_head
+from drafters.mtp.head import FILE
 from drafters.mtp.training import FrozenHead, HeadTraining, Progress, new_module
 from drafters.registry import build
 from pipeline.config import Config, render
@@ -29,14 +32,18 @@ from pipeline.durable import write_durably
 from pipeline.engine.generator import GroupRequest
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
+from pipeline.messages import SamplingParams
+from pipeline.models.chat import chat_template
 from pipeline.models.checkpoint import load_decoder
+from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Decoder
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.stop import INTERRUPTED, StopSignal
-from pipeline.tasks import load_task
+from pipeline.tasks import Task, load_task
 from pipeline.tasks.prompts import PromptOrder, check_prompts, rollout_sampling, sample_seed
+from pipeline.telemetry.report.drafter import SETTINGS
 
-ROLLOUTS, METRICS, SETTINGS = "rollouts.jsonl", "metrics.jsonl", "drafter.toml"
+ROLLOUTS, METRICS = "rollouts.jsonl", "metrics.jsonl"
 _FREE = {"steps", "seconds", "eval_every", "checkpoint_every", "dtype"}
 """keys of [drafter] that a resumed training may change"""
 
@@ -48,23 +55,26 @@ def train_drafter(config: Config) -> int:
         UsageError: no model, texts or head that can be used, or the folder holds another training.
         RunFailed: training diverged.
     """
-    if not config.model.path:
-        raise UsageError("train-drafter needs model.path, the policy's checkpoint directory; give --set model.path=DIR")
+    known = check_training(config)
     folder, out = Path(config.model.path), Path(config.run.out)
     decoder = load_decoder(folder, config.engine.dtype, config.engine.device)
     tokenizer = Tokenizer(folder)
-    _prepare(out, config)
     stop, console = StopSignal(), Console(file=sys.stderr)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     training = _training(config, decoder)
-    rollouts = _texts(config, decoder, tokenizer, out, console, stop)
+    if known is None:
+        _claim(out, config)  # what is generated belongs to this configuration
+        known = _generate(config, decoder, tokenizer, out, console, stop)
     if stop.requested:
         return INTERRUPTED
-    held_out, rest = _split(rollouts, config.drafter.held_out)
-    resumed = training.resume(out)
-    _say(console, f"hidden states of {len(rollouts)} texts")
+    held_out, rest = _split(known, config.drafter.held_out)
+    _say(console, f"hidden states of {len(known)} texts")
+    with _usable(out):
+        out.mkdir(parents=True, exist_ok=True)
     texts, measured = TrainingTexts(decoder, rest, out), TrainingTexts(decoder, held_out, out)
+    _claim(out, config)
+    resumed = training.resume(out)
     _say(console, f"{'going on at' if resumed else 'training from'} step {training.step}, {texts.tokens:,} tokens")
     with _View(console, out / METRICS, config.drafter.steps, training.step) as view:
 
@@ -81,14 +91,41 @@ def train_drafter(config: Config) -> int:
     return 0
 
 
+def check_training(config: Config) -> list[Rollout] | None:
+    """Refuses what can be refused without the model's weights; nothing is written.
+
+    Returns:
+        The texts to train on; None where the policy is to generate them.
+
+    Raises:
+        UsageError: as `train_drafter`.
+    """
+    if not config.model.path:
+        raise UsageError("train-drafter needs model.path, the policy's checkpoint directory; give --set model.path=DIR")
+    folder, out, section = Path(config.model.path), Path(config.run.out), config.drafter
+    model, tokenizer = ModelConfig.from_folder(folder), Tokenizer(folder)
+    trainable_head(section.start, folder, model)
+    _check_folder(out, config)
+    known: list[Rollout] | None = None
+    if section.texts:
+        known = read_rollouts([Path(file) for file in section.texts], tokenizer, section.template)
+    elif (out / ROLLOUTS).exists():
+        known = load_rollouts(out / ROLLOUTS)
+    else:
+        _prompts(config, model.max_positions, tokenizer)
+        build(config.engine.drafter)
+    if (count := section.rollouts if known is None else len(known)) <= section.held_out:
+        raise UsageError(
+            f"{count} texts are not more than drafter.held_out = {section.held_out}; lower it, or give more texts"
+        )
+    return known
+
+
 def own_rollouts(
     config: Config, decoder: Decoder, tokenizer: Tokenizer, stop: StopSignal | None, console: Console
 ) -> list[Rollout]:
     """`drafter.rollouts` responses of the policy to the task's prompts, in their training order, one a prompt."""
-    sampling = rollout_sampling(config.sampling, tokenizer.eos_token_ids)
-    check_against_model(config, decoder.config.max_positions)
-    task = load_task(config.task, config.run.seed)
-    usable = check_prompts(task, tokenizer.encode, config.sampling.max_prompt_tokens, config.task.long_prompts)
+    task, usable, sampling = _prompts(config, decoder.config.max_positions, tokenizer)
     order = PromptOrder(len(usable), config.run.seed)
     generator = NativeGenerator(
         decoder, drafter=build(config.engine.drafter), max_sequences=config.engine.max_sequences,
@@ -111,16 +148,19 @@ def own_rollouts(
     return [found[index] for index in sorted(found)]
 
 
-def _texts(
+def _prompts(config: Config, positions: int, tokenizer: Tokenizer) -> tuple[Task, Sequence[int], SamplingParams]:
+    """Of the policy's own rollouts: the task, indices of the prompts that can be used, and how they are sampled."""
+    sampling = rollout_sampling(config.sampling, tokenizer.eos_token_ids)
+    check_against_model(config, positions)
+    task = load_task(config.task, config.run.seed, chat_template(config.model.path))
+    limit = config.sampling.max_prompt_tokens
+    return task, check_prompts(task, tokenizer.encode, limit, config.task.long_prompts), sampling
+
+
+def _generate(
     config: Config, decoder: Decoder, tokenizer: Tokenizer, out: Path, console: Console, stop: StopSignal
 ) -> list[Rollout]:
-    files = [Path(file) for file in config.drafter.texts]
-    if files:
-        return read_rollouts(files, tokenizer, config.drafter.template)
-    path = out / ROLLOUTS
-    if path.exists():
-        return load_rollouts(path)
-    began = time.monotonic()
+    path, began = out / ROLLOUTS, time.monotonic()
     rollouts = own_rollouts(config, decoder, tokenizer, stop, console)
     if not stop.requested:
         write_durably(path, msgspec.json.Encoder().encode_lines(rollouts))
@@ -131,20 +171,13 @@ def _texts(
 
 def _split(rollouts: list[Rollout], held_out: int) -> tuple[list[Rollout], list[Rollout]]:
     """Held-out texts, spread over all, and the rest."""
-    if len(rollouts) <= held_out:
-        raise UsageError(
-            f"{len(rollouts)} texts are not more than drafter.held_out = {held_out}; lower it, or give more texts"
-        )
     chosen = set(np.linspace(0, len(rollouts) - 1, held_out).astype(int).tolist())
     return [r for i, r in enumerate(rollouts) if i in chosen], [r for i, r in enumerate(rollouts) if i not in chosen]
 
 
 def _training(config: Config, decoder: Decoder) -> HeadTraining:
     section = config.drafter
-    folder = section.start or config.model.path
-    files = head_files(folder)
-    if section.start or files:
-        load_head(MTPHead(decoder), folder)  # refuses one that does not fit
+    files = trainable_head(section.start, Path(config.model.path), decoder.config)
     compute = _compute_dtype(section.dtype)
     tensors = {name: tensor.float() for name, tensor in decoder.tensors().items()}
     module = new_module(decoder.config, tensors, files, config.run.seed).to(decoder.device)
@@ -157,24 +190,36 @@ def _compute_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and fast) else torch.float32
 
 
-def _prepare(out: Path, config: Config) -> None:
-    """The folder, which holds this training or none."""
+def _check_folder(out: Path, config: Config) -> None:
+    """The folder holds this training or none."""
     settings: dict[str, Any] = tomllib.loads(render(config))
     path = out / SETTINGS
-    try:
-        if path.exists():
-            before = tomllib.loads(path.read_text())
-            differing = [
-                f"{section}.{key} ({before.get(section, {}).get(key)!r} before, {value!r} now)"
-                for section, keys in (("model", ("path",)), ("task", None), ("sampling", None), ("drafter", None))
-                for key, value in settings[section].items()
-                if (keys is None or key in keys) and not (section == "drafter" and key in _FREE)
-                if before.get(section, {}).get(key) != value
-            ]
-            if differing:
-                raise UsageError(f"{out} holds another training: {'; '.join(differing)}; choose another --out")
+    if not path.exists():
+        return
+    with _usable(out):
+        before = tomllib.loads(path.read_text())
+    differing = [
+        f"{section}.{key} ({before.get(section, {}).get(key)!r} before, {value!r} now)"
+        for section, keys in (("model", ("path",)), ("task", None), ("sampling", None), ("drafter", None))
+        for key, value in settings[section].items()
+        if (keys is None or key in keys) and not (section == "drafter" and key in _FREE)
+        if before.get(section, {}).get(key) != value
+    ]
+    if differing:
+        raise UsageError(f"{out} holds another training: {'; '.join(differing)}; choose another --out")
+
+
+def _claim(out: Path, config: Config) -> None:
+    """From now on the folder is of this training."""
+    with _usable(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_durably(path, tomli_w.dumps(settings).encode())
+        write_durably(out / SETTINGS, tomli_w.dumps(tomllib.loads(render(config))).encode())
+
+
+@contextmanager
+def _usable(out: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--out {out} cannot be used: {error}; choose another") from error
 

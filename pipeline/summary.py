@@ -102,6 +102,7 @@ def _measure(config: Config, directory: RunDirectory) -> dict[str, Any]:
 
     from pipeline.config import resolve_threads
     from pipeline.engine.measure import drafting_speedup
+    from pipeline.models.chat import chat_template
     from pipeline.models.tokenizer import Tokenizer
     from pipeline.tasks import load_task
     from pipeline.tasks.prompts import rollout_sampling
@@ -111,7 +112,7 @@ def _measure(config: Config, directory: RunDirectory) -> dict[str, Any]:
     follower = FilesystemFollower(directory.weights)
     folder, _ = follower.fetch(follower.newest())
     tokenizer = Tokenizer(folder)
-    task = load_task(config.task, config.run.seed)
+    task = load_task(config.task, config.run.seed, chat_template(folder))
     examples = [task.train[index] for index in range(min(PROMPTS, len(task.train)))]
     return drafting_speedup(
         folder,

@@ -93,7 +93,9 @@ def sampler_checks(rows: int) -> Iterator[Check]:
         detail = ", ".join(f"{name}: p = {p:.2g}" for name, p in tested["stock"].items())
         least = min(tested["stock"].values())
         yield bound_check(f"vLLM {found} as it comes is seen to be wrong", least, rejection.CHECK_LEVEL, rows, detail)
-    for drafts in ("unlikely drafts", "missing drafts"):
+    least = min(tested["wrong probabilities"].values())
+    yield bound_check("drafts with wrong probabilities are seen to be wrong", least, rejection.CHECK_LEVEL, rows, "")
+    for drafts in ("unlikely drafts", "missing drafts", "drawn drafts"):
         for name, p in tested[drafts].items():
             yield Check(f"rejection sampler, {drafts}, {name}", p > rejection.CHECK_LEVEL, p, None, rows)
 

@@ -1,6 +1,7 @@
 """Drafts of a multi-token-prediction head, reused for one token after another."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
 from drafters.drawing import Drawing
+from drafters.mtp.fitting import check_fits
 from drafters.mtp.head import MTPHead, head_files, load_head
 from drafters.mtp.texts import Text, Texts
 from pipeline.errors import UsageError
+from pipeline.models.config import ModelConfig
 
 
 class MTPDrafter(BaseDrafter):
@@ -44,6 +47,21 @@ class MTPDrafter(BaseDrafter):
         self.options = options or self.Options()
         self._weights = weights
         self._texts: Texts
+
+    def check_policy(self, folder: Path | None, brings_head: bool) -> None:
+        path = self.options.path
+        if path:
+            if not (files := head_files(path)):
+                raise UsageError(f"{path} holds no multi-token-prediction head; train one with rollahead train-drafter")
+            if folder is not None:
+                check_fits(files, ModelConfig.from_folder(folder))
+        elif not brings_head:
+            own = folder if folder is not None and head_files(folder) else "DIR"
+            raise UsageError(
+                "drafter mtp of a run needs a head, since publications bring none: give "
+                f'{{name = "mtp", path = "{own}"}}, '
+                "or set drafter.co_train = true, with which the learner trains and publishes one"
+            )
 
     # ---- weights -------------------------------------------------------------------------------------------------
 

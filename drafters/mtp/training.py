@@ -161,7 +161,7 @@ class HeadTraining:
         for batch in self._batches(texts):
             began = time.perf_counter()
             self.step += 1
-            name = self._objective()
+            name = self.objective
             loss, alphas = self.fit(batch, name, self._rate())
             self.seconds += time.perf_counter() - began
             last = self.step >= section.steps or 0 < section.seconds <= self.seconds
@@ -203,7 +203,9 @@ class HeadTraining:
         self.optimizer.step()
         return loss, (alphas.sum(0) / batch.valid.sum(0).clamp_min(1)).tolist()
 
-    def _objective(self) -> str:
+    @property
+    def objective(self) -> str:
+        """The loss of the step under way."""
         section = self.section
         warm = section.loss in NEEDS_WARM_UP and self.step <= section.warm_up * section.steps
         return section.warm_up_loss if warm else section.loss

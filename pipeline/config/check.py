@@ -48,6 +48,7 @@ def check_config(config: Config) -> None:
             f"{sampling.max_new_tokens}; lower the one or raise the other"
         )
     check_vllm(config)
+    _check_co_training(config)
     _check_replay(sampling)
     _check_switching(config)
     _check_kv_compression(config)
@@ -100,6 +101,28 @@ def _check_replay(sampling: SamplingSection) -> None:
                 f"sampling.{key} = {value!r} changes probabilities in a way that the learner cannot recompute; "
                 f"leave it at {off!r} for training"
             )
+
+
+def _check_co_training(config: Config) -> None:
+    if not config.drafter.co_train:
+        return
+    names = _drafters(config.engine.drafter)
+    if "mtp" not in names and not any(":" in name for name in names):  # a user's own may read the head
+        raise UsageError(
+            f"drafter.co_train = true trains a head that engine.drafter ({', '.join(names)}) does not draft with; set "
+            'engine.drafter = {name = "arbiter", drafters = ["suffix-automaton", "mtp"]}, or drafter.co_train = false'
+        )
+
+
+def _drafters(piece: Any) -> list[str]:
+    """Names of a drafter and of those that it is made of."""
+    if isinstance(piece, str):
+        return [piece]
+    if not isinstance(piece, dict):  # the drafter itself refuses it
+        return []
+    listed = piece.get("drafters")
+    parts = [*(listed if isinstance(listed, list) else []), piece.get("auxiliary")]
+    return [str(piece.get("name")), *(name for part in parts for name in _drafters(part))]
 
 
 def _check_kv_compression(config: Config) -> None:

@@ -13,6 +13,10 @@ OURS = {
     "max_num_seqs": "engine.max_sequences",
     "max_model_len": "sampling.max_prompt_tokens and sampling.max_new_tokens",
     "logprobs_mode": "nothing else: training needs processed_logprobs",
+    "max_logprobs": "the generator itself",
+    "generation_config": "the generator itself, which samples as [sampling] says",
+    "load_format": "the generator itself, whose loader reads checkpoints with and without draft heads",
+    "additional_config": "the generator itself, which tells its drafter by it",
     "worker_extension_cls": "the generator itself",
     "skip_tokenizer_init": "the generator itself",
 }
@@ -56,7 +60,22 @@ def check_vllm(config: Config) -> None:
             f'engine.verification = "{engine.verification}" is the native generator\'s; vLLM verifies token by token, '
             'so leave it at "standard"'
         )
-    for key in ("kv_compression", "switching"):
+    if engine.device != "auto":
+        raise UsageError(
+            f'engine.device = "{engine.device}" is the native generator\'s; vLLM takes the devices that it sees, so '
+            "leave it out and start the engine with CUDA_VISIBLE_DEVICES, for example CUDA_VISIBLE_DEVICES=1"
+        )
+    if engine.prefill_tokens != type(engine)().prefill_tokens:
+        raise UsageError(
+            f"engine.prefill_tokens = {engine.prefill_tokens} is the native generator's; set "
+            f"engine.vllm.max_num_batched_tokens = {engine.prefill_tokens} for the tokens of one of vLLM's steps"
+        )
+    if engine.kv_bytes and "kv_cache_memory_bytes" in engine.vllm:
+        raise UsageError(
+            f"engine.kv_bytes = {engine.kv_bytes} and engine.vllm.kv_cache_memory_bytes = "
+            f"{engine.vllm['kv_cache_memory_bytes']!r} say the same thing; remove one"
+        )
+    for key in ("kv_compression", "switching", "stagger"):
         value, off = getattr(engine, key), getattr(type(engine)(), key)
         if value != off:
             raise UsageError(

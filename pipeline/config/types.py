@@ -62,7 +62,12 @@ class TaskSection(Section):
     prompt_template: Annotated[str, option("jsonl, datasets: prompt text; {question} is replaced")] = (
         "Question: {question}\nAnswer:"
     )
-    reward: Annotated[str, option("numeric-answer, or module:function with TRL's signature")] = "numeric-answer"
+    reward: Annotated[
+        str | list[str], option("numeric-answer, or module:function with TRL's signature; several: a list, summed")
+    ] = "numeric-answer"
+    reward_weights: Annotated[list[float], option("weight of each of these in the sum; empty: 1 each")] = field(
+        default_factory=list
+    )
     reward_seconds: Annotated[NonNegativeFloat, option("module:function: limit of one call; 0: none")] = 60.0
     reward_memory_mb: Annotated[Count, option("module:function: limit of its process's memory, in MiB; 0: none")] = 4096
     reward_workers: Annotated[PositiveInt, option("module:function: processes an engine scores in")] = 1

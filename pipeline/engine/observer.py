@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipeline.config import Config
 from pipeline.engine.rewarding import RewardWorker, ScoredGroup
 from pipeline.run_directory import RunDirectory
@@ -51,6 +53,9 @@ class EngineObserver:
         self._tokens: deque[tuple[float, int]] = deque(maxlen=30)
         self._drafts: dict[str, list[int]] = {}
         self._samples = self._verifications = self._response_tokens = 0
+        self._newest = -1
+        self._ages: deque[np.ndarray] = deque(maxlen=64)
+        """publications between the newest known and those that sampled the tokens of the last groups"""
 
     def enter(self, state: str) -> None:
         """The main thread does this from now on."""
@@ -63,6 +68,7 @@ class EngineObserver:
 
     def scored(self, group: ScoredGroup) -> None:
         """A group is finished and has its rewards."""
+        self._ages.append(np.maximum(0, self._newest - np.concatenate([s.versions for s in group.group.samples])))
         for sample in group.group.samples:
             self._samples += 1
             self._response_tokens += len(sample.token_ids)
@@ -80,11 +86,12 @@ class EngineObserver:
         self._shown = now
         threads = cpu_seconds(SENDING_THREADS, _ZMQ_THREADS)
         self._sending = None if threads is None else threads + engine.link.cpu_seconds
+        self._newest = max(self._newest, engine.wanted_version)
         row = self._row(engine, now)
         Log.about = {"version": row["policy_version"]}
         if self._server is not None:
             self._server.write(row)
-        self._view.show(row)
+        self._view.show({**row, "said": list(Log.recent)})
 
     def close(self) -> None:
         self._view.close()
@@ -97,7 +104,16 @@ class EngineObserver:
     def _row(self, engine: "Engine", now: float) -> dict[str, Any]:
         self._tokens.append((now, engine.generated_tokens))
         (first, tokens_then), (last, tokens_now) = self._tokens[0], self._tokens[-1]
+        ages = np.concatenate(self._ages) if self._ages else np.zeros(0)
+        work = list(engine.work.values())
         return {
+            "newest_version": self._newest,
+            "staleness_mean": float(ages.mean()) if len(ages) else None,
+            "staleness_max": float(ages.max()) if len(ages) else None,
+            "queue": {
+                "waiting": sum(not each.started for each in work),
+                "scoring": sum(each.started and not each.unfinished for each in work),
+            },
             "policy_version": engine.generator.version if engine.generator is not None else -1,
             "generated_tokens_total": engine.generated_tokens,
             "tokens_per_second": (tokens_now - tokens_then) / (last - first) if last > first else 0.0,

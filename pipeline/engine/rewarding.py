@@ -12,7 +12,7 @@ from pipeline.engine.generator import FinishedSample
 from pipeline.errors import UsageError
 from pipeline.messages import Lease
 from pipeline.tasks.reward_process import ProcessScorer
-from pipeline.tasks.rewards import Scored, is_built_in, load_reward, score_group
+from pipeline.tasks.rewards import Scored, is_built_in, load_reward, reward_name, score_group
 
 _CLOSE_SECONDS = 30.0
 
@@ -58,11 +58,10 @@ def build_scorers(task: TaskSection) -> list[Scorer]:
     Raises:
         UsageError: the function cannot be loaded.
     """
-    if is_built_in(task.reward):
-        return [BuiltInScorer(task.reward)]
-    scorers = [
-        ProcessScorer(task.reward, task.reward_seconds, task.reward_memory_mb) for _ in range(task.reward_workers)
-    ]
+    name = reward_name(task)
+    if is_built_in(name):
+        return [BuiltInScorer(name)]
+    scorers = [ProcessScorer(name, task.reward_seconds, task.reward_memory_mb) for _ in range(task.reward_workers)]
     try:
         for scorer in scorers:
             scorer.start()

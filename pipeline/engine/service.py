@@ -351,8 +351,8 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
     header = TrajectoryHeader(
         schema=SCHEMA, producer="", incarnation=0, sequence=0, lease=lease.id, sample=index,
         prompt_tokens=len(lease.prompt_ids), response_tokens=tokens, has_entropy=sample.entropies is not None,
-        reward=score.reward, reward_parts={}, finish_reason=sample.finish_reason, sampling=lease.sampling_of(index),
-        drafters=sample.drafters, verifications=sample.verifications,
+        reward=score.reward, reward_parts=score.parts, finish_reason=sample.finish_reason,
+        sampling=lease.sampling_of(index), drafters=sample.drafters, verifications=sample.verifications,
         kv_kept_across_update=sample.kv_kept_across_update,
         kept_ids=None if sample.kept is None else len(sample.kept.ids),
     )  # fmt: skip
@@ -383,7 +383,9 @@ def check_connection(config: Config, connect: str | None) -> None:
 
 
 def check_pieces(config: Config) -> None:
-    """Refuse a drafter, a cache compression or a small model that does not exist, or that do not go together."""
+    """Refuse a drafter, a cache compression or a small model that does not exist or does not fit the policy, and those
+    that do not go together."""
+    from drafters.base import check_policy
     from drafters.registry import build
     from pipeline.engine.native.compression import KVCompression
     from pipeline.engine.native.small_model import check_switching
@@ -395,6 +397,8 @@ def check_pieces(config: Config) -> None:
 
         require_vllm()
         check_needs(drafter)
+    path = config.model.path
+    check_policy(drafter, Path(path) if path else None, brings_head=config.drafter.co_train)
     KVCompression.from_config(config.engine.kv_compression)
     check_switching(config, drafter)
 

@@ -7,14 +7,17 @@ from pipeline.errors import UsageError
 from pipeline.plugins import search_working_directory
 from pipeline.tasks.arithmetic import ArithmeticTask
 from pipeline.tasks.base import Example, Task
-from pipeline.tasks.jsonl import JsonlTask
+from pipeline.tasks.jsonl import Chat, JsonlTask
 from pipeline.tasks.rewards import load_reward
 
 __all__ = ["Example", "Task", "load_reward", "load_task"]
 
 
-def load_task(section: TaskSection, seed: int) -> Task:
+def load_task(section: TaskSection, seed: int, chat: Chat | None = None) -> Task:
     """The configured task; a class of your own, named module:Class, is called with (section, seed).
+
+    Args:
+        chat: makes text of conversational prompts (`pipeline.models.chat`); None: these are refused.
 
     Raises:
         UsageError: a file cannot be read or lacks what the task needs; the text names file and line.
@@ -22,11 +25,11 @@ def load_task(section: TaskSection, seed: int) -> Task:
     if section.kind == "arithmetic":
         return ArithmeticTask(section.digits, section.operands, seed)
     if section.kind == "jsonl":
-        return JsonlTask(section)
+        return JsonlTask(section, chat)
     if section.kind == "datasets":
         from pipeline.tasks.hub import DatasetsTask
 
-        return DatasetsTask(section)
+        return DatasetsTask(section, chat)
     return _own(section, seed)
 
 

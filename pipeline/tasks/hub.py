@@ -10,19 +10,21 @@ from typing import Any
 from pipeline.config.types import TaskSection
 from pipeline.errors import UsageError
 from pipeline.tasks.base import Example
-from pipeline.tasks.jsonl import example, template_fields
+from pipeline.tasks.jsonl import Chat, example, template_fields
 
 
 class DatasetsTask:
     """`task.path` names the dataset, `task.subset` its configuration, `task.split` and `held_out_split` its parts."""
 
-    def __init__(self, section: TaskSection) -> None:
+    def __init__(self, section: TaskSection, chat: Chat | None = None) -> None:
         """
         Raises:
             UsageError: the package is missing, the dataset cannot be loaded, or a row lacks what the task needs.
         """
-        self.train: Sequence[Example] = _Rows(section, section.split)
-        self.held_out: Sequence[Example] = _Rows(section, section.held_out_split) if section.held_out_split else []
+        self.train: Sequence[Example] = _Rows(section, section.split, chat)
+        self.held_out: Sequence[Example] = (
+            _Rows(section, section.held_out_split, chat) if section.held_out_split else []
+        )
 
     @property
     def longest_prompt(self) -> None:
@@ -32,8 +34,8 @@ class DatasetsTask:
 class _Rows(Sequence[Example]):
     """Rows of a split, read when they are asked for: the data stay on disk."""
 
-    def __init__(self, section: TaskSection, split: str) -> None:
-        self._rows, self._section = _load(section, split), section
+    def __init__(self, section: TaskSection, split: str, chat: Chat | None) -> None:
+        self._rows, self._section, self._chat = _load(section, split), section, chat
         self._fields, self._name = template_fields(section.prompt_template), f"{section.path}[{split}]"
         if not len(self._rows):
             raise UsageError(f"dataset {self._name} is empty; set task.split to another one")
@@ -46,7 +48,7 @@ class _Rows(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = {key: value for key, value in self._rows[index].items() if value is not None}
-        return example(row, f"{self._name}:{index}", self._fields, self._section)
+        return example(row, f"{self._name}:{index}", self._fields, self._section, self._chat)
 
 
 def _load(section: TaskSection, split: str) -> Any:

@@ -1,6 +1,6 @@
 """Prompts and reference answers from files with one JSON object a line (GSM8K's form is the default)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -10,9 +10,11 @@ import msgspec
 from pipeline.config.types import TaskSection
 from pipeline.errors import UsageError
 from pipeline.tasks.base import REFERENCE, Example
-from pipeline.tasks.rewards import reference_number
+from pipeline.tasks.rewards import CONVERSATION, reference_number
 
-_ARGUMENTS = ("prompts", "completions")
+_ARGUMENTS = ("prompts", "completions", CONVERSATION)
+Chat = Callable[[Sequence[dict[str, Any]]], str]
+"""messages with role and content -> the text that an answer is to follow"""
 _decoder = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -23,10 +25,10 @@ class JsonlTask:
         UsageError: a file or line cannot be used; the text names file, line and remedy.
     """
 
-    def __init__(self, section: TaskSection) -> None:
-        self.train: Sequence[Example] = read_examples(Path(section.path), section)
+    def __init__(self, section: TaskSection, chat: Chat | None = None) -> None:
+        self.train: Sequence[Example] = read_examples(Path(section.path), section, chat)
         self.held_out: Sequence[Example] = (
-            read_examples(Path(section.held_out_path), section) if section.held_out_path else []
+            read_examples(Path(section.held_out_path), section, chat) if section.held_out_path else []
         )
 
     @property
@@ -34,7 +36,7 @@ class JsonlTask:
         return None
 
 
-def read_examples(path: Path, section: TaskSection) -> list[Example]:
+def read_examples(path: Path, section: TaskSection, chat: Chat | None = None) -> list[Example]:
     """All examples of a file; blank lines are passed over."""
     fields = template_fields(section.prompt_template)
     try:
@@ -45,7 +47,7 @@ def read_examples(path: Path, section: TaskSection) -> list[Example]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             origin = f"{path}:{number}"
-            examples.append(example(_record(line, origin), origin, fields, section))
+            examples.append(example(_record(line, origin), origin, fields, section, chat))
     if not examples:
         raise UsageError(f"task file {str(path)!r} is empty; it needs one JSON object a line")
     return examples
@@ -58,22 +60,32 @@ def _record(line: bytes, origin: str) -> dict[str, Any]:
         raise UsageError(f"{origin}: not a JSON object in UTF-8 ({error}); write one object a line") from error
 
 
-def example(record: dict[str, Any], origin: str, named_fields: list[str], section: TaskSection) -> Example:
-    """One line or row as a prompt and its columns.
+def example(
+    record: dict[str, Any], origin: str, named_fields: list[str], section: TaskSection, chat: Chat | None = None
+) -> Example:
+    """One line or row as a prompt and its columns. A question that is a list of messages is a conversation,
+    whose text is the chat template's, not `task.prompt_template`'s.
 
     Args:
         named_fields: that the template names.
+        chat: makes text of such a prompt.
 
     Raises:
         UsageError: it lacks a field, or has one that cannot be used.
     """
-    question = _text(record, section.question_field, "task.question_field", origin)
+    messages = record.get(section.question_field)
+    conversational = isinstance(messages, list)
+    question = "" if conversational else _text(record, section.question_field, "task.question_field", origin)
     reference = _text(record, section.answer_field, "task.answer_field", origin) if section.answer_field else ""
-    if section.reward == "numeric-answer" and reference_number(reference) is None:
+    rewards = [section.reward] if isinstance(section.reward, str) else section.reward
+    if "numeric-answer" in rewards and reference_number(reference) is None:
         raise UsageError(
             f"{origin}: the answer {reference[-40:]!r} states no number; end it in '#### 42', "
             "or set task.reward to a function of your own"
         )
+    if conversational:
+        text = _conversation(messages, chat, origin, section.question_field)
+        return Example(text, {**_columns(record, reference, section, origin), CONVERSATION: messages}, origin)
     named = {**record, "question": question}
     for field in named_fields:
         if field not in named:
@@ -81,6 +93,23 @@ def example(record: dict[str, Any], origin: str, named_fields: list[str], sectio
                 f"{origin}: task.prompt_template uses {{{field}}}, which this line lacks; it has {_names(record)}"
             )
     return Example(section.prompt_template.format(**named), _columns(record, reference, section, origin), origin)
+
+
+def _conversation(messages: Any, chat: Chat | None, origin: str, field: str) -> str:
+    for message in messages or [None]:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UsageError(
+                f"{origin}: field {field!r} is a list, and {str(message)[:80]} in it is no message; write objects with "
+                "role and content, or a text"
+            )
+    if chat is None:
+        raise UsageError(
+            f"{origin}: field {field!r} is a conversation, which needs a model's chat template here; give text"
+        )
+    try:
+        return chat(messages)
+    except UsageError as error:
+        raise UsageError(f"{origin}: {error}") from error
 
 
 def _columns(record: dict[str, Any], reference: str, section: TaskSection, origin: str) -> dict[str, Any]:

@@ -1,19 +1,39 @@
-"""Reward functions: TRL's signature, the built-in one, and scoring that loses no sample to another's failure."""
+"""Reward functions: TRL's signature, the built-in one, and scoring that loses no sample to another's failure.
 
+What TRL's trainers do with a reward function is done here too (`GRPOTrainer._calculate_rewards`): of a conversational
+prompt it gets messages, one that is `async` is awaited, None says that it does not judge a sample, and of several
+functions the weighted sum over those that judged counts.
+"""
+
+import asyncio
 import importlib
+import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from pipeline.config.types import TaskSection
 from pipeline.errors import UsageError
 from pipeline.plugins import search_working_directory
 
-RewardFunction = Callable[..., Sequence[float]]
-"""`(prompts, completions, **columns) -> list[float]`, called by keyword: every argument a list with one entry a
+RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+"""`(prompts, completions, **columns) -> list[float | None]`, called by keyword: every argument a list with one entry a
 completion."""
+CONVERSATION = "_conversation"
+"""column with the messages of a conversational prompt; reward functions get them as `prompts`"""
+_TOGETHER = " + "
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """Several functions, of which the weighted sum counts."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    functions: tuple[RewardFunction, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +44,8 @@ class Scored:
     error: str = ""
     reason: str = "reward_error"
     """under which a sample without a reward is counted"""
+    parts: dict[str, float] = field(default_factory=dict)
+    """of several functions what each gave, unweighted"""
 
 
 LARGEST = 1e18
@@ -75,12 +97,37 @@ def is_built_in(name: str) -> bool:
     return name in _BUILT_IN
 
 
-def load_reward(name: str) -> RewardFunction:
+def reward_name(task: TaskSection) -> str:
+    """`task.reward` and `task.reward_weights` as one name, which `load_reward` takes: "1*a:f + 0.5*b:g".
+
+    Raises:
+        UsageError: no function, or weights of another number.
+    """
+    if isinstance(task.reward, str) and not task.reward_weights:
+        return task.reward
+    names = [task.reward] if isinstance(task.reward, str) else task.reward
+    weights = task.reward_weights or [1.0] * len(names)
+    if not names or len(names) != len(weights):
+        raise UsageError(
+            f"task.reward_weights = {weights} does not fit task.reward = {names}: give every function one weight"
+        )
+    return _TOGETHER.join(f"{weight:.17g}*{name}" for weight, name in zip(weights, names, strict=True))
+
+
+def load_reward(name: str) -> RewardFunction | Rewards:
     """A built-in reward by name, or a user's own as `module:function`; modules in the working directory are found.
+    Several as `reward_name` writes them.
 
     Raises:
         UsageError: no such name, module or function, or the module fails while it is imported.
     """
+    if "*" not in name:
+        return _load(name)
+    weights, names = zip(*(part.split("*", 1) for part in name.split(_TOGETHER)), strict=True)
+    return Rewards(names, tuple(map(float, weights)), tuple(map(_load, names)))
+
+
+def _load(name: str) -> RewardFunction:
     if name in _BUILT_IN:
         return _BUILT_IN[name]
     module_name, colon, function_name = name.partition(":")
@@ -104,19 +151,19 @@ def load_reward(name: str) -> RewardFunction:
 
 
 def score_group(
-    reward: RewardFunction, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]
+    reward: RewardFunction | Rewards, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]
 ) -> list[Scored]:
     """Rewards of a group, from one call. If that fails as a whole, one call a sample: those that fail alone carry the
     error, the others their reward."""
     try:
-        return [Scored(value) for value in _call(reward, prompts, completions, columns)]
+        return _call(reward, prompts, completions, columns)
     except _BadReward:
         pass
     scored = []
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         own = {key: [values[index]] for key, values in columns.items()}
         try:
-            scored.append(Scored(_call(reward, [prompt], [completion], own)[0]))
+            scored += _call(reward, [prompt], [completion], own)
         except _BadReward as error:
             scored.append(Scored(None, f"sample {index}: {error}"))
     return scored
@@ -127,16 +174,42 @@ class _BadReward(Exception):
 
 
 def _call(
-    reward: RewardFunction, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]
-) -> list[float]:
-    name = getattr(reward, "__name__", type(reward).__name__)
+    reward: RewardFunction | Rewards, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]
+) -> list[Scored]:
+    together = reward if isinstance(reward, Rewards) else Rewards(("",), (1.0,), (reward,))
+    given = [_values(function, prompts, completions, columns) for function in together.functions]
+    scored = []
+    for values in zip(*given, strict=True):
+        judged = [n for n, value in enumerate(values) if value is not None]
+        if not judged:
+            raise _BadReward("no reward function judged it: all returned None")
+        total = sum(together.weights[n] * (values[n] or 0.0) for n in judged)
+        parts = {together.names[n]: values[n] or 0.0 for n in judged} if together is reward else {}
+        scored.append(Scored(total, parts=parts))
+    return scored
+
+
+def _values(
+    function: RewardFunction, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]
+) -> list[float | None]:
+    """What one function returns of each completion; None: it does not judge it."""
+    name = getattr(function, "__name__", type(function).__name__)
+    others = {key: values for key, values in columns.items() if key != CONVERSATION}
+    if CONVERSATION in columns and function not in _BUILT_IN.values():
+        prompts = columns[CONVERSATION]
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
     try:
-        returned = list(reward(prompts=prompts, completions=completions, **columns))
+        found = function(prompts=prompts, completions=completions, **others)
+        returned = list(asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found)
     except Exception as error:  # the function is the user's: it can raise anything
         raise _BadReward(f"reward function {name} raised {type(error).__name__}: {error}") from error
     if len(returned) != len(completions):
         raise _BadReward(f"reward function {name} returned {len(returned)} values for {len(completions)} completions")
-    return [_finite(value, name) for value in returned]
+    return [None if value is None else _finite(value, name) for value in returned]
+
+
+async def _awaited(found: Awaitable[Sequence[float | None]]) -> Sequence[float | None]:
+    return await found
 
 
 def _finite(value: Any, name: str) -> float:

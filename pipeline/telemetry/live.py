@@ -84,12 +84,7 @@ class RunView:
         self._screen.close()
 
     def _parts(self, row: Mapping[str, Any]) -> list[RenderableType]:
-        table = Table.grid(padding=(0, 1))
-        table.add_column(width=10)
-        table.add_column(max_width=COLUMNS - 11, overflow="ellipsis", no_wrap=True)
-        for name, text in step_lines(row, list(self._rewards)):
-            table.add_row(Text(name, style="bold"), text)
-        parts: list[RenderableType] = [table]
+        parts: list[RenderableType] = [_table(step_lines(row, list(self._rewards)))]
         parts += [sample_text(sample, self._names) for sample in self._samples.values()]
         parts += [Text(text, style="red", overflow="ellipsis", no_wrap=True) for text in self._warnings]
         return parts
@@ -109,15 +104,24 @@ class EngineView:
         """Called once a second."""
         self._calls += 1
         if self._screen.live:
-            table = Table.grid(padding=(0, 1))
-            for name, text in engine_lines(row):
-                table.add_row(Text(name, style="bold"), text)
-            self._screen.draw(table)
+            self._screen.draw(_table(engine_lines(row), row.get("said", ())))
         elif self._calls % self.EVERY == 0:
             self._screen.say("  ".join(f"{name} {text}" for name, text in engine_lines(row)))
 
     def close(self) -> None:
         self._screen.close()
+
+
+def _table(lines: Sequence[tuple[str, str]], said: Sequence[str] = ()) -> Table:
+    """Names and values in 80 columns; below them what the process said last."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(width=10)
+    table.add_column(max_width=COLUMNS - 11, overflow="ellipsis", no_wrap=True)
+    for name, text in lines:
+        table.add_row(Text(name, style="bold"), Text(text))
+    for text in said:
+        table.add_row(Text("said", style="bold"), Text(text, style="red" if "warning" in text.lower() else "dim"))
+    return table
 
 
 def step_lines(row: Mapping[str, Any], rewards: Sequence[float]) -> list[tuple[str, str]]:
@@ -145,10 +149,16 @@ def step_lines(row: Mapping[str, Any], rewards: Sequence[float]) -> list[tuple[s
 
 def engine_lines(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is said of an engine."""
+    newest, queue = row["newest_version"], row["queue"]
     return [
-        ("version", f"v{row['policy_version']}"),
+        (
+            "version",
+            f"v{row['policy_version']}{f', v{newest} is there' if newest > row['policy_version'] else ''}, tokens "
+            f"{number(row['staleness_mean'], '.2f')} publications old, at most {number(row['staleness_max'], '.0f')}",
+        ),
         ("speed", f"{row['tokens_per_second']:,.0f} tokens/s, {row['generated_tokens_total']:,} in all"),
         ("work", f"{row['sequences']} sequences of {row['leases']} leases, {row['samples_total']} samples done"),
+        ("queue", f"{queue['waiting']} leases to begin, {queue['scoring']} waiting for rewards"),
         ("drafting", f"{row['tokens_per_verification']:.2f} tokens a verification"),
         ("drafters", _drafters(row["drafters"])),
         ("time", _shares(row["seconds"])),

@@ -4,6 +4,7 @@ write nothing fancier."""
 import json
 import sys
 import time
+from collections import deque
 from typing import Any, ClassVar
 
 _CONTROL = dict.fromkeys([*range(32), *range(127, 160)], "?")
@@ -18,11 +19,14 @@ class Log:
     """of the whole process: JSON objects with time, level, process, what `about` holds, and text"""
     about: ClassVar[dict[str, Any]] = {}
     """run and policy version, as far as they are known"""
+    recent: ClassVar[deque[str]] = deque(maxlen=2)
+    """what was said last, for a live view; lines above it scroll away"""
 
     def __init__(self, process: str) -> None:
         self.process = process
 
     def __call__(self, text: str) -> None:
+        Log.recent.append(text.translate(_CONTROL).partition("\n")[0])
         sys.stderr.write(self._line(text) + "\n")
         sys.stderr.flush()
 

@@ -11,8 +11,8 @@ import numpy as np
 from pipeline.messages import Sampler, Trajectory
 from pipeline.telemetry.metrics import cut_back
 
-ORIGINS = ("sampled", "accepted", "bonus", "residual")
-"""names of `TrajectoryHeader.origins`"""
+ORIGINS = ("sampled", "accepted", "bonus", "residual", "unknown")
+"""names of `TrajectoryHeader.origins`; the last is of samples that came without"""
 LONGEST_TEXT = 4000
 """tokens of a response that are written"""
 
@@ -35,9 +35,11 @@ class SampleLog:
 def describe_batch(
     step: int, trajectories: Iterable[tuple[str, Trajectory]], count: int, decode: Callable[[list[int]], str]
 ) -> list[dict[str, Any]]:
-    """Of a batch's (prompt, trajectory), the first `count` whose engine recorded how the tokens came."""
-    told = ((p, t) for p, t in trajectories if t.header.origins)
-    return [{"step": step, **describe(p, t, decode)} for p, t in itertools.islice(told, count)]
+    """Of a batch's (prompt, trajectory), the first `count` whose engine recorded how tokens came; where none did, as
+    vLLM does not, the first `count`."""
+    known = list(trajectories)
+    told = [(p, t) for p, t in known if t.header.origins] or known
+    return [{"step": step, **describe(p, t, decode)} for p, t in told[:count]]
 
 
 def describe(prompt: str, trajectory: Trajectory, decode: Callable[[list[int]], str]) -> dict[str, Any]:
@@ -62,8 +64,11 @@ def _pieces(trajectory: Trajectory, decode: Callable[[list[int]], str]) -> Itera
     header = trajectory.header
     count = min(header.response_tokens, LONGEST_TEXT)
     names = [None, *header.drafters]
-    origins = np.frombuffer(header.origins, np.uint8)[:count].astype(np.int64)
-    sources = np.frombuffer(header.draft_sources, np.uint8)[:count].astype(np.int64)
+    if header.origins:
+        origins = np.frombuffer(header.origins, np.uint8)[:count].astype(np.int64)
+        sources = np.frombuffer(header.draft_sources, np.uint8)[:count].astype(np.int64)
+    else:
+        origins, sources = np.full(count, ORIGINS.index("unknown")), np.zeros(count, np.int64)
     samplers = trajectory.samplers[:count].astype(np.int64)
     kinds = (origins << 16) | (sources << 8) | samplers
     borders = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), count]

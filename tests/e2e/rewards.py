@@ -33,3 +33,12 @@ def checksum(prompts, completions, **columns):
 
 def constant(prompts, completions, **columns):
     return [1.0] * len(completions)
+
+
+async def judged(prompts, completions, reference, **columns):
+    """In TRL's conversational form: whether an answer that thought ends as the reference; no judgement of others."""
+    assert all(prompt[-1]["role"] == "user" for prompt in prompts)
+    return [
+        float(message["content"].endswith(stated)) if "<think>" in message["content"] else None
+        for (message,), stated in zip(completions, reference, strict=True)
+    ]

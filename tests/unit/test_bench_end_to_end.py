@@ -48,3 +48,16 @@ def test_an_arm_that_cannot_be_is_refused_before_anything_runs(arguments, said, 
     with pytest.raises(UsageError, match=said):
         main([*arguments, "--out", str(tmp_path)])
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arms", "said"),
+    [
+        (["--arms", "x"], r"--arms x is unknown; there are synchronous, asynchronous, arbiter, (?!.*arbiter)"),
+        (["--arms", "arbiter,arbiter"], "arm arbiter is given twice"),
+        (["--arms", ""], "names no arm"),
+    ],
+)
+def test_arms_that_are_none_or_twice_there_are_refused(tmp_path, arms, said):
+    with pytest.raises(UsageError, match=said):
+        main([*arms, "--out", str(tmp_path)])

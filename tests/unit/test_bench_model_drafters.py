@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -62,3 +63,30 @@ def test_a_grown_model_without_its_new_layers_is_its_base(tmp_path):
         with left_out(model, set(added)):
             torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
         assert (model(ids).logits - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--base", "/nowhere"], "/nowhere"),
+        (["--texts", "/nowhere"], "/nowhere is no .jsonl file of questions and answers"),
+        (["--texts", "empty.jsonl"], "empty.jsonl is empty"),
+        (["--texts", "other.jsonl"], "other.jsonl:1 has no question and answer"),
+        (["--texts", "list.jsonl"], "list.jsonl:1 has no question and answer"),
+        (["--layers", "6"], "--layers 6 adds none to the 6 of"),
+    ],
+)
+def test_a_deep_model_is_not_made_of_what_is_not_there(folder, tmp_path, monkeypatch, change, said):
+    monkeypatch.setattr("benchmarks.deep_model.grown", None)
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("empty", ""), ("other", '{"text": "a"}\n'), ("list", "[1]\n")):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    given = {"--base": str(folder), "--texts": str(folder / "prompts.jsonl"), "--out": "out", change[0]: change[1]}
+    with pytest.raises(UsageError, match=re.escape(said)):
+        bench("deep-model", [part for pair in given.items() for part in pair])
+
+
+def test_prompts_without_questions_are_refused(folder, tmp_path):
+    (tmp_path / "lines.jsonl").write_text("[1]\n")
+    with pytest.raises(UsageError, match="is no file of questions"):
+        bench("model-drafters", ["--model", str(folder), "--prompts", str(tmp_path / "lines.jsonl")])

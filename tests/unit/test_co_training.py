@@ -6,17 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
-from drafters.mtp.module import MTPModule
 from drafters.registry import build
 from learner.co_training import HeadCoTraining
 from learner.policy import policy_state
+from pipeline.config import check_config
+from pipeline.config.load import load_config
 from pipeline.config.types import DrafterSection
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from pipeline.failpoints import arm
 from pipeline.models.config import ModelConfig
-from pipeline.weights.filesystem import FilesystemFollower, FilesystemPublisher, save_tensors
+from pipeline.weights.filesystem import FilesystemFollower, FilesystemPublisher
 from tests.unit.generation import finish, group
 from tests.unit.learner_samples import batch, tiny_folder, tiny_policy
 from tests.unit.test_trainer import parameters_of, trainer_of
@@ -108,11 +110,47 @@ def test_publication_brings_policy_and_head_together(tmp_path):
     assert isinstance(first, Path)
 
 
-def test_head_of_another_shape_is_refused(tmp_path):
+def test_a_head_is_warmed_up_before_the_loss_that_needs_it(tmp_path):
+    folder, model = tiny_folder(tmp_path / "model"), tiny_policy(tmp_path / "a")
+    section = structs.replace(SECTION, loss="tv", warm_up_loss="ce", warm_up=0.5, steps=6)
+    head = HeadCoTraining(model, ModelConfig.from_folder(folder), section, [], 0)
+    asked, fit = [], head.training.fit
+
+    def fitted(batch, name, rate):
+        asked.append((name, rate))
+        return fit(batch, name, rate)
+
+    head.training.fit = fitted
+    for step in range(6):
+        head.train(batch(np.random.default_rng(step)))
+    assert asked == [("ce", 1e-3)] * 3 + [("tv", 1e-3)] * 3
+
+
+def test_the_warm_up_is_a_part_of_the_runs_steps_and_a_missing_head_is_refused(tmp_path):
     folder, model = tiny_folder(tmp_path / "model"), tiny_policy(tmp_path / "model")
-    config = ModelConfig.from_folder(folder)
-    other = MTPModule(ModelConfig.from_folder(tiny_folder(tmp_path / "other", tied=False))).weights()
-    other["mtp.fc.weight"] = other["mtp.fc.weight"][:, :8].contiguous()
-    save_tensors(other, tmp_path / "mtp.safetensors")
-    with pytest.raises(UsageError, match=r"does not fit the policy: mtp\..* train one for it"):
-        HeadCoTraining(model, config, SECTION, [tmp_path / "mtp.safetensors"], 0)
+    config = load_config(None, ["drafter.co_train=true", "run.steps=40"])
+    head = HeadCoTraining.from_config(config, model, folder)
+    head.training.step = 20
+    assert head.training.objective == "lk-lambda"
+    head.training.step = 21
+    assert head.training.objective == "e2e-tv"
+    config.drafter.start = str(folder)
+    with pytest.raises(UsageError, match=r"drafter\.start = .* holds no head"):
+        HeadCoTraining.from_config(config, model, folder)
+
+
+@pytest.mark.parametrize("drafter", ["none", '{name = "suffix-automaton"}', '{name = "arbiter", drafters = ["none"]}'])
+def test_a_head_that_nobody_drafts_with_is_not_trained(drafter):
+    with pytest.raises(UsageError, match=r"engine\.drafter \(.*\) does not draft with"):
+        check_config(load_config(None, ["drafter.co_train=true", f"engine.drafter={drafter}"]))
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        "mtp", '{name = "arbiter", drafters = ["none", {name = "mtp", max_tokens = 2}]}',
+        '{name = "suffix-automaton", auxiliary = "mtp"}', "mine:Drafter",
+    ],
+)  # fmt: skip
+def test_a_head_that_a_drafter_or_a_part_of_one_reads_is_trained(drafter):
+    check_config(load_config(None, ["drafter.co_train=true", f"engine.drafter={drafter}"]))

@@ -12,6 +12,7 @@ from pipeline import doctor
 from pipeline.cli import main
 from pipeline.config import Config
 from pipeline.config.reference import reference
+from pipeline.engine.vllm import install
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,6 +24,21 @@ def test_the_doctor_says_what_the_machine_is_and_ends_well(capsys, monkeypatch):
     said = capsys.readouterr().out
     for word in ("processor", "threads", "GFLOP/s", "GB/s", "GiB", "CUDA", "vllm", "open files", "ZeroMQ"):
         assert word in said
+
+
+@pytest.mark.parametrize(
+    ("version", "value", "advice"),
+    [
+        (None, "not installed (only for generation at scale)", ""),
+        ("0.32.1", '0.32.1: fit for engine.generator = "vllm"', ""),
+        ("0.29.0", '0.29.0, which engine.generator = "vllm" does not drive', "pip install 'vllm==0.32.*'"),
+    ],
+)
+def test_vllms_version_and_fitness_are_said(monkeypatch, version, value, advice):
+    monkeypatch.setattr(install, "installed_version", lambda: version)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: version if name == "vllm" else None)
+    found = doctor.check_packages()[0]
+    assert found.name == "vllm" and value in found.value and advice in found.advice
 
 
 def test_too_many_threads_are_named(monkeypatch):

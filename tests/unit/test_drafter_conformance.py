@@ -12,19 +12,30 @@ import pytest
 import torch
 
 from drafters.base import BaseDrafter, Proposal
+from drafters.mtp.head import FILE
 from drafters.none import NoDrafter
 from drafters.prompt_lookup import PromptLookupDrafter
 from drafters.registry import available, build
 from drafters.suffix_automaton import SuffixAutomatonDrafter
-from drafters.testing import VOCABULARY, NotADrafter, check_drafter
+from drafters.testing import VOCABULARY, NotADrafter, check_drafter, tiny_target
 from drafters.token_recycling import TokenRecyclingDrafter
+from pipeline.weights.filesystem import save_tensors
 from tests.unit.generation import Sampled as _Sampled
+from tests.unit.test_mtp import module_for
 from tests.unit.tiny_models import save_like_the_kits
 
 
 @functools.cache
 def draft_checkpoint() -> str:
     return str(save_like_the_kits(Path(tempfile.mkdtemp())))
+
+
+@functools.cache
+def head() -> str:
+    """Folder of a head for the kit's model."""
+    folder = Path(tempfile.mkdtemp())
+    save_tensors(module_for(tiny_target().config).weights(), folder / FILE)
+    return str(folder)
 
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "example_drafter"
@@ -55,6 +66,12 @@ MAKERS = {
             "measure": False,
             "drafters": ["suffix-automaton", "layer-skip", {"name": "draft-model", "path": draft_checkpoint()}],
         }
+    ),
+    "arbiter of mtp": lambda: build(
+        {"name": "arbiter", "measure": False, "drafters": ["suffix-automaton", {"name": "mtp", "path": head()}]}
+    ),
+    "suffix-automaton and mtp": lambda: build(
+        {"name": "suffix-automaton", "auxiliary": {"name": "mtp", "path": head()}}
     ),
     "suffix-automaton and draft-model": lambda: build(
         {

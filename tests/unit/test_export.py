@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM
 from learner import checkpoint
 from learner.export import export
 from learner.trainer import adamw
+from pipeline.cli import main
 from pipeline.config.types import LearnerSection
 from pipeline.errors import RunFailed, UsageError
 from pipeline.failpoints import arm
@@ -55,3 +56,10 @@ def test_what_cannot_be_exported_is_said(saved, tmp_path):
     with pytest.raises(RunFailed, match="damaged"):
         export(run, 1, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [("--step", "3"), ("--dtype", "bfloat16")])
+def test_options_of_a_run_are_refused_beside_a_head(tmp_path, capsys, option):
+    arguments = ["export", str(tmp_path), "--drafter", str(tmp_path), "--out", str(tmp_path / "out"), *option]
+    assert main(arguments) == 2
+    assert f"{option[0]} {option[1]} is a run's" in capsys.readouterr().err

@@ -135,6 +135,35 @@ def test_the_program_comes_near_the_best_set_of_all(deep, tokens):
     assert np.mean(better) > 0.8
 
 
+def every_set(text):
+    """Similarities of the last states, by the set of skipped layers, for all sets; a state is carried on once for all
+    that begin alike."""
+    states = {(): text.states[0, 0]}
+    for layer in range(len(text.states) - 1):
+        ran = {chosen: text.through(layer, state) for chosen, state in states.items()}
+        states = ran | {(*chosen, layer): state for chosen, state in states.items()}
+    truth = text.states[-1, 0]
+    cosine = torch.nn.functional.cosine_similarity
+    return {chosen: float(cosine(state, truth, dim=0)) for chosen, state in states.items()}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_program_is_near_brute_force_over_ten_layers_at_every_count(tmp_path, seed):
+    decoder = load_decoder(save_tiny(tmp_path, num_hidden_layers=10, seed=seed), "float32", "cpu")
+    text = Text(decoder, 20, seed=seed)
+    with torch.no_grad(), Probe(text, [0], 9) as run:
+        table, tried = solve(text.states, run, 9), every_set(text)
+    assert len(tried) == 2**10 and tried[()] == pytest.approx(1.0, abs=1e-5)
+    ranks = []
+    for count in range(1, 10):
+        chosen = table.skipped(count)
+        others = [found for other, found in tried.items() if len(other) == count]
+        assert len(chosen) == count and tried[chosen] == pytest.approx(table.similarities[count], abs=1e-5)
+        assert tried[chosen] > max(others) - 0.1, (count, chosen)
+        ranks.append(np.mean(np.array(others) <= tried[chosen] + 1e-6))
+    assert np.mean(ranks) > 0.8, ranks
+
+
 def test_several_tokens_choose_together_by_the_mean_of_their_cosines():
     x = torch.eye(3)[[0, 1]].expand(3, 2, 3)
     states = torch.stack([x[0], x[1]])

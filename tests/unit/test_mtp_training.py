@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from drafters.mtp.data import Rollout, TrainingTexts
+from drafters.mtp.fitting import trainable_head
+from drafters.mtp.head import FILE
 from drafters.mtp.losses import Objective
+from drafters.mtp.module import MTPModule
 from drafters.mtp.training import FrozenHead, batch_backward
 from drafters.testing import tiny_target
 from pipeline.cli import main
+from pipeline.errors import UsageError
+from pipeline.models.config import ModelConfig
+from pipeline.weights.filesystem import save_tensors
 from tests.unit.test_mtp import hidden_states, module_for, module_logits
+from tests.unit.tiny_models import add_mimos_head, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +97,9 @@ def embedded(tmp_path_factory):
     return folder
 
 
-def train(embedded, out, *settings):
+def train(embedded, out, *settings, more=()):
     arguments = [f"model.path={embedded}", *SETTINGS, *settings]
-    return main(["train-drafter", "--out", str(out), *(x for s in arguments for x in ("--set", s))])
+    return main(["train-drafter", "--out", str(out), *more, *(x for s in arguments for x in ("--set", s))])
 
 
 def rows(out):
@@ -129,5 +136,56 @@ def test_training_from_the_command_line_raises_acceptance_and_resumes(embedded, 
 )
 def test_settings_that_cannot_work_are_refused_in_a_sentence(embedded, tmp_path, capfd, settings, said):
     settings = [*settings, f'drafter.texts=["{embedded / "tokenizer.json"}"]'] if "start" in settings[0] else settings
-    assert train(embedded, tmp_path / "out", "drafter.held_out=1", *settings) == 2
-    assert said in capfd.readouterr().err
+    for more in ((), ("--dry-run",)):
+        assert train(embedded, tmp_path / "out", "drafter.held_out=1", *settings, more=more) == 2
+        assert said in capfd.readouterr().err
+    assert not (tmp_path / "out").exists(), "a command that was refused stands in no other's way"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["drafter.rollouts=8"], "8 texts are not more than drafter.held_out = 8"),
+        (["sampling.max_new_tokens=100000"], "is more than the model's"),
+        (["sampling.max_prompt_tokens=3"], "the task's longest prompts have"),
+        (["engine.drafter=suffix"], "drafter 'suffix' is unknown"),
+    ],
+)
+def test_what_own_rollouts_cannot_be_made_of_is_refused_before_the_model_is_loaded(
+    embedded, tmp_path, capfd, monkeypatch, settings, said
+):
+    monkeypatch.setattr("pipeline.drafter_training.load_decoder", None)
+    assert train(embedded, tmp_path / "out", *settings) == 2
+    assert said in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_training_that_passes_the_check_is_printed_and_writes_nothing(embedded, tmp_path, capfd):
+    assert train(embedded, tmp_path / "out", more=("--dry-run",)) == 0
+    assert "[drafter]" in capfd.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_another_trainings_is_refused_with_what_differs(embedded, tmp_path, capfd):
+    (tmp_path / "few.txt").write_text("12 + 34 = 46")
+    assert train(embedded, tmp_path / "out", f'drafter.texts=["{tmp_path / "few.txt"}"]') == 2
+    assert "1 texts are not more than drafter.held_out = 8" in capfd.readouterr().err
+    text = {"token_ids": list(range(1, 9))}
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(text) + "\n" for _ in range(12)))
+    texts = f'drafter.texts=["{tmp_path / "rollouts.jsonl"}"]'
+    assert train(embedded, tmp_path / "out", texts, "drafter.steps=1") == 0
+    capfd.readouterr()
+    assert train(embedded, tmp_path / "out", texts, "drafter.steps=1", "drafter.loss=ce") == 2
+    assert "holds another training: drafter.loss ('e2e-tv' before, 'ce' now)" in capfd.readouterr().err
+
+
+def test_a_head_that_does_not_fit_or_is_mimos_is_refused(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    config = ModelConfig.from_folder(model)
+    assert trainable_head("", model, config) == []
+    other = ModelConfig.from_folder(save_tiny(tmp_path / "wide", hidden_size=64))
+    (tmp_path / "head").mkdir()
+    save_tensors(MTPModule(other).weights(), tmp_path / "head" / FILE)
+    with pytest.raises(UsageError, match=r"does not fit the model: mtp\..* is .* where .* is needed"):
+        trainable_head(str(tmp_path / "head"), model, config)
+    mimo = add_mimos_head(save_tiny(tmp_path / "mimo", "Qwen2", head_dim=None))
+    with pytest.raises(UsageError, match="is MiMo's, which reads other states"):
+        trainable_head("", mimo, ModelConfig.from_folder(mimo))

@@ -158,3 +158,57 @@ def test_a_folder_with_nothing_in_it_is_named(tmp_path):
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(UsageError, match="not a benchmark's"):
         write_report(tmp_path)
+
+
+def page_data(path):
+    content = path.read_text()
+    begin = content.index('<script type="application/json" id="data">')
+    return json.loads(content[content.index(">", begin) + 1 : content.index("</script>", begin)])
+
+
+def head_rows(count):
+    """As `rollahead train-drafter` writes them: warm-up, then the loss; measured every other step."""
+    rows = []
+    for step in range(1, count + 1):
+        row = {
+            "step": step, "loss": 1 / step, "objective": "lk-lambda" if step <= 2 else "e2e-tv",
+            "acceptance_by_depth": [0.5, 0.25], "learning_rate": 1e-3, "seconds": float(step),
+        }  # fmt: skip
+        if step % 2 == 0:
+            row |= {"held_out_by_depth": [step / 10, step / 20], "held_out_accepted_share": step / 40}
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture
+def head(tmp_path):
+    folder = tmp_path / "head"
+    folder.mkdir()
+    (folder / "drafter.toml").write_text(render(Config()))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in head_rows(4)))
+    return folder
+
+
+def test_the_report_of_a_heads_training_draws_acceptance_by_depth_and_the_losses(head):
+    page = page_data(write_report(head))
+    curves = {trace["name"]: (trace["x"], trace["y"]) for trace in page["charts"]["depth"]["data"]}
+    assert curves["token 1, held out"] == ([2, 4], [0.2, 0.4])
+    assert curves["token 2, held out"] == ([2, 4], [0.1, 0.2])
+    assert curves["token 2, in training"] == ([1, 2, 3, 4], [0.25] * 4)
+    losses = {trace["name"]: (trace["x"], trace["y"]) for trace in page["charts"]["loss"]["data"]}
+    assert losses == {"lk-lambda": ([1, 2], [1.0, 0.5]), "e2e-tv": ([3, 4], [1 / 3, 0.25])}
+    text = (head / "report.html").read_text()
+    assert "0.400 0.200" in text and "10.0%" in text and "held_out" in text
+
+
+@pytest.mark.parametrize("name", ["config.toml", "drafter.toml"])
+def test_a_configuration_that_cannot_be_read_is_one_sentence(run, name):
+    (run / name).write_text("[run\n")
+    with pytest.raises(UsageError, match=rf"{name} cannot be read: .*; copy it again"):
+        write_report(run)
+
+
+def test_lines_of_another_version_are_one_sentence(run):
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UsageError, match=r"metrics\.jsonl is not what this version"):
+        write_report(run)

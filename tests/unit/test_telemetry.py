@@ -13,9 +13,10 @@ from rich.console import Console
 from pipeline.codec import decode_from_engine, encode_trajectory
 from pipeline.errors import UsageError
 from pipeline.messages import SCHEMA, BadMessage, DraftCounts, SamplingParams, Trajectory, TrajectoryHeader
-from pipeline.telemetry.live import COLUMNS, EngineView, RunView
+from pipeline.telemetry.live import COLUMNS, EngineView, RunView, sample_text
 from pipeline.telemetry.log import Log
 from pipeline.telemetry.prometheus import PrometheusSink
+from pipeline.telemetry.report.samples import samples_section
 from pipeline.telemetry.samples import SampleLog, describe, describe_batch
 from pipeline.telemetry.scalars import scalars
 from pipeline.telemetry.sinks import Sinks
@@ -86,6 +87,19 @@ def test_only_samples_with_origins_are_told_and_a_resumed_run_cuts_them_back(tmp
     SampleLog(tmp_path / "samples.jsonl", resume_step=1).close()
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(row["step"], row["lease"]) for row in rows] == [(1, 1), (1, 2)]
+
+
+def test_samples_of_an_engine_that_records_no_origins_are_plain_text():
+    """vLLM's: they are shown where there are no others."""
+    untold = [("q", trajectory(origins=(), sources=(), lease=lease)) for lease in range(4)]
+    found = describe_batch(3, untold, 2, letters)
+    assert [(s["step"], s["lease"], s["pieces"]) for s in found] == [
+        (3, lease, [["abcde", "unknown", None, "policy", 5]]) for lease in range(2)
+    ]
+    assert sample_text(found[0], []).plain == "sample +0.50 q → abcde"
+    assert "not recorded" in samples_section(found) and "abcde</span>" in samples_section(found)
+    told = describe_batch(3, [*untold, ("q", trajectory(lease=9))], 2, letters)
+    assert [s["lease"] for s in told] == [9] and "not recorded" not in samples_section(told)
 
 
 def test_the_clock_gives_every_second_to_one_state_and_the_trace_agrees(tmp_path):
@@ -254,11 +268,21 @@ def test_the_engine_view_says_what_it_does(tmp_path):
     row = {
         "policy_version": 4, "generated_tokens_total": 1000, "tokens_per_second": 50.0, "sequences": 8, "leases": 2,
         "samples_total": 16, "tokens_per_verification": 2.0, "drafters": ROW["drafters"],
-        "seconds": {"generating": 2.0},
+        "seconds": {"generating": 2.0}, "newest_version": 6, "staleness_mean": 0.5, "staleness_max": 2.0,
+        "queue": {"waiting": 3, "scoring": 1}, "said": ["warning: " + 100 * "long "],
     }  # fmt: skip
     for _ in range(EngineView.EVERY):
         view.show(row)
     assert written.getvalue().count("\n") == 1 and "v4" in written.getvalue()
+    drawn = io.StringIO()
+    view = EngineView(Console(file=drawn, force_terminal=True, width=200, color_system=None))
+    view.show(row)
+    view.close()
+    lines = [line.rstrip() for line in drawn.getvalue().replace("\x1b[?25l", "").splitlines()]
+    assert any("v4, v6 is there, tokens 0.50 publications old, at most 2" in line for line in lines)
+    assert any("3 leases to begin, 1 waiting for rewards" in line for line in lines)
+    warned = [line for line in lines if "warning: long" in line]
+    assert warned and all(len(line) <= COLUMNS for line in warned) and warned[0].endswith("…")
 
 
 def test_a_peers_text_cannot_speak_to_the_terminal(capsys):

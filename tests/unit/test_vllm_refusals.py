@@ -15,6 +15,7 @@ from pipeline.config import check_config
 from pipeline.config.load import load_config
 from pipeline.engine.vllm import install, rejection
 from pipeline.engine.vllm.own_drafters import speculative_config
+from pipeline.engine.vllm.refusals import reason
 from pipeline.engine.vllm.sampling import refusal
 from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
@@ -34,6 +35,14 @@ VLLM = 'engine.generator="vllm"'
         ([VLLM, 'engine.verification="block"'], "token by token"),
         ([VLLM, "sampling.top_p=0.9"], r"sampling\.top_p = 0\.9 .*native"),
         ([VLLM, 'engine.generator="vlm"'], "engine.generator"),
+        ([VLLM, "engine.device=cuda:1"], "start the engine with CUDA_VISIBLE_DEVICES"),
+        ([VLLM, "engine.prefill_tokens=64"], r"engine\.vllm\.max_num_batched_tokens = 64"),
+        ([VLLM, "engine.stagger=false"], r"engine\.stagger = False is the native"),
+        ([VLLM, "engine.kv_bytes=7", "engine.vllm.kv_cache_memory_bytes=5"], "say the same thing"),
+        ([VLLM, 'engine.vllm.load_format="dummy"'], r"engine\.vllm\.load_format is decided by the generator"),
+        ([VLLM, "engine.vllm.max_logprobs=0"], r"engine\.vllm\.max_logprobs is decided"),
+        ([VLLM, 'engine.vllm.generation_config="auto"'], r"engine\.vllm\.generation_config is decided"),
+        ([VLLM, 'engine.vllm.additional_config="x"'], r"engine\.vllm\.additional_config is decided"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(overrides, said):
@@ -86,6 +95,41 @@ def test_expanding_rows_is_repeating_them():
     assert rejection.expand_batch_to_tokens(x, cumulative, 5, 0, 1).tolist() == [1.0, 1.0, 2.0, 2.0, 2.0]
     assert rejection.needs_correction("0.32.0", "cpu") and not rejection.needs_correction("0.32.0", "cuda")
     assert not rejection.needs_correction("0.33.1", "cpu")
+
+
+def test_of_vllms_own_refusals_option_value_and_reason_are_said_and_no_lists():
+    pydantic = pytest.importorskip("pydantic")
+
+    class ParallelConfig(pydantic.BaseModel):
+        tensor_parallel_size: int = 1
+
+        @pydantic.model_validator(mode="after")
+        def even(self):
+            if self.tensor_parallel_size % 2:
+                raise ValueError("odd sizes do not work.")
+            return self
+
+    class CompilationConfig(pydantic.BaseModel):
+        mode: int = 0
+
+    known = ("tensor_parallel_size", "compilation_config")
+
+    def said(kind, **given):
+        with pytest.raises(pydantic.ValidationError) as caught:
+            kind(**given)
+        return reason(caught.value, known)
+
+    assert said(ParallelConfig, tensor_parallel_size="two").startswith(
+        'engine.vllm.tensor_parallel_size = "two" is not valid: Input should be a valid integer'
+    )
+    assert said(ParallelConfig, tensor_parallel_size=3) == "odd sizes do not work"
+    assert said(CompilationConfig, mode="x").startswith('engine.vllm.compilation_config.mode = "x" is not valid: ')
+    long = ValueError(
+        "Model architectures ['Foo'] are not supported for now. Supported architectures: dict_keys([...])"
+    )
+    assert reason(long) == "Model architectures ['Foo'] are not supported for now"
+    assert reason(RuntimeError("no model. [type=value_error, input_value=x]")) == "no model"
+    assert reason(RuntimeError()) == "RuntimeError" and len(reason(ValueError("word " * 1000))) < 420
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ def test_the_stock_sampler_is_wrong_and_the_corrected_one_is_not():
     found = sampler_p_values(50_000)
     assert rejection.needs_correction(installed_version(), "cpu")
     assert min(found["stock"].values()) < rejection.CHECK_LEVEL
-    for drafts in ("unlikely drafts", "missing drafts"):
+    assert min(found["wrong probabilities"].values()) < rejection.CHECK_LEVEL
+    for drafts in ("unlikely drafts", "missing drafts", "drawn drafts"):
         assert set(found[drafts]) == set(rejection.SETTINGS)
         assert min(found[drafts].values()) > 1e-4, found[drafts]
 

@@ -12,9 +12,10 @@ from pipeline.engine.generator import FinishedSample, GroupRequest
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from pipeline.messages import Sampler
+from pipeline.models.chat import chat_template
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.tasks import load_task
-from pipeline.tasks.jsonl import read_examples
+from pipeline.tasks.jsonl import Chat, read_examples
 from pipeline.tasks.prompts import PromptOrder, check_prompts, rollout_sampling, sample_seed
 
 TRIES = 7
@@ -102,7 +103,7 @@ def calibrate_for_run(generator: NativeGenerator, config: Config, folder: Path, 
     switching, tokenizer = config.engine.switching, Tokenizer(folder)
     sampling = rollout_sampling(config.sampling, tokenizer.eos_token_ids)
     requests = []
-    for number, text in enumerate(_prompts(config, tokenizer)):
+    for number, text in enumerate(_prompts(config, tokenizer, chat_template(folder))):
         seed = sample_seed(config.run.seed + 1, 0, number, 0)
         requests.append(GroupRequest(number, np.array(tokenizer.encode(text), np.int64), sampling, (seed,)))
     found = calibrate(generator, requests, switching.policy_share)
@@ -112,14 +113,14 @@ def calibrate_for_run(generator: NativeGenerator, config: Config, folder: Path, 
     )
 
 
-def _prompts(config: Config, tokenizer: Tokenizer) -> list[str]:
+def _prompts(config: Config, tokenizer: Tokenizer, chat: Chat) -> list[str]:
     """Of the file that is named; else training prompts in the order of another seed than the run's."""
     switching, section = config.engine.switching, config.task
     if switching.calibration_path:
-        examples = read_examples(Path(switching.calibration_path), section)
+        examples = read_examples(Path(switching.calibration_path), section, chat)
         fitting = [e.prompt for e in examples if len(tokenizer.encode(e.prompt)) <= config.sampling.max_prompt_tokens]
         return fitting[: switching.calibration_prompts]
-    task = load_task(section, config.run.seed)
+    task = load_task(section, config.run.seed, chat)
     usable = check_prompts(task, tokenizer.encode, config.sampling.max_prompt_tokens, section.long_prompts)
     order = PromptOrder(len(usable), config.run.seed + 1)
     return [

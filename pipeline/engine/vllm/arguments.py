@@ -10,6 +10,7 @@ from typing import Any
 from drafters.registry import build
 from pipeline.config.check_vllm import drafts
 from pipeline.engine.vllm import own_drafters, proposer
+from pipeline.engine.vllm.refusals import reason
 from pipeline.errors import UsageError
 
 WORKER = "pipeline.engine.vllm.worker.RollaheadWorker"
@@ -84,17 +85,11 @@ def engine_arguments(
             arguments["kv_cache_memory_bytes"] = wanted
     elif kv_bytes:
         arguments["kv_cache_memory_bytes"] = kv_bytes
-    _check_memory(configs, arguments)
+    _check_memory(configs, arguments, _device_memory())
     try:
         return AsyncEngineArgs(**arguments)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"vLLM does not take engine.vllm = {dict(options)!r}: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The sentence of a pydantic or plain error that says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if "Value error, " in line), lines[0]).replace("Value error, ", "")
+    except Exception as error:  # whatever one of vLLM's types raises at a value that it did not expect
+        raise UsageError(f"vLLM does not take engine.vllm = {dict(options)!r}: {reason(error, known)}") from error
 
 
 def speculation(
@@ -103,7 +98,7 @@ def speculation(
     """The drafter as vLLM takes it: a proposer of ours around it, a method of vLLM's with its model, or vLLM's own by
     `engine.vllm.speculative_config`."""
     own = options.get("speculative_config")
-    extra = {**options.get("additional_config", {}), proposer.KEY: {"drafter": dict(drafter)}}
+    extra = {proposer.KEY: {"drafter": dict(drafter)}}
     if own is not None:
         return {"speculative_config": {"num_speculative_tokens": most, **own}, "additional_config": extra}
     if not drafts(drafter, options, most):
@@ -119,10 +114,21 @@ def speculation(
 def _model_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} holds no config.json; give the folder of a Hugging Face checkpoint")
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"the model configuration in {folder} cannot be read: {first_line(error)}") from error
+        raise UsageError(f"the model configuration in {folder} cannot be read: {reason(error)}") from error
+
+
+def _device_memory() -> int:
+    """Bytes of the machine on a CPU, of the first device elsewhere; 0: not known."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(current_platform.get_device_total_memory()) if current_platform.is_cuda() else 0
 
 
 def _drafting_config(speculative: Any) -> list[Any]:
@@ -157,12 +163,19 @@ def _kv_bytes(configs: Sequence[Any], sequences: int, length: int) -> int:
     return min(wanted, free // 2)
 
 
-def _check_memory(configs: Sequence[Any], arguments: Mapping[str, Any]) -> None:
+def _check_memory(configs: Sequence[Any], arguments: Mapping[str, Any], there_is: int) -> None:
     given = arguments.get("kv_cache_memory_bytes")
+    if not isinstance(given, int):  # none, or a value that vLLM's types refuse
+        return
     needed = _sequence_bytes(configs, int(arguments["max_model_len"]))
-    if given and given < needed:
+    if given < needed:
         raise UsageError(
             f"{given:,} bytes for keys and values do not hold one sequence of {arguments['max_model_len']} tokens, "
             f"which takes {needed:,}; raise engine.kv_bytes, or lower sampling.max_prompt_tokens or "
             "sampling.max_new_tokens"
+        )
+    if there_is and given >= there_is:
+        raise UsageError(
+            f"{given:,} bytes for keys and values are more than the {there_is:,} bytes of memory there are; lower "
+            "engine.kv_bytes, or set it to 0 to have it chosen"
         )

@@ -5,13 +5,13 @@ import queue
 import threading
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.engine.generator import GeneratorLost
-from pipeline.engine.vllm.arguments import first_line
-from pipeline.errors import RunFailed, UsageError
+from pipeline.engine.vllm.refusals import reason
+from pipeline.errors import RollaheadError, RunFailed, UsageError
 
 T = TypeVar("T")
 Key = tuple[int, int, int]
@@ -57,16 +57,17 @@ class EngineClient:
 
         try:
             config = arguments.create_engine_config()
-        except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        except Exception as error:  # whatever one of vLLM's types raises at a value that it did not expect
+            names = [field.name for field in fields(arguments)]
             raise UsageError(
-                f"vLLM does not take {arguments.model} with these options: {first_line(error)}; change engine.vllm, or "
-                'use engine.generator = "native"'
+                f"vLLM does not take {arguments.model} with these options: {reason(error, names)}; change engine.vllm, "
+                'or use engine.generator = "native"'
             ) from error
         try:
             return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except Exception as error:  # whatever a model of vLLM's raises while it is loaded
             raise RunFailed(
-                f"vLLM's engine did not start: {first_line(error)} The reason is in its own lines above; too little "
+                f"vLLM's engine did not start: {reason(error)}. The reason is in its own lines above; too little "
                 "memory is a matter of engine.kv_bytes and engine.max_sequences"
             ) from error
 
@@ -141,10 +142,12 @@ class EngineClient:
 
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except RollaheadError:
+            raise
         except EngineDeadError as error:
             raise GeneratorLost("vLLM's engine has died") from error
         except Exception as error:  # vLLM's own words for a call that its dying core could not answer
-            if self.died():
+            if self._engine is not None and self.died():
                 raise GeneratorLost("vLLM's engine has died") from error
             raise
 

@@ -101,7 +101,7 @@ def prepare() -> None:
     current_platform.register_triton_kernel_overrides()
 
 
-def check(device: torch.device, rows: int = 20_000, missing: bool = False) -> dict[str, float]:
+def check(device: torch.device, rows: int = 20_000, missing: bool = False, drawn: bool = False) -> dict[str, float]:
     """Chi-square p-values of the first token that vLLM's rejection sampler emits for one drafted token, by setting.
 
     The draft is the least likely token that can be drawn, so that a sampler which follows it fails by much. A sampler
@@ -111,12 +111,17 @@ def check(device: torch.device, rows: int = 20_000, missing: bool = False) -> di
         device: where to sample.
         rows: sequences in the batch.
         missing: whether the drafts are -1, which stands for none.
+        drawn: whether the drafts are drawn, from a distribution unlike the target's that the sampler is given.
     """
     found = {}
     for name, params in SETTINGS.items():
         law = processed_law(np.array(LOGITS), params, (), (), ())
-        draft = -1 if missing else int(np.where(law > 0, law, 2.0).argmin())
-        tokens = _sampled(params, draft, rows, device)
+        q = np.exp(-np.array(LOGITS)) / np.exp(-np.array(LOGITS)).sum() if drawn else None
+        if q is None:
+            drafts = np.full(rows, -1 if missing else int(np.where(law > 0, law, 2.0).argmin()))
+        else:
+            drafts = np.random.default_rng(0).choice(len(q), rows, p=q)
+        tokens = _sampled(params, drafts, q, device)
         if tokens is None or tokens.min() < 0 or tokens.max() >= len(law):
             found[name] = 0.0
         else:
@@ -124,11 +129,15 @@ def check(device: torch.device, rows: int = 20_000, missing: bool = False) -> di
     return found
 
 
-def _sampled(params: SamplingParams, draft: int, rows: int, device: torch.device) -> np.ndarray | None:
-    """Tokens int64 [rows]; None: the sampler raised."""
+def _sampled(
+    params: SamplingParams, drafts: np.ndarray, q: np.ndarray | None, device: torch.device
+) -> np.ndarray | None:
+    """Tokens int64 [rows] for as many drafts, drawn from `q` [V] if it is given; None: the sampler raised."""
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.sample.logits_processor import LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
+
+    rows = len(drafts)
 
     def each(value: float, kind: torch.dtype = torch.float32) -> Tensor:
         return torch.full((rows,), value, dtype=kind, device=device)
@@ -144,10 +153,12 @@ def _sampled(params: SamplingParams, draft: int, rows: int, device: torch.device
     )  # fmt: skip
     logits = torch.tensor(LOGITS, device=device).repeat(rows, 1)
     bonus = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+    proposed = torch.from_numpy(drafts).to(device, torch.int32)
+    given = None if q is None else torch.from_numpy(q).to(device, torch.float32).repeat(rows, 1)
     try:
         target = rejection_sampler.apply_sampling_constraints(logits, cumulative, metadata)
         emitted = rejection_sampler.rejection_sample(
-            each(draft, torch.int32), [1] * rows, 1, cumulative, None, target, bonus, metadata
+            proposed, [1] * rows, 1, cumulative, given, target, bonus, metadata
         )
     except RuntimeError:  # uninitialised memory makes some settings raise
         return None

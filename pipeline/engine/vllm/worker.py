@@ -90,8 +90,10 @@ class RollaheadWorker:
         return proposer is not None
 
     def rollahead_check_sampler(self) -> dict[str, float]:
-        """p-values of the sampler in this very process, by setting."""
-        return rejection.check(torch.device(self.device))
+        """p-values of the sampler in this very process, by setting, with drafts that are certain and drawn ones."""
+        device = torch.device(self.device)
+        drawn = rejection.check(device, drawn=True)
+        return rejection.check(device) | {f"{name}, drawn drafts": p for name, p in drawn.items()}
 
     def rollahead_load_weights(self, folder: str, version: int) -> None:
         """A checkpoint's weights in place of those loaded; between steps, while generation is paused."""

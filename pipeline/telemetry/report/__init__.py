@@ -1,11 +1,14 @@
-"""`rollahead report DIR`: one HTML file that needs no network, of a run or of a benchmark."""
+"""`rollahead report DIR`: one HTML file that needs no network, of a run, a draft head's training or a benchmark."""
 
+import tomllib
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.telemetry.metrics import read_metrics
 from pipeline.telemetry.report.benchmark import benchmark_page
-from pipeline.telemetry.report.page import render
+from pipeline.telemetry.report.drafter import SETTINGS, drafter_page
+from pipeline.telemetry.report.page import Page, render
 from pipeline.telemetry.report.run import run_page
 from pipeline.telemetry.trace import merge
 
@@ -13,8 +16,8 @@ __all__ = ["write_report"]
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Reads what a run or a benchmark left in `folder` and writes report.html; of a run also trace.json, its processes'
-    traces in one file.
+    """Reads what a run, a head's training or a benchmark left in `folder` and writes report.html; of a run also
+    trace.json, its processes' traces in one file.
 
     Raises:
         UsageError: there is nothing to report on, or the file cannot be written.
@@ -23,10 +26,10 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     rows = read_metrics(metrics)
     if not rows and not results.exists():
         raise UsageError(
-            f"{folder} holds neither a run that has finished a step (metrics.jsonl) nor a benchmark (results.json); "
-            "give the --out of one"
+            f"{folder} holds neither a run, nor a head's training, that has finished a step (metrics.jsonl), nor a "
+            "benchmark (results.json); give the --out of one"
         )
-    page = run_page(folder, rows) if rows else benchmark_page(results)
+    page = _page(folder, rows) if rows else benchmark_page(results)
     out = out or folder / "report.html"
     try:
         out.write_text(render(page), encoding="utf-8")
@@ -35,6 +38,27 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error}; choose another --out") from error
     return out
+
+
+def _page(folder: Path, rows: list[dict[str, Any]]) -> Page:
+    of_head = (folder / SETTINGS).exists()
+    path = folder / (SETTINGS if of_head else "config.toml")
+    try:
+        written = path.read_text()
+        settings = tomllib.loads(written)
+    except FileNotFoundError:
+        written, settings = "", {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(
+            f"{path} cannot be read: {error}; copy it again, or take it away to report without it"
+        ) from error
+    try:
+        return (drafter_page if of_head else run_page)(folder, rows, settings, written)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{folder / 'metrics.jsonl'} is not what this version writes ({type(error).__name__}: {error}); "
+            "report with the version that wrote it"
+        ) from error
 
 
 def _write_trace(folder: Path) -> None:

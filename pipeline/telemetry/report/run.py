@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ WINDOW = 10
 MOST_SAMPLES = 400
 
 
-def run_page(folder: Path, rows: list[Row]) -> Page:
-    """Of a run that has finished a step."""
-    config_text = _read(folder / "config.toml")
-    config = tomllib.loads(config_text)
+def run_page(folder: Path, rows: list[Row], config: Row, config_text: str) -> Page:
+    """Of a run that has finished a step; its configuration, and the same as text."""
     flat = [scalars(row) for row in rows]
     names = sorted({name for row in flat for name in row} - {"step"})
     samples = read_metrics(folder / "samples.jsonl")

@@ -18,6 +18,8 @@ def samples_section(samples: Sequence[Mapping[str, Any]]) -> str:
     )
     key += '<span class="o-bonus">bonus</span><span class="o-residual">in place of a rejected draft</span>'
     key += "<span>sampled, nothing drafted</span>"
+    if any(piece[1] == "unknown" for sample in samples for piece in sample["pieces"]):
+        key += "<span>how a token came was not recorded (vLLM)</span>"
     key += "".join(f'<span class="s-{text(name)}">{text(name.replace("_", " "))}</span>' for name in sorted(samplers))
     cards = "".join(_card(sample, names) for sample in samples)
     return f'<p class="key">{key}</p><select id="sample-step" aria-label="step"></select>{cards}'
