@@ -20,7 +20,10 @@ SIZE_MB = 24
 FULL_SECONDS = 4.0
 
 
-WRITERS = ("spool.write", "journal.write", "publish.written", "checkpoint.written", "records.write")
+WRITERS = (
+    "spool.write", "journal.write", "publish.written", "checkpoint.written", "records.write", "batches.write",
+    "tensors.write",
+)  # fmt: skip
 
 
 def disk_full(root: Path, thorough: bool = True) -> dict[str, Any]:

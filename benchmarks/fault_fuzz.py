@@ -22,6 +22,7 @@ from benchmarks.results import resident_bytes
 from benchmarks.synthetic import BATCH, DIGEST, GROUP, make_hub, make_link, source, start_engine, trajectory
 from pipeline import codec, messages
 from pipeline.codec import encode, encode_trajectory
+from pipeline.engine.link import Failed
 from pipeline.messages import SCHEMA, BadMessage, Capabilities
 from pipeline.transport.integrity import seal
 
@@ -35,6 +36,8 @@ _INTERESTING = (
     b"\xc1",
     b"\x91" * 600,
 )
+_SETTLED_STEPS = 5
+"""after which memory is measured from"""
 GROWTH_LIMIT = 32 << 20
 
 
@@ -71,6 +74,9 @@ def valid_from_learner() -> list[list[bytes]]:
         messages.Revoke(leases=(1,)),
         messages.WeightsFiles(version=1, files=(messages.WeightsFile(name="config.json", bytes=2, sha256="0"),)),
         messages.WeightsChunk(version=1, file="config.json", offset=0, data=b"{}"),
+        messages.Refused(reason="no", keys=("schema",)),
+        messages.Drain(),
+        messages.fatal("broken", "somewhere"),
     ]
     return [encode(message) for message in plain]
 
@@ -213,8 +219,10 @@ def fuzz_socket(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
         hub.trained(batch)
         for attacker in attackers:
             attacker.start()
-        deadline = time.monotonic() + seconds
+        deadline, before = time.monotonic() + seconds, 0
         while time.monotonic() < deadline:
+            if steps == _SETTLED_STEPS:
+                before = resident_bytes()
             batch = hub.take(BATCH // GROUP, ordered=False, timeout=20.0)
             if batch is None:
                 raise RuntimeError(f"the honest engine's traffic stopped: {hub.stats()}")
@@ -222,6 +230,7 @@ def fuzz_socket(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
             hub.trained(batch)
             hub.publish(steps)
             hub.check()
+        growth = resident_bytes() - before if before else 0
     finally:
         stopping.set()
         for attacker in attackers:
@@ -231,9 +240,48 @@ def fuzz_socket(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
         hub._journal.close()
         engine.kill()
         engine.communicate()
+    counts = {
+        "messages": sent["messages"], "connections": sent["connections"], "bad_messages": stats.bad_messages,
+        "strangers": stats.strangers, "damaged_messages": stats.damaged_messages, "honest_steps": steps,
+    }  # fmt: skip
     return {
-        "sent": dict(sent), "honest_steps": steps, "bad_messages": stats.bad_messages, "strangers": stats.strangers,
-        "damaged_messages": stats.damaged_messages,
+        **counts, "cut_off": sent["cut_off"], "memory_growth_bytes": growth,
+        "met": {name for name, count in counts.items() if count}, "expected": set(counts) - {"strangers"},
+    }  # fmt: skip
+
+
+def fuzz_engine_socket(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
+    """Mutated messages from a learner that is none, at an engine's link over its own socket."""
+    generator = random.Random(seed)
+    valid = valid_from_learner()
+    context = zmq.Context()
+    learner = context.socket(zmq.ROUTER)
+    learner.linger = 0
+    port = learner.bind_to_random_port("tcp://127.0.0.1")
+    link = make_link(f"tcp://127.0.0.1:{port}", folder / "spool", on_event=lambda line: None)
+    link.start()
+    sent, failures, before = 0, 0, 0
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if learner.poll(10):
+            peer, *_ = learner.recv_multipart()
+            for _ in range(20):
+                frames = mutate(generator, generator.choice(valid))
+                learner.send_multipart([peer, *(seal(frames) if generator.random() < 0.9 and frames else frames)])
+                sent += 1
+        failures += sum(isinstance(event, Failed) for event in link.poll(0))
+        link.update((), GROUP, 0, 0, 0.0)
+        link._session._failed = False  # one that has given up would not look at more
+        link._outbox._failed = False
+        before = before or (resident_bytes() if failures > _SETTLED_STEPS else 0)
+    growth = resident_bytes() - before if before else 0
+    counts = {"messages": sent, "failures": failures, "connections": link.connections}
+    link.stop()
+    learner.close()
+    context.term()
+    return {
+        **counts, "damaged": link.stats().damaged_messages, "memory_growth_bytes": growth,
+        "met": {name for name, count in counts.items() if count}, "expected": set(counts),
     }  # fmt: skip
 
 
@@ -260,7 +308,7 @@ def _attack_with_bytes(address: str, seed: int, stopping: threading.Event, sent:
     generator = random.Random(seed + 1)
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
-    ready = b"\x04\x26\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
+    ready = b"\x04\x29\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
     open_ones: list[stdlib_socket.socket] = []
     while not stopping.is_set():
         try:
@@ -296,7 +344,13 @@ def fuzz(root: Path, *, count: int, seconds: float, seed: int) -> dict[str, Any]
     if not outcomes["refused"] or len(outcomes) < 5:
         problems.append(f"the mutations do not reach the parsers: {outcomes}")
     at_socket = fuzz_socket(root / "socket", seconds, seed + 3)
+    at_engine = fuzz_engine_socket(root / "engine", seconds / 2, seed + 4)
+    for side, found in (("learner", at_socket), ("engine", at_engine)):
+        if found["memory_growth_bytes"] > GROWTH_LIMIT:
+            problems.append(f"memory of the {side} grew by {found['memory_growth_bytes'] >> 20} MiB under attack")
+        problems += [f"the attack did not reach the {side}: no {name}" for name in found.pop("expected") - found["met"]]
+        found["met"] = sorted(found["met"])
     return {
         "mutated": count, "outcomes": dict(outcomes), "handlers": handled, "memory_growth_bytes": growth,
-        "socket": at_socket, "problems": problems,
+        "socket": at_socket, "engine_socket": at_engine, "problems": problems,
     }  # fmt: skip

@@ -121,6 +121,7 @@ class Lab:
             "learner.checkpoint_every": 3, "learner.learning_rate": 1e-3, "learner.threads": 1, "engine.threads": 1,
             "sampling.max_new_tokens": 32, "sampling.max_prompt_tokens": 64, "transport.address": address,
             "transport.heartbeat_seconds": 0.1, "transport.lease_seconds": 1.0, "engine.spool_bytes": 1 << 20,
+            "learner.dump_batches": 2,
         }  # fmt: skip
         self.config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
         self.steps = steps
@@ -241,6 +242,10 @@ def kill_matrix(root: Path, *, names: Sequence[str], random_kills: int, seed: in
         if not (found := audit(lab, reference if synchronous else None)).clean:
             problems.append(f"{lab.root.name}: {found}")
         runs += 1
+    if waiting:
+        problems.append(f"the time was too short for kills at {', '.join(sorted(waiting))}")
+    if killed["random"] < random_kills:
+        problems.append(f"the time was too short for {random_kills} random kills; there were {killed['random']}")
     return {
         "runs": runs, "kills": sum(killed.values()), "kills_at_random": killed["random"],
         "failpoints": sorted(name for name in killed if name != "random"), "failpoints_left": sorted(waiting),

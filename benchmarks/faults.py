@@ -20,6 +20,7 @@ from benchmarks.fault_fuzz import fuzz
 from benchmarks.fault_kills import kill_matrix
 from benchmarks.fault_network import BYTE_FAULTS, MESSAGE_FAULTS, network_faults
 from benchmarks.fault_soak import soak
+from benchmarks.options import minutes
 from benchmarks.results import write_results
 from pipeline.failpoints import NAMES
 
@@ -28,13 +29,13 @@ SHORT_FAILPOINTS = (
     "lease.recorded", "spool.torn", "journal.torn", "journal.fsync", "ack.sent", "publish.written",
     "checkpoint.renamed",
 )  # fmt: skip
-SHORT_NETWORK = ("drop", "corrupt", "half-open", "all")
+SHORT_NETWORK = ("drop", "corrupt", "half-open", "half-open-kept", "all")
 
 
 def main(arguments: list[str]) -> int:
     """Runs the parts, prints a line each, writes `results.json`; 1 when something was lost, repeated or broken."""
     parser = argparse.ArgumentParser(prog="rollahead bench faults", description="Faults on purpose, and an audit.")
-    parser.add_argument("--minutes", type=float, default=0.0, help="long form, about this long; 0: the short form")
+    parser.add_argument("--minutes", type=minutes, default=0.0, help="long form, about this long; 0: the short form")
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-faults"), help="folder for results.json")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,7 +69,7 @@ def _kills(root: Path, seconds: float, seed: int) -> dict[str, Any]:
     long = seconds > 0
     return kill_matrix(
         root, names=NAMES * 2 if long else SHORT_FAILPOINTS, random_kills=200 if long else 4, seed=seed,
-        deadline=time.monotonic() + (seconds or 40),
+        deadline=time.monotonic() + (seconds or 150),
     )  # fmt: skip
 
 
@@ -94,9 +95,12 @@ _RUN: dict[str, Callable[[Path, float, int], dict[str, Any]]] = {
 def _summary(part: str, found: dict[str, Any]) -> str:
     match part:
         case "kills":
-            return f"{found['kills']} kills ({found['kills_at_random']} at random) in {found['runs']} runs"
+            left = f", {len(found['failpoints_left'])} failpoints left" if found["failpoints_left"] else ""
+            return f"{found['kills']} kills ({found['kills_at_random']} at random) in {found['runs']} runs{left}"
         case "disk":
-            return f"full disk: {found['tmpfs'].get('skipped') or 'waited for space'}; {len(found['writers'])} writers"
+            skipped = found["tmpfs"].get("skipped")
+            tried = f"NOT TRIED on a full tmpfs ({skipped})" if skipped else "full tmpfs: waited for space"
+            return f"{tried}; {len(found['writers'])} writers"
         case "network":
             worst = max((row["recovery_seconds"] for row in found["rows"]), default=0.0)
             return f"{len(found['rows'])} faults, slowest recovery {worst:.1f} s"

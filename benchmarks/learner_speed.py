@@ -59,8 +59,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--what", choices=["speed"])
     parser.add_argument("--out", type=Path, default=Path("bench/learner-speed"), help="folder of results.json")
     parser.add_argument(
-        "--models", type=names, default=["small-body-150k"],
-        help="checkpoint folders, or small-body-150k (151,936 tokens, hidden 256, 4 layers, random), or tiny",
+        "--models", type=names, default=["small-body-150k", "even-16k"],
+        help="checkpoint folders, or random ones of hidden size 256: small-body-150k (151,936 tokens, 4 layers), "
+        "even-16k (16,384 tokens, 8 layers); or tiny",
     )  # fmt: skip
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"])
     parser.add_argument("--prompts", type=int, default=4, help=f"groups of {GROUP} samples in the batch")
@@ -100,6 +101,12 @@ def _model_folder(name: str, temporary: Path) -> Path:
             "hidden_size": 256,
             "intermediate_size": 768,
             "num_hidden_layers": 4,
+        },
+        "even-16k": {
+            "vocab_size": 16_384,
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 8,
         },
         "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
     }

@@ -66,6 +66,22 @@ def integers(least: int = 1) -> Callable[[str], list[int]]:
     return read_all
 
 
+def seconds(text: str) -> float:
+    """A length of time, more than none."""
+    value = float(_number(text, float, "a number"))
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no length of time; give more than 0")
+    return value
+
+
+def minutes(text: str) -> float:
+    """A length of time, or 0."""
+    value = float(_number(text, float, "a number"))
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no length of time; give 0 or more")
+    return value
+
+
 def floats(text: str) -> list[float]:
     """Comma-separated numbers; there may be none."""
     return [_number(part, float, "a number") for part in names(text)]

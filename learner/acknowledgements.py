@@ -34,7 +34,7 @@ class Acknowledgements:
     def give(self, engine: Engine, sample: SampleId, outcome: Outcome, record: Arrived | Failed) -> None:
         """Answer a sample that the ledger has judged; one it does not want is committed at once."""
         if outcome is Outcome.ACCEPTED:
-            size = sum(map(len, record.frames)) if isinstance(record, Arrived) else 0
+            size = sum(map(len, record.frames)) if isinstance(record, Arrived) else len(record.detail.encode())
             self._awaiting[sample] = {engine.producer}
             engine.unjournaled_bytes += size
             self.unjournaled_bytes += size

@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from learner import checkpoint_tensors
 from learner.checkpoint import CorruptCheckpoint, verify
 from pipeline.errors import RunFailed, UsageError
 from pipeline.run_directory import RunDirectory
+from pipeline.weights.filesystem import save_tensors
 
 _TRAINING_ONLY = {checkpoint_tensors.GENERATORS, "state.json", "manifest.json"}
 
@@ -47,7 +47,8 @@ def export(folder: Path, step: int | None, out: Path, dtype: str = "float32") ->
         _write(source, temporary, getattr(torch, dtype))
         temporary.rename(out)
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error}") from error
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UsageError(f"--out {out} cannot be written ({error.strerror or error}); free space there") from error
     return source
 
 
@@ -59,4 +60,4 @@ def _write(source: Path, target: Path, dtype: torch.dtype) -> None:
     sizes = checkpoint_tensors.sizes(source)
     weights = {name: torch.empty(sizes[name], dtype=dtype) for name in sizes if checkpoint_tensors.is_weight(name)}
     checkpoint_tensors.load(source, weights)
-    save_file(weights, target / checkpoint_tensors.WEIGHTS, metadata={"format": "pt"})
+    save_tensors(weights, target / checkpoint_tensors.WEIGHTS)

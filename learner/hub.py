@@ -216,6 +216,21 @@ class Hub:
             waiting = len(self._reception.roster) and self._reception.asked
             return time.monotonic() - self._reception.advanced_at if waiting else 0.0
 
+    def describe(self) -> str:
+        """Engines and leases as they are, for somebody who looks why nothing comes."""
+        now = time.monotonic()
+        with self._changed:
+            lines = [
+                f"engine {engine.producer}: incarnation {engine.incarnation}, heard {now - engine.heard:.1f} s ago, "
+                f"generated something {now - engine.advanced:.1f} s ago, takes {engine.credit} samples, "
+                f"{engine.spooled_bytes} bytes in its spool, leases it has not confirmed: {sorted(engine.unseen)}"
+                for engine in self._reception.roster
+            ]
+            evaluation = self._reception.evaluation
+            if evaluation is not None:
+                lines.append(f"an evaluation: {evaluation.missing} samples have not come")
+        return "\n".join(["engines:", *lines, "leases:", *self._ledger.waiting_leases(), str(self._ledger.account())])
+
     def _weights_requested(self, peer: bytes, request: messages.WeightsRequest) -> None:
         if self._weights is None:
             raise BadMessage('it asks for weights, which weights.transport = "filesystem" does not send')

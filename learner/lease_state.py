@@ -87,6 +87,13 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int
     """neither arrived nor failed"""
 
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+        return (
+            f"of {self.leased} samples leased {self.trained} are trained, {sum(self.dropped.values())} dropped"
+            f"{f' ({reasons})' if reasons else ''}, {self.buffered} wait for a batch, {self.in_flight} have not come"
+        )
+
     @property
     def unaccounted(self) -> int:
         """0, or a defect."""

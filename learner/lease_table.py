@@ -113,7 +113,7 @@ class LeaseTable:
         """Raises AssertionError when a counter or a state contradicts another."""
         account = self.account()
         if account.unaccounted:  # not an assert: it holds in every run, also under python -O
-            raise AssertionError(f"{account.unaccounted} samples are not accounted for: {account}")
+            raise AssertionError(f"{account.unaccounted} samples are not accounted for: {account!r}")
         assert len(self.consumed) + len(self.entries) == self.next_lease
         assert not any(lease in self.consumed for lease in self.entries)
         for entry in self.entries.values():

@@ -189,6 +189,15 @@ class Ledger:
                 return False
             return entry.status is Status.ORPHANED or entry.holder not in ("", producer)
 
+    def waiting_leases(self) -> list[str]:
+        """A line for each lease with samples that have not come."""
+        with self._lock:
+            return [
+                f"lease {lease}: {entry.status.name.lower()}, held by {entry.holder or 'nobody'}, "
+                f"samples {entry.missing} have not come"
+                for lease, entry in sorted(self._table.entries.items()) if entry.missing
+            ]  # fmt: skip
+
     def idle(self) -> bool:
         """No sample is in flight."""
         with self._lock:

@@ -1,6 +1,7 @@
 """What the learner shows of itself beside metrics.jsonl: sinks, samples, trace, its lines or live view."""
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,13 @@ class LearnerObserver:
         resume_step: int,
         decode: Callable[[list[int]], str],
         log: Callable[[str], None],
+        *,
+        cut_back: bool = True,
     ) -> None:
         """
+        Args:
+            cut_back: leave out of samples.jsonl what is of later steps than `resume_step`.
+
         Raises:
             UsageError: a sink that the configuration asks for cannot start, or a file cannot be written.
         """
@@ -36,7 +42,7 @@ class LearnerObserver:
         try:
             run.environment.write_text(json.dumps(environment(), indent=1) + "\n")
             self._trace = Trace(run.trace, "learner") if telemetry.trace else None
-            self._samples = SampleLog(run.samples, resume_step)
+            self._samples = SampleLog(run.samples, resume_step if cut_back else sys.maxsize)
         except OSError as error:
             raise UsageError(f"{run.root} cannot be written ({error.strerror or error}); free space there") from error
         self._clock = StateClock("starting", self._trace)

@@ -261,6 +261,8 @@ class Reception:
             check_trajectory(trajectory, engine.producer, lease, self._limits, Capabilities(), self.version)
         if evaluation is not None and lease is not None:
             check_sample(*sample, lease.group_size)
+            if trajectory is not None and (trajectory.versions != lease.version).any():
+                raise BadMessage(f"sample {sample} is of another publication than {lease.version}, which is evaluated")
             evaluation.arrive(sample, trajectory)
         engine.unseen.pop(sample[0], None)
         self.advanced_at = time.monotonic()

@@ -32,6 +32,8 @@ from learner.leases import Batch, Group, LedgerState
 from learner.objective import Objective
 from learner.observer import LearnerObserver
 from learner.policy import gathered_state, resolve_device
+from learner.stall import Loneliness, dump_state
+from learner.startup import check_startup
 from learner.step_metrics import Metrics
 from learner.step_record import step_metrics
 from learner.trainer import build_trainer
@@ -59,6 +61,7 @@ REMEDIES = {
     "reward_timeout": "raise task.reward_seconds, or see the engine's log for the samples",
     "reward_died": "raise task.reward_memory_mb, or see the engine's log for the samples",
     "reward_error": "the reward function fails: the engine's log names the samples",
+    "too_large": "raise transport.max_message_bytes",
     "stale": "raise learner.max_age or lower learner.max_staleness",
 }
 
@@ -72,13 +75,17 @@ def run_learner(config: Config, *, evaluate_only: bool = False) -> int:
     torch.set_num_threads(threads if config.learner.threads else max(1, threads // ranks.on_this_machine()))
     if ranks.rank() > 0:
         return follow(config, objective)
+    check_startup(config, evaluate_only)  # of rank 0 alone, which has the socket and its keys
     stop, log = StopSignal(), Log("learner")
     for warning in filter(None, (uncorrected_sampler(objective, config), idle_gate(objective, config))):
         log(warning)
     Log.structured = config.telemetry.log_format == "json"
     run = RunDirectory(Path(config.run.out))
     run.lock()
-    run.prepare(config)
+    if evaluate_only and run.holds_a_run():
+        run.check_resumable(config)
+    else:
+        run.prepare(config)
     learner = Learner(config, run, objective, stop, log, evaluate_only=evaluate_only)
     try:
         if evaluate_only:
@@ -150,9 +157,10 @@ class Learner:
 
         self.publisher = FilesystemPublisher(run.weights, config.weights.keep, self.model_folder)
         self.publish_dtype = parts.publish_dtype(config, model_config)
-        self.metrics = MetricsWriter(run.metrics, self.step)
-        self.audit = TrainedSamples(run.trained, self.step)
-        self.observer = LearnerObserver(config, run, self.step, tokenizer.decode, log)
+        # An evaluation leaves the records as they are: opening them cuts them back to the checkpoint.
+        self.metrics = None if evaluate_only else MetricsWriter(run.metrics, self.step)
+        self.audit = None if evaluate_only else TrainedSamples(run.trained, self.step)
+        self.observer = LearnerObserver(config, run, self.step, tokenizer.decode, log, cut_back=not evaluate_only)
         self.collapse = CollapseWatch()
         transport = config.transport
         segment_bytes = max(1, min(16 << 20, transport.journal_bytes // JOURNAL_SEGMENTS))
@@ -168,6 +176,7 @@ class Learner:
         self.hub.restore(restored.state.ledger if restored else None)
         self.stats_before = self.hub.stats()
         self.watchdog = Watchdog(transport.stall_seconds, self._stalled)
+        self.loneliness = Loneliness(log, self.hub, time.monotonic())
         self.step_ended = time.perf_counter()
 
     @property
@@ -224,7 +233,8 @@ class Learner:
             self.hub.drain(DRAIN_SECONDS)
 
     def evaluate_only(self) -> dict[str, float]:
-        """Evaluate the policy as it is, instead of training; written to evaluation.json. Nothing of the run changes.
+        """Evaluate the policy as it is, instead of training; written to evaluation.json. Of the run nothing changes
+        but the number of its publications.
 
         Returns:
             The metrics; empty when a stop was asked for.
@@ -236,7 +246,7 @@ class Learner:
         if found:
             content = {"step": self.step, "policy_version": self.publisher.version, **found}
             text = msgspec.json.format(msgspec.json.encode(content)) + b"\n"
-            self._patiently(self.run.evaluation, partial(self.run.evaluation.write_bytes, text))
+            self._patiently(self.run.evaluation, partial(_write_record, self.run.evaluation, text))
             self.hub.drain(DRAIN_SECONDS)
         return found
 
@@ -246,8 +256,9 @@ class Learner:
         self.observer.close()
         self.hub.stop()
         self.journal.close()
-        self.metrics.close()
-        self.audit.close()
+        for records in (self.metrics, self.audit):
+            if records is not None:
+                records.close()
 
     def _evaluation_due(self) -> bool:
         every = self.config.learner.eval_every
@@ -292,10 +303,12 @@ class Learner:
 
     def _check_that_engines_advance(self) -> None:
         limit, stats = self.config.transport.stall_seconds, self.hub.stats()
+        self.loneliness.look(stats.engines, time.monotonic())
         if limit and not stats.journal_stalled and self.hub.stalled_seconds() > limit:
+            dumped = dump_state(self.run.stalled, self.hub.describe())
             raise RunFailed(
                 f"no sample arrived for {limit:.0f} s (transport.stall_seconds) although {stats.engines} engines are "
-                f"connected; {stats.account}; see the engines' logs"
+                f"connected; {stats.account}; {dumped}, and the engines' logs say more"
             )
 
     def _stalled(self, why: str, where: str) -> None:
@@ -400,6 +413,7 @@ class Learner:
         self.observer.enter("writing")
         try:
             failpoint("records.write")
+            assert self.audit is not None
             self.audit.write(self.step, batch)
             self._record(measured, batch, waited, began, evaluated)
         except OSError as error:
@@ -425,8 +439,14 @@ class Learner:
         )
         row.evaluation = evaluated
         self.stats_before = self.hub.stats()
+        assert self.metrics is not None
         self.metrics.write(row)
         self.observer.step(as_row(row), batch)
+
+
+def _write_record(path: Path, text: bytes) -> None:
+    failpoint("records.write")
+    path.write_bytes(text)
 
 
 def _unwritable(folder: Path, error: OSError) -> RunFailed:

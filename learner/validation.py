@@ -17,7 +17,7 @@ from pipeline.messages import (
     TrajectoryHeader,
 )
 
-DROP_REASONS = ("reward_error", "reward_timeout", "reward_died", "engine_error")
+DROP_REASONS = ("reward_error", "reward_timeout", "reward_died", "too_large", "engine_error")
 """why an engine may say that a sample will not come"""
 
 

@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("config", type=Path, help="TOML file, the same as the learner's")
     engine.add_argument("--connect", metavar="ADDR", help="the learner's address (transport.address)")
     engine.add_argument(
-        "--connect-timeout", type=float, metavar="S", help="give up after S seconds without the learner; 0: never"
+        "--connect-timeout", type=_seconds, metavar="S", help="give up after S seconds without the learner; 0: never"
     )
     _configuration_options(engine)
 
@@ -228,6 +228,16 @@ def _configuration_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check, print the resolved configuration, and stop")
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no length of time; give seconds, or 0")
+    return value
+
+
 def _insecure_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--insecure", action="store_true", help="listen for other machines without keys (transport.insecure)"
@@ -245,7 +255,7 @@ def _run(options: argparse.Namespace) -> int:
         config.run.out = options.out
     config.transport.insecure |= options.insecure
     if options.dry_run:
-        return _dry_run(config, ("learner", "engine"))
+        return _dry_run(config, ("learner", "engine"), evaluate_only=options.eval_only)
     from pipeline.launcher import run
 
     return run(config, demo=demo, evaluate_only=options.eval_only)
@@ -257,7 +267,7 @@ def _learner(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     config.transport.insecure |= options.insecure
     if options.dry_run:
-        return _dry_run(config, ("learner",))
+        return _dry_run(config, ("learner",), evaluate_only=options.eval_only)
     from learner.service import run_learner
 
     return run_learner(config, evaluate_only=options.eval_only)
@@ -268,7 +278,7 @@ def _engine(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.set)
     if options.dry_run:
-        return _dry_run(config, ("engine",))
+        return _dry_run(config, ("engine",), connect=options.connect)
     from learner.composition import check_engine_gives
     from pipeline.engine.service import run_engine
 
@@ -394,22 +404,26 @@ def _bench(options: argparse.Namespace) -> int:
     return bench(options.what, options.arguments)
 
 
-def _dry_run(config: object, parts: tuple[str, ...]) -> int:
+def _dry_run(config: object, parts: tuple[str, ...], *, evaluate_only: bool = False, connect: str | None = None) -> int:
     from pipeline.config import Config, check_config, render
 
     assert isinstance(config, Config)
     check_config(config)
     if "learner" in parts:
         from learner.composition import build_objective
+        from learner.startup import check_startup
 
         build_objective(config)
+        check_startup(config, evaluate_only)
     if "engine" in parts:
         from learner.composition import check_engine_gives
-        from pipeline.engine.service import check_pieces
+        from pipeline.engine.service import check_connection, check_pieces
         from pipeline.tasks.rewards import load_reward, reward_name
 
         check_engine_gives(config)
         check_pieces(config)
+        if parts == ("engine",):
+            check_connection(config, connect)
         load_reward(reward_name(config.task))
     sys.stdout.write(render(config))
     return 0

@@ -3,7 +3,6 @@
 Raises `pipeline.messages.BadMessage` for anything a peer should not have sent.
 """
 
-import math
 from typing import Any
 
 import msgspec
@@ -28,6 +27,8 @@ _encoder = msgspec.msgpack.Encoder()
 _engine_decoder = msgspec.msgpack.Decoder(EngineMessage)
 _learner_decoder = msgspec.msgpack.Decoder(LearnerMessage)
 
+_LARGEST_REWARD = 1e18
+"""as of `pipeline.tasks.rewards`"""
 _HUGE = float(np.finfo(np.float32).max)
 _ARRAYS = ("<u4", "<u4", "<f4", "<f4", "<u4", "<u4", "<u4", "u1", "u1")
 _DTYPES = tuple(np.dtype(each) for each in _ARRAYS)
@@ -67,8 +68,8 @@ def decode_trajectory(header: TrajectoryHeader, bodies: list[bytes]) -> Trajecto
         raise BadMessage("a log-prob is not finite or is above 0")
     if not _within(entropies, -1e-3, _HUGE):
         raise BadMessage("an entropy is not finite or is below 0")
-    if not all(map(math.isfinite, (header.reward, *header.reward_parts.values()))):
-        raise BadMessage(f"reward {header.reward}, or a part of it, is not finite")
+    if not all(abs(reward) <= _LARGEST_REWARD for reward in (header.reward, *header.reward_parts.values())):
+        raise BadMessage(f"reward {header.reward}, or a part of it, is not finite or beyond {_LARGEST_REWARD:g}")
     _check_origins(header)
     if samplers.size and (highest := samplers.max()) > _LAST_SAMPLER:
         raise BadMessage(f"unknown sampler {highest}")

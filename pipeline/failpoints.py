@@ -24,10 +24,11 @@ NAMES = (
     "sample.received", "journal.write", "journal.torn", "journal.fsync", "journal.synced", "ack.sent",
     "ack.handled",
     "step.trained", "publish.written", "publish.renamed", "publish.announced", "step.counted", "records.write",
-    "step.recorded",
+    "step.recorded", "batches.write", "tensors.write",
     "checkpoint.begun", "checkpoint.written", "checkpoint.renamed", "checkpoint.done",
 )  # fmt: skip
-"""In the order of a sample's life. `torn` lies in the middle of a write."""
+"""In the order of a sample's life. `torn` lies in the middle of a write; `tensors` are those of publications,
+checkpoints, draft heads and small models."""
 
 
 _random = random.SystemRandom()  # forked processes must not fail in step

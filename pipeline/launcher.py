@@ -31,7 +31,7 @@ _WARNING = re.compile(r"^\S+ \w+: warning\b|\"level\": \"warning\"", re.IGNORECA
 def run(config: Config, demo: bool, *, evaluate_only: bool = False) -> int:
     """Run to the end; returns the exit code."""
     check_config(config)
-    _check_objective(config)
+    _check_objective(config, evaluate_only)
     if config.engine.generator == "vllm":
         from pipeline.engine.vllm.install import require_vllm
 
@@ -40,11 +40,12 @@ def run(config: Config, demo: bool, *, evaluate_only: bool = False) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _choose_address(config)
     directory = RunDirectory(Path(config.run.out))
-    directory.prepare(config)
+    written = directory.evaluation_config if evaluate_only and directory.holds_a_run() else None
+    path = directory.prepare(config, written)
     stop = StopSignal()
     if not config.model.path:
         _warm_start(config, stop)
-    group = ProcessGroup(config, directory, stop, ["--eval-only"] if evaluate_only else [])
+    group = ProcessGroup(config, directory, stop, path, ["--eval-only"] if evaluate_only else [])
     stop.before_exit = group.kill
     began = time.monotonic()
     try:
@@ -62,12 +63,14 @@ def run(config: Config, demo: bool, *, evaluate_only: bool = False) -> int:
     return code
 
 
-def _check_objective(config: Config) -> None:
+def _check_objective(config: Config, evaluate_only: bool) -> None:
     """Before minutes of warm start, not after."""
     from learner.composition import build_objective
+    from learner.startup import check_startup
     from pipeline.engine.native.compression import KVCompression
 
     build_objective(config)
+    check_startup(config, evaluate_only)
     KVCompression.from_config(config.engine.kv_compression)
 
 
@@ -131,9 +134,13 @@ class ProcessGroup:
     """Starts the children, shows progress, ends with the learner."""
 
     def __init__(
-        self, config: Config, directory: RunDirectory, stop: StopSignal, learner_options: Sequence[str] = ()
+        self, config: Config, directory: RunDirectory, stop: StopSignal, path: Path, learner_options: Sequence[str] = ()
     ) -> None:
-        self.config, self.directory, self.stop = config, directory, stop
+        """
+        Args:
+            path: of the file that the children read.
+        """
+        self.config, self.directory, self.stop, self.path = config, directory, stop, path
         self.log = Log("run")
         self.rows_shown = len(read_metrics(directory.metrics))
         self.view = RunView(config.run.steps, self.rows_shown)
@@ -147,7 +154,7 @@ class ProcessGroup:
         ]
 
     def _command(self, name: str, *options: str) -> list[str]:
-        return [sys.executable, "-m", "pipeline.cli", name, str(self.directory.config), *options]
+        return [sys.executable, "-m", "pipeline.cli", name, str(self.path), *options]
 
     def watch(self) -> int:
         """Until the learner is done; returns its exit code."""

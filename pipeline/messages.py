@@ -15,6 +15,8 @@ SCHEMA = 4
 
 Text = Annotated[str, Meta(max_length=1 << 20)]
 Name = Annotated[str, Meta(max_length=256)]
+LONGEST_DETAIL = 4096
+"""characters of why a sample will not come"""
 Id = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Small = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Version = Annotated[int, Meta(ge=-1, lt=1 << 31)]
@@ -210,7 +212,7 @@ class SampleFailed(Message, tag="sample-failed", kw_only=True, frozen=True):
     lease: Id
     sample: Small
     reason: Name
-    detail: Text
+    detail: Annotated[str, Meta(max_length=LONGEST_DETAIL)]
 
 
 class Leaving(Message, tag="leaving", kw_only=True, frozen=True):

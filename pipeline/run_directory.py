@@ -42,6 +42,10 @@ class RunDirectory:
         self.tensorboard = root / "tensorboard"
         self.trace = root / "trace"
         self.environment = root / "environment.json"
+        self.evaluation_config = root / "evaluation.toml"
+        """options of an evaluation of a run that was there"""
+        self.stalled = root / "stalled.txt"
+        """who held what when no sample came any more"""
         self.report = root / "report.html"
         self._lock: TextIO | None = None
 
@@ -68,8 +72,14 @@ class RunDirectory:
                 "use the same values or another --out"
             )
 
-    def prepare(self, config: Config) -> None:
+    def prepare(self, config: Config, path: Path | None = None) -> Path:
         """Create the folder and write the resolved configuration into it; the learner locks it first.
+
+        Args:
+            path: of the file; None: config.toml.
+
+        Returns:
+            The file.
 
         Raises:
             UsageError: another run lives there, or a learner is at work in it, or it cannot be written.
@@ -82,7 +92,8 @@ class RunDirectory:
                 self.unlock()
             temporary = self.root / ".config.toml"
             temporary.write_text(render(config))
-            os.replace(temporary, self.config)
+            os.replace(temporary, path or self.config)
+            return path or self.config
         except OSError as error:
             raise UsageError(f"run directory {self.root} cannot be written: {error}; choose another run.out") from error
 

@@ -34,16 +34,18 @@ def print_summary(config: Config, directory: RunDirectory, seconds: float, demo:
 
 
 def _trained(config: Config, directory: RunDirectory, rows: list[dict[str, Any]], seconds: float) -> list[str]:
-    rewards = [row["reward_mean"] for row in rows]
-    first, last = statistics.fmean(rewards[:WINDOW]), statistics.fmean(rewards[-WINDOW:])
+    rewards = [row["reward_mean"] for row in rows if row["reward_mean"] is not None]
+    first, last = rewards[:WINDOW], rewards[-WINDOW:]
+    reward = f"{statistics.fmean(first):.3f} -> {statistics.fmean(last):.3f}" if rewards else "none was finite"
+    staleness = [row["staleness_mean"] for row in rows if row["staleness_mean"] is not None]
     name = config.model.path or "the embedded model"
     mismatch = [row["mismatch_k3"] for row in rows if row["mismatch_k3"] is not None]
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(rows[-1]["dropped_total"].items())) or "none"
     return [
         f"Trained {name} on {config.task.path or config.task.kind} for {rows[-1]['step']} steps, "
         f"{sum(row['tokens_trained'] for row in rows):,} tokens, in {seconds:.0f} s.",
-        f"  reward     {first:.3f} -> {last:.3f}  {sparkline(rewards)}",
-        f"  staleness  {statistics.fmean(row['staleness_mean'] for row in rows):.2f} publications on average; "
+        f"  reward     {reward}  {sparkline(rewards)}",
+        f"  staleness  {statistics.fmean(staleness or [0.0]):.2f} publications on average; "
         f"samples dropped: {dropped}",
         "  mismatch   "
         + (f"k3 {statistics.median(mismatch):.1e} (median, learner against engine, equal version)" if mismatch else

@@ -16,7 +16,6 @@ from pipeline.codec import encode, encode_trajectory
 from pipeline.engine.link_events import Drained, Event, Failed, Granted, Revoked, VersionHint
 from pipeline.engine.outbox import Outbox
 from pipeline.engine.session import Session
-from pipeline.errors import UsageError
 from pipeline.messages import Capabilities, Trajectory
 from pipeline.transport.base import EngineSocket
 from pipeline.transport.spool import Spool
@@ -137,8 +136,7 @@ class Link:
         """Send a sample; producer, incarnation and sequence of its header are filled in. Does not wait: while the
         spool is full the sample is kept in memory, and `update` lets nothing new be leased.
 
-        Raises:
-            UsageError: the sample is too large to be sent.
+        A sample that is too large to be sent is dropped as `too_large`, and named in a line.
         """
         with self._counted():
             self._submit(trajectory)
@@ -150,15 +148,15 @@ class Link:
         )  # fmt: skip
         self._sequence += 1
         frames = encode_trajectory(structs.replace(trajectory, header=header))
-        if (largest := max(map(len, frames))) > self._socket.max_message_bytes:
-            raise UsageError(
-                f"sample {trajectory.id} takes {largest} bytes, more than transport.max_message_bytes "
-                f"{self._socket.max_message_bytes}; raise it"
-            )
+        if why := self._too_large(frames):
+            self._on_event(f"sample {trajectory.id} is dropped: {why}")
+            self.fail_sample(*trajectory.id, "too_large", why)
+            return
         self._outbox.put(trajectory.id, frames)
 
     def fail_sample(self, lease: int, sample: int, reason: str, detail: str) -> None:
         """A sample will not come; the learner counts it as dropped for `reason`."""
+        detail = detail[: messages.LONGEST_DETAIL]
         message = messages.SampleFailed(lease=lease, sample=sample, reason=reason, detail=detail)
         self._outbox.put((lease, sample), encode(message))
 
@@ -193,6 +191,17 @@ class Link:
     def request_weights(self, request: messages.WeightsRequest) -> bool:
         """Ask the learner for a publication; False when it is not connected now."""
         return self._session.send(request)
+
+    def _too_large(self, frames: list[bytes]) -> str:
+        """Why the learner would refuse to look at a sample; empty when it would not."""
+        if len(frames[0]) > messages.LARGEST_HEADER:
+            return f"its header takes {len(frames[0])} bytes, more than {messages.LARGEST_HEADER}"
+        if (largest := max(map(len, frames))) > self._socket.max_message_bytes:
+            return (
+                f"it takes {largest} bytes, more than transport.max_message_bytes = {self._socket.max_message_bytes}; "
+                "raise it, on both sides"
+            )
+        return ""
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -29,7 +29,7 @@ from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.telemetry import Log
 from pipeline.transport.dealer import ZmqEngineSocket
 from pipeline.transport.keys import load_engine_keys
-from pipeline.transport.options import is_local
+from pipeline.transport.options import check_address, is_local
 from pipeline.transport.spool import Spool
 from pipeline.watchdog import Watchdog
 from pipeline.weights import FilesystemFollower, StreamFollower, WeightsError, WeightsFollower, WeightsPending
@@ -82,6 +82,7 @@ def _connect(
     """The link to the learner, and what follows its weights: a folder both see, or the link itself."""
     transport, run = config.transport, RunDirectory(Path(config.run.out))
     address = connect or transport.address
+    check_connection(config, connect)
     keys = load_engine_keys(Path(transport.keys), transport.engine_key) if transport.keys else None
     if keys is None and not is_local(address):
         log(f"WARNING: connecting to {address} without keys: what is sent can be read and changed on the way")
@@ -371,6 +372,14 @@ def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
         kept_counts=None if sample.kept is None else sample.kept.counts,
         kept_ids=None if sample.kept is None else sample.kept.ids,
     )
+
+
+def check_connection(config: Config, connect: str | None) -> None:
+    """Refuse what is no address, and keys that cannot be used, before anything is loaded."""
+    transport = config.transport
+    check_address(connect or transport.address, "--connect" if connect else "transport.address")
+    if transport.keys:
+        load_engine_keys(Path(transport.keys), transport.engine_key)
 
 
 def check_pieces(config: Config) -> None:

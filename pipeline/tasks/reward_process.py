@@ -5,6 +5,7 @@ what the user's code prints goes to the log. A call that takes too long, or kill
 it: a group whose call ends so is scored once more, one sample a call, each in a process that works.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -112,9 +113,12 @@ class ProcessScorer:
         return scored
 
     def close(self) -> None:
-        """End the process; it is not asked whether it is busy."""
+        """End the process and those it started; they are not asked whether they are busy."""
         if self._process is not None:
-            self._process.kill()
+            # Its session is its own, so what it started is in its group, unless that left it on purpose. The group's
+            # id stays taken until the process itself has been waited for.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             for pipe in (self._process.stdin, self._process.stdout):
                 assert pipe is not None
@@ -158,6 +162,9 @@ class ProcessScorer:
 
     def _ended(self) -> _Ended:
         assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # known still, so that its group is
+        os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
         self.close()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

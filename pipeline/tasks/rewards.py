@@ -48,6 +48,8 @@ class Scored:
     """of several functions what each gave, unweighted"""
 
 
+LARGEST = 1e18
+"""magnitude of a reward; its square, summed over a batch, must fit into a float32"""
 _NUMBER = re.compile(r"\s*(-?)\s*\$?\s*(-?)([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
@@ -217,4 +219,6 @@ def _finite(value: Any, name: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise _BadReward(f"reward function {name} returned {value!r}, which is not a finite number")
+    if abs(number) > LARGEST:
+        raise _BadReward(f"reward function {name} returned {value!r}; rewards beyond {LARGEST:g} cannot be averaged")
     return number

@@ -21,6 +21,7 @@ class Gatekeeper:
     def __init__(self, context: zmq.asyncio.Context, keys: LearnerKeys, on_refused: Callable[[str], None]) -> None:
         self._keys, self._on_refused = keys, on_refused
         self._authenticator = AsyncioAuthenticator(context)
+        self._problem_told = ""
 
     def guard(self, socket: zmq.asyncio.Socket) -> None:
         """Make a socket that is not bound yet a CURVE server."""
@@ -33,7 +34,11 @@ class Gatekeeper:
     def callback(self, domain: str, key: bytes) -> bool:
         """As the authenticator calls it: whether a key (Z85) may connect."""
         allowed = self._keys.allowed.name(key) is not None
-        if not allowed:
+        problem = self._keys.allowed.problem
+        if problem and problem != self._problem_told:
+            self._on_refused(f"no engine is let in: {problem}")
+        self._problem_told = problem
+        if not allowed and not problem:
             self._on_refused(
                 f"an engine's key is not on the list {self._keys.allowed.path} (fingerprint {fingerprint(key)}, "
                 f"key {key.decode(errors='replace')})"

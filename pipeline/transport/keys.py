@@ -36,14 +36,17 @@ class AllowList:
         self.path = path
         self._stamp: tuple[int, int] | None = None
         self._names: dict[bytes, str] = {}
+        self.problem = ""
+        """why the list allows nobody at the moment"""
         self._refresh()
 
     def name(self, public_key: bytes) -> str | None:
         """The name beside a key; None when it is not listed. A list that cannot be read any more allows nobody."""
         try:
             self._refresh()
-        except UsageError:
-            self._stamp, self._names = None, {}
+            self.problem = ""
+        except UsageError as error:
+            self._stamp, self._names, self.problem = None, {}, str(error)
         return self._names.get(public_key)
 
     def __len__(self) -> int:
@@ -117,6 +120,8 @@ def keygen(folder: Path, engines: list[str]) -> list[str]:
     for name in engines:
         if not _NAME.fullmatch(name) or name == LEARNER:
             raise UsageError(f"--engine {name!r} cannot be a key's name; use letters, digits, '.', '_' and '-'")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; name a folder for the keys")
     lines = []
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

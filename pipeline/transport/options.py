@@ -38,6 +38,16 @@ def check_listening(address: str, encrypted: bool, insecure: bool, warn: Callabl
     warn(f"WARNING: listening on {address} without keys: whoever reaches it can read and write this run's samples")
 
 
+def check_address(address: str, option: str) -> None:
+    """Raises UsageError, naming the option, for what no socket could listen on or connect to."""
+    scheme, mark, rest = address.partition("://")
+    host, _, port = rest.rpartition(":")
+    local = scheme in ("ipc", "inproc") and rest
+    numbered = port == "*" or (port.isdecimal() and int(port) < 1 << 16)
+    if not (local or (scheme == "tcp" and mark and host and numbered)):
+        raise UsageError(f"{option} {address!r} is not an address; write tcp://HOST:PORT")
+
+
 def is_local(address: str) -> bool:
     """Whether only this machine reaches the address."""
     scheme, _, rest = address.partition("://")

@@ -9,6 +9,7 @@ import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, cast
 
 import zmq
@@ -90,7 +91,9 @@ class ZmqLearnerSocket(SocketThread):
 
     def disconnect(self, peer: bytes) -> None:
         with self._lock:
-            _remember(self._disconnected, peer, None)
+            forgotten = _remember(self._disconnected, peer, None)
+        if forgotten is not None:  # which would be listened to again
+            self.call(partial(self._unfinished.end, forgotten))
 
     def key_of(self, peer: bytes) -> str:
         with self._lock:
@@ -142,7 +145,7 @@ class ZmqLearnerSocket(SocketThread):
             peer_frame, *parts = await self._socket.recv_multipart(copy=False)
             peer, frames = peer_frame.bytes, [part.bytes for part in parts]
             if parts:
-                self._unfinished.delivered(cast(int, parts[0].get(zmq.SRCFD)))
+                self._unfinished.delivered(_descriptor(parts[0]), peer)
             if self._keys is None:
                 self._take(peer, unseal(frames))
             else:
@@ -229,6 +232,14 @@ class ZmqLearnerSocket(SocketThread):
         return True
 
 
+def _descriptor(frame: zmq.Frame) -> int:
+    """The connection that a frame came on; -1 where ZeroMQ does not say, as for peers of its first protocol."""
+    try:
+        return frame.get(zmq.SRCFD)
+    except zmq.ZMQError:
+        return -1
+
+
 def _port(address: str) -> int:
     """0 for an address that is no TCP."""
     scheme, _, rest = address.partition("://")
@@ -250,7 +261,7 @@ class _Backlog:
         self.bytes -= sum(map(len, self.messages.popleft()))
 
 
-def _remember(known: OrderedDict[bytes, Any], peer: bytes, value: Any) -> None:
+def _remember(known: OrderedDict[bytes, Any], peer: bytes, value: Any) -> bytes | None:
+    """Returns the peer that is forgotten for it."""
     known[peer] = value
-    if len(known) > _REMEMBERED_PEERS:
-        known.popitem(last=False)
+    return known.popitem(last=False)[0] if len(known) > _REMEMBERED_PEERS else None

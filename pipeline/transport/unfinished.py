@@ -29,6 +29,8 @@ class _Connection:
     known: bool = False
     """at least one ever came"""
     strikes: int = 0
+    peer: bytes = b""
+    """its routing id, once it is known"""
 
 
 class UnfinishedMessages:
@@ -49,10 +51,18 @@ class UnfinishedMessages:
         """A connection was opened."""
         self._connections[descriptor] = _Connection()
 
-    def delivered(self, descriptor: int) -> None:
+    def delivered(self, descriptor: int, peer: bytes) -> None:
         """A whole message came."""
         if (connection := self._connections.get(descriptor)) is not None:
             connection.whole += 1
+            connection.peer = peer
+
+    def end(self, peer: bytes) -> None:
+        """End a peer's connection."""
+        for descriptor, connection in list(self._connections.items()):
+            if self._port and connection.peer == peer:
+                self._end(descriptor)
+                del self._connections[descriptor]
 
     def cut(self) -> int:
         """Look at every connection; returns how many were ended."""

@@ -50,6 +50,7 @@ def save_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    failpoint("tensors.write")
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:

@@ -38,6 +38,18 @@ def test_evaluation_leases_come_first_and_leave_no_trace_in_training(tmp_path):
     assert b"prompt" not in kept and b"reward_error" not in kept
 
 
+def test_a_sample_of_another_publication_is_not_evaluated(tmp_path):
+    with running_hub(tmp_path) as hub:
+        hub.publish(1)
+        hub.begin_evaluation(eval_leases(1))
+        link = make_link(hub.address, tmp_path / "spool")
+        link.start()
+        link.submit(trajectory(eval_leases(1)[0], 0, 1))
+        eventually(lambda: hub.stats().bad_messages == 1)
+        assert hub._reception.evaluation.missing == GROUP
+        link.stop()
+
+
 def test_a_sample_of_an_evaluation_that_is_over_is_forgotten(tmp_path):
     with running_hub(tmp_path) as hub:
         link = make_link(hub.address, tmp_path / "spool")

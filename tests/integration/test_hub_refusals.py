@@ -1,11 +1,11 @@
 """What the learner does not take, from whom, and that nobody else suffers."""
 
+import msgspec
 import pytest
 
 from benchmarks.synthetic import BATCH, DIGEST, GROUP, make_link, source, start_engine, trajectory
 from pipeline import codec, messages
 from pipeline.engine.link import Failed, Granted
-from pipeline.errors import UsageError
 from pipeline.messages import Capabilities
 from tests.integration.running import (
     answer,
@@ -150,11 +150,44 @@ def test_bad_messages_end_their_sender_and_nobody_else(tmp_path):
     assert any("no engine" in event for event in events)
 
 
-def test_sample_larger_than_a_message_is_refused_where_it_is_made(tmp_path):
+def test_sample_larger_than_a_message_is_dropped_with_a_reason_and_the_run_goes_on(tmp_path):
+    events = []
     with running_hub(tmp_path) as hub:
-        link = make_link(hub.address, tmp_path / "spool", max_message_bytes=200)
-        with pytest.raises(UsageError, match=r"transport\.max_message_bytes 200"):
-            link.submit(trajectory(source(0, 0), 0))
+        link = make_link(hub.address, tmp_path / "spool", max_message_bytes=2000, on_event=events.append)
+        link.start()
+        link.update((), BATCH, 0, 0, 0.0)
+        leases = wait_for(link, Granted).leases
+        for lease in leases:
+            for sample in range(GROUP):
+                link.submit(trajectory(lease, sample, tokens=64 if lease is not leases[0] or sample else 1000))
+        batch = hub.take(len(leases), ordered=False, timeout=10.0)
+        assert batch is not None and batch.groups[0].failed == {0: "too_large"}
+        assert hub.stats().dropped == {"too_large": 1} and hub.stats().engines == 1
+        assert any("transport.max_message_bytes = 2000" in line for line in events)
+        link.stop()
+
+
+def test_only_the_holder_of_a_lease_can_fail_its_samples_and_in_few_words(tmp_path):
+    with running_hub(tmp_path, lease_seconds=30.0) as hub:
+        link = make_link(hub.address, tmp_path / "spool")
+        link.start()
+        link.update((), BATCH, 0, 0, 0.0)
+        leases = wait_for(link, Granted).leases
+        peer = raw_peer(hub.address)
+        hello(peer, "other")
+        failed = [messages.SampleFailed(lease=lease.id, sample=0, reason="reward_error", detail="") for lease in leases]
+        for message in failed:
+            send(peer, codec.encode(message))
+        welcomed = messages.Welcome, messages.Window, messages.Published
+        assert answer(peer, *welcomed) == messages.Committed(samples=((leases[0].id, 0),)), "it is rid of it"
+        assert not hub.stats().dropped
+        for lease in leases:
+            link.fail_sample(lease.id, 0, "reward_error", "x" * 10_000)
+        eventually(lambda: hub.stats().dropped == {"reward_error": len(leases)})
+        assert hub.stats().journal_bytes < len(leases) * 5000
+        send(peer, codec.encode(msgspec.structs.replace(failed[0], detail="x" * 10_000)))
+        eventually(lambda: hub.stats().bad_messages == 1 and hub.stats().engines == 1)
+        peer.close(linger=0)
         link.stop()
 
 

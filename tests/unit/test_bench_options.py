@@ -6,13 +6,14 @@ import json
 import pytest
 
 from benchmarks.held_out import check_apart
-from benchmarks.options import at_least, floats, integers, names
+from benchmarks.options import at_least, floats, integers, minutes, names, seconds
 from pipeline.errors import UsageError
 
 
 def test_values_are_read():
     assert names("a, b,,c") == ["a", "b", "c"]
     assert integers(0)("0,2") == [0, 2] and at_least(1)("3") == 3
+    assert seconds("0.5") == 0.5 and minutes("0") == 0.0
     assert floats("0.5,2") == [0.5, 2.0] and floats("") == []
 
 
@@ -24,6 +25,10 @@ def test_values_are_read():
         (integers(), "", "holds no number"),
         (integers(), "1,x", "'x' is not a whole number"),
         (floats, "abc", "'abc' is not a number"),
+        (seconds, "0", "give more than 0"),
+        (seconds, "inf", "give more than 0"),
+        (minutes, "-3", "give 0 or more"),
+        (minutes, "x", "'x' is not a number"),
     ],
 )
 def test_what_cannot_be_read_is_named(read, text, said):

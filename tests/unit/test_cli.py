@@ -42,6 +42,27 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
     return names
 
 
+JSONL = [
+    "run", "--dry-run", "--set", "task.kind=jsonl", "--set", "task.path=x", "--set", "model.path=x",
+]  # fmt: skip
+
+
+def test_an_engine_is_told_which_option_is_wrong(tmp_path, capsys):
+    config = tmp_path / "c.toml"
+    config.write_text("")
+    for arguments, said in (
+        (["--connect", "foo"], "--connect 'foo' is not an address"),
+        (["--connect", "tcp://host:port"], "--connect 'tcp://host:port' is not an address"),
+        (["--set", "transport.keys=/nope"], "/nope/engine.secret"),
+    ):
+        assert main(["engine", str(config), "--dry-run", *arguments]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["engine", str(config), "--connect-timeout", "-1"])
+    assert ended.value.code == 2 and "'-1' is no length of time" in capsys.readouterr().err
+    assert main(["engine", str(config), "--dry-run", "--connect", "tcp://[::1]:5757"]) == 0
+
+
 def test_command_line_is_frozen():
     (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     assert {name: sorted(_options(parser)) for name, parser in commands.choices.items()} == {
@@ -72,6 +93,14 @@ def test_dry_run_prints_the_resolved_configuration(capsys):
         (["run", "--dry-run", "--set", "engine.kv_compression.bugdet=8"], "did you mean budget"),
         (["run", "--dry-run", "--set", "engine.kv_compression.every=0"], "tokens from one compression to the next"),
         (["run", "--dry-run", "--set", "engine.kv_compression=r-kv"], "[engine.kv_compression]"),
+        (["run", "--dry-run", "--set", "transport.address=foo"], "'foo' is not an address; write tcp://HOST:PORT"),
+        (["run", "--dry-run", "--set", "transport.address=tcp://0.0.0.0:5757"], "needs keys"),
+        (["run", "--dry-run", "--set", "transport.keys=/nope"], "/nope/learner.secret"),
+        (["run", "--dry-run", "--set", "learner.device=cuda:99"], "learner.device 'cuda:99'"),
+        (["run", "--dry-run", "--set", "learner.reference_path=/nope"], "learner.reference_path '/nope'"),
+        ([*JSONL, "--eval-only"], "--eval-only needs task.held_out_path"),
+        ([*JSONL, "--set", "learner.eval_every=5", "--set", "task.held_out_path=/nope"], "'/nope' is not a file"),
+        (["keygen", __file__], f"{__file__} is a file"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(arguments, said, capsys):

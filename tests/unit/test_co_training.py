@@ -16,6 +16,7 @@ from pipeline.config.load import load_config
 from pipeline.config.types import DrafterSection
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
+from pipeline.failpoints import arm
 from pipeline.models.config import ModelConfig
 from pipeline.weights.filesystem import FilesystemFollower, FilesystemPublisher
 from tests.unit.generation import finish, group
@@ -67,6 +68,11 @@ def test_head_learns_from_the_batch_and_goes_on_from_a_checkpoint(tmp_path):
     again = head_for(folder, model)
     for _ in range(5):
         again.train(groups)
+    arm("tensors.write=enospc*1")
+    with pytest.raises(OSError, match="No space"):
+        again.save(tmp_path / "draft-head", 5, keep=1)
+    assert not head_for(folder, model).restore(tmp_path / "draft-head", 5), "a part is no head"
+    arm("")
     again.save(tmp_path / "draft-head", 5, keep=1)
     resumed = head_for(folder, model)
     assert not resumed.restore(tmp_path / "draft-head", 4) and resumed.restore(tmp_path / "draft-head", 5)

@@ -11,6 +11,7 @@ from pipeline.config import check_config, load_config
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.native.switching import SwitchingRule
 from pipeline.errors import UsageError
+from pipeline.failpoints import arm
 from pipeline.messages import Role, Sampler
 from pipeline.models.checkpoint import load_decoder
 from pipeline.weights.filesystem import FilesystemFollower, FilesystemPublisher
@@ -103,6 +104,11 @@ def test_it_goes_on_from_a_checkpoint(policy, tmp_path, small_folder):
     groups, trained = batch(0), distillation(policy, small_folder)
     for _ in range(3):
         trained.train(groups)
+    arm("tensors.write=enospc*1")
+    with pytest.raises(OSError, match="No space"):
+        trained.save(tmp_path / "kept", 3, keep=1)
+    arm("")
+    assert not distillation(policy, small_folder).restore(tmp_path / "kept", 3), "a part is no model"
     trained.save(tmp_path / "kept", 3, keep=1)
     expected = [trained.train(groups)["small_model_kl"] for _ in range(3)]
     resumed = distillation(policy, small_folder)

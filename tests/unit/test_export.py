@@ -8,6 +8,7 @@ from learner.trainer import adamw
 from pipeline.cli import main
 from pipeline.config.types import LearnerSection
 from pipeline.errors import RunFailed, UsageError
+from pipeline.failpoints import arm
 from tests.unit.learner_samples import tiny_policy
 
 
@@ -31,6 +32,15 @@ def test_an_exported_checkpoint_is_a_plain_model_folder(saved, tmp_path):
     export(run, 1, tmp_path / "half", "bfloat16")
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
     assert torch.equal(half.get_parameter("model.norm.weight"), model.get_parameter("model.norm.weight").bfloat16())
+
+
+def test_a_full_disk_is_said_in_a_sentence_and_leaves_nothing_behind(saved, tmp_path):
+    run, _ = saved
+    arm("tensors.write=enospc*1")
+    with pytest.raises(UsageError, match=r"cannot be written \(No space left on device\)"):
+        export(run, None, tmp_path / "out")
+    arm("")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_what_cannot_be_exported_is_said(saved, tmp_path):

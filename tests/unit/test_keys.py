@@ -4,9 +4,11 @@ import os
 
 import pytest
 import zmq
+import zmq.asyncio
 
 from pipeline.cli import main
 from pipeline.errors import UsageError
+from pipeline.transport.gatekeeper import Gatekeeper
 from pipeline.transport.keys import fingerprint, keygen, load_engine_keys, load_learner_keys
 
 
@@ -70,6 +72,20 @@ def test_the_list_is_read_anew_and_locks_out_who_is_taken_from_it(tmp_path):
     assert allowed.name(a) is None and allowed.name(b) == "b"
     path.unlink()
     assert allowed.name(b) is None, "a list that is gone allows nobody"
+
+
+def test_a_list_that_cannot_be_read_is_told_once_and_not_taken_for_a_wrong_key(tmp_path):
+    keygen(tmp_path, ["engine"])
+    keys, lines = load_learner_keys(tmp_path), []
+    gatekeeper = Gatekeeper(zmq.asyncio.Context.instance(), keys, lines.append)
+    listed = (tmp_path / "engines.allow").read_bytes()
+    public = load_engine_keys(tmp_path).public
+    (tmp_path / "engines.allow").write_bytes(b"nonsense\n" + listed)
+    assert not gatekeeper.callback("", public) and not gatekeeper.callback("", public)
+    (line,) = lines
+    assert line.startswith("no engine is let in: ") and "engines.allow does not hold a key" in line
+    (tmp_path / "engines.allow").write_bytes(listed)
+    assert gatekeeper.callback("", public)
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "learner", "x" * 65])

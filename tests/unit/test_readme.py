@@ -20,6 +20,7 @@ from pipeline.engine.vllm import own_drafters
 from pipeline.engine.vllm.proposer import check_needs
 from pipeline.tasks import load_task
 from pipeline.tasks.rewards import load_reward, score_group
+from pipeline.transport.keys import keygen
 from tests.unit.generation import finish, group, texts
 from tests.unit.tiny_models import save_tiny
 
@@ -101,6 +102,8 @@ def test_every_command_shown_is_one_that_is_understood(document, words, examples
     if options.command in ("run", "learner", "engine"):
         if getattr(options, "eval_only", False):
             words = [word for word in words if word != "--eval-only"]
+        if any(word.startswith("transport.keys=") for word in words):
+            keygen(Path("keys"), ["engine", "gpu-1", "gpu-2"])
         # A folder nobody has, or vLLM in an environment without it: the refusal itself is tested elsewhere.
         refused = "does not exist" if any(word.endswith("=SMALL") for word in words) else ""
         if "engine.generator=vllm" in words and find_spec("vllm") is None:

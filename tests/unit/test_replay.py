@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -40,6 +41,16 @@ def run(tmp_path):
 def test_a_step_trained_once_more_is_the_same_to_the_last_bit(run, step, capsys):
     assert replay.main([str(run), "--step", str(step)]) == 0
     assert "the same to the last bit" in capsys.readouterr().out
+
+
+def test_a_skipped_step_has_no_loss_in_either(run, capsys, monkeypatch):
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[3])
+    again = {key: line[key] for key in replay.COMPARED} | {"loss": math.nan, "grad_norm": math.inf}
+    monkeypatch.setattr(replay, "replay", lambda *_: (again, line | {"loss": None, "grad_norm": None}))
+    assert replay.main([str(run), "--step", "4"]) == 0
+    monkeypatch.setattr(replay, "replay", lambda *_: (again, line))
+    assert replay.main([str(run), "--step", "4"]) == 1
+    assert "not the same" in capsys.readouterr().out
 
 
 def test_another_batch_is_noticed(run, capsys):

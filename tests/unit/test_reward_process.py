@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,17 @@ def odd(prompts, completions, *, limit, **columns):
         if text == "raise":
             raise ValueError("no")
     return [len(text) / top for text, top in zip(completions, limit)]
+
+def starts(prompts, completions, **columns):
+    import subprocess
+    child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open("child", "w") as file:
+        file.write(str(child.pid))
+    if completions[0] == "hang":
+        time.sleep(60)
+    if completions[0] == "exit":
+        os._exit(3)
+    return [0.0] * len(completions)
 
 def whoami(prompts, completions, **columns):
     return [float(os.getpid())] * len(completions)
@@ -80,6 +92,26 @@ def test_nothing_outlives_the_scorer(module):
     scorer.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("end", ["hang", "exit", "close"])
+def test_what_the_function_started_does_not_outlive_it(module, tmp_path, end):
+    scorer = ProcessScorer(f"{module}:starts", 1.0, 0)
+    scores(scorer, end)
+    scorer.close()
+    pid = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 5.0
+    while _lives(pid):
+        assert time.monotonic() < deadline, f"process {pid} lives still"
+        time.sleep(0.02)
+
+
+def _lives(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # one that nobody has waited for yet
 
 
 def test_a_function_that_cannot_be_loaded_is_a_usage_error(module):

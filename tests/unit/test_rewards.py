@@ -106,7 +106,7 @@ def test_numbers_of_other_libraries_are_rewards() -> None:
     assert all(type(score.reward) is float for score in scored)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, "1.0", [1.0], 10**400])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "1.0", [1.0], 10**400, 1e39, -1e31])
 def test_a_value_that_is_no_finite_number_costs_only_its_sample(bad: Any) -> None:
     def reward(prompts: list[str], completions: list[str]) -> list[Any]:
         return [bad if text == "bad" else 1.0 for text in completions]
