@@ -94,8 +94,8 @@ def test_every_recipe_trains_from_the_command_line(recipe, trained_weights):
 
 @pytest.mark.long
 def test_the_same_recipe_ends_in_the_same_place_and_others_elsewhere(trained_weights):
-    """Some recipes are alike in a synchronous run, `bypass` and `areal-interpolated` for one; that every pair differs on
-    rollouts made for it is in tests/unit/test_recipes.py."""
+    """Some recipes are alike in a synchronous run, `bypass` and `areal-interpolated` for one; that every pair differs
+    on rollouts made for it is in tests/unit/test_recipes.py."""
     assert trained_weights("grpo", "again") == trained_weights("grpo")
     apart = ["grpo", "dapo", "gspo", "cispo", "ce-gppo-7b", "sparse-rl", "topr", "sapo", "high-entropy"]
     assert len({trained_weights(name) for name in apart}) == len(apart)
