@@ -32,6 +32,8 @@ def check_composition(objective: Objective, config: Config) -> None:
     _check_aggregation(objective)
     _check_rewards(objective, config)
     _check_steps(objective)
+    _check_order(objective)
+    _check_lengths(objective, config)
     if not config.objective.reconstructed:
         for piece in objective.pieces():
             if trait(piece, "reconstructed"):
@@ -63,6 +65,17 @@ def uncorrected_sampler(objective: Objective, config: Config) -> str | None:
     return (
         f"WARNING: {' and '.join(other)} changes what is sampled, and no piece of the objective looks at the sampler's "
         f"log-probs; add corrections, for example objective.recipe = {'sparse-rl' if compressed else 'tis'}"
+    )
+
+
+def idle_gate(objective: Objective, config: Config) -> str | None:
+    """A sentence for the log where a gate on the entropy's change sees none."""
+    erc = any(gate.name == "erc" for gate in objective.gates)
+    if not erc or config.learner.minibatches > 1 or objective.proximal != "recompute":
+        return None
+    return (
+        "WARNING: erc does nothing with learner.minibatches = 1: the policy has not changed since the start of the "
+        "batch, where its entropies are from; set learner.minibatches to 2 or more"
     )
 
 
@@ -160,6 +173,34 @@ def _check_steps(objective: Objective) -> None:
                 f"{piece.name} needs the borders between an agent's steps, and no engine here records environment "
                 f"tokens; set objective.modulators.{piece.name}.ends to the ids of tokens that end a step, or "
                 f"objective.modulators.{piece.name}.turns = true for an engine of your own that records them"
+            )
+
+
+def _check_order(objective: Objective) -> None:
+    for index, piece in enumerate(objective.corrections[:-1]):
+        if trait(piece, "batch_statistics"):
+            raise UsageError(
+                f"objective.corrections: {piece.name} stands before {objective.corrections[index + 1].name}, which "
+                f"changes the weights that it has normalised; put {piece.name} last"
+            )
+    for key in LISTS:
+        pieces = getattr(objective, key)
+        for index, piece in enumerate(pieces):
+            if any(type(piece) is type(other) and _same(piece, other) for other in pieces[:index]):
+                raise UsageError(f"objective.{key} has {piece.name} twice with the same options; leave one of them out")
+
+
+def _same(piece: Any, other: Any) -> bool:
+    return piece.name == other.name and getattr(piece, "options", None) == getattr(other, "options", None)
+
+
+def _check_lengths(objective: Objective, config: Config) -> None:
+    longest = config.sampling.max_new_tokens
+    for piece in objective.pieces():
+        if piece.name == "overlong" and not piece.options.limit and piece.options.buffer > longest:
+            raise UsageError(
+                f"objective.shaping: overlong.buffer = {piece.options.buffer} is above the limit, "
+                f"sampling.max_new_tokens = {longest}; lower it, or set it to 0 for a fifth of the limit"
             )
 
 

@@ -56,8 +56,14 @@ def only_certain(loss, tokens, *, nats=0.5):
 
     rollahead run --set 'objective.gates=["erc", {name="my_gates:only_certain", nats=0.3}]'
 
-**Left out**, because their formulas are not known to us: ERPO (arXiv 2603.28204), KPop, HAPO's temperature of single
-tokens (no engine samples with it). **Reconstructed** pieces, marked below, need `objective.reconstructed = true`.
+**Left out**, because their formulas are not known to us: ERPO (arXiv 2603.28204), KPop. HAPO's temperature
+T(1 + 0.05 h) is known, but changes from token to token with the entropy there, which a lease's temperature, one for a
+whole sample, cannot say: no engine samples with it. **Reconstructed** pieces, marked below, need
+`objective.reconstructed = true` of you, also in a recipe.
+
+**A target curve** (`{start, end, hold, steps}`) moves the target of entropic and adaptive-entropy and the corridor of
+entrocraft. CE-GPPO's betas take none: no rule from the entropy's error to the betas is known to us. AEPO's target is
+one number, as in its paper.
 """
 KINDS = {
     "shaping": ("Reward shaping", "objective.shaping, a list"),

@@ -23,7 +23,7 @@ from learner import checkpoint, parts, ranks, replay
 from learner.audit import TrainedSamples
 from learner.co_training import HeadCoTraining
 from learner.collapse import CollapseWatch
-from learner.composition import build_objective, uncorrected_sampler
+from learner.composition import build_objective, idle_gate, uncorrected_sampler
 from learner.distillation import Distillation
 from learner.followers import Begin, Leave, NoBatchYet, Publish, SaveCheckpoint, follow, tell, tell_batch
 from learner.hub import Limits
@@ -77,7 +77,7 @@ def run_learner(config: Config, *, evaluate_only: bool = False) -> int:
         return follow(config, objective)
     check_startup(config, evaluate_only)  # of rank 0 alone, which has the socket and its keys
     stop, log = StopSignal(), Log("learner")
-    if warning := uncorrected_sampler(objective, config):
+    for warning in filter(None, (uncorrected_sampler(objective, config), idle_gate(objective, config))):
         log(warning)
     Log.structured = config.telemetry.log_format == "json"
     run = RunDirectory(Path(config.run.out))

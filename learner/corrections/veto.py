@@ -9,6 +9,7 @@ from learner.ratios import log_ratio
 from learner.segments import positions, sequence_any
 from learner.tokens import BatchMetrics, BatchTokens, Needs
 from pipeline.config.types import NonNegativeFloat, PositiveFloat, Section, option
+from pipeline.errors import UsageError
 
 
 class Veto(Piece):
@@ -24,6 +25,14 @@ class Veto(Piece):
     class Options(Section):
         low: Annotated[PositiveFloat, option("smallest ratio a sample may hold")] = 1e-4
         high: Annotated[NonNegativeFloat, option("largest ratio a sample may hold; 0: any")] = 0.0
+
+    def __init__(self, options: Options) -> None:
+        if options.low >= 1 or 0 < options.high <= 1:
+            raise UsageError(
+                f"veto: low = {options.low} must be below 1, and high = {options.high} above it or 0: 1 is the ratio "
+                "without mismatch"
+            )
+        super().__init__(options)
 
     def __call__(self, weight: torch.Tensor, batch: BatchTokens) -> tuple[torch.Tensor, BatchMetrics]:
         """float32 [N]"""

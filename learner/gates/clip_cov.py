@@ -10,6 +10,7 @@ from learner.pieces import Piece
 from learner.ratios import importance_ratio
 from learner.tokens import MicroBatchTokens, TokenMetrics
 from pipeline.config.types import NonNegativeFloat, Section, option
+from pipeline.errors import UsageError
 
 
 class ClipCov(Piece):
@@ -29,6 +30,13 @@ class ClipCov(Piece):
         fraction: Annotated[Annotated[float, Meta(gt=0, le=1)], option("share of all tokens that is left out")] = 2e-4
         clip_low: Annotated[NonNegativeFloat, option("candidates have a ratio above 1 minus this")] = 1.0
         clip_high: Annotated[NonNegativeFloat, option("candidates have a ratio below 1 plus this")] = 1.0
+
+    def __init__(self, options: Options) -> None:
+        if options.low >= options.high:
+            raise UsageError(
+                f"clip-cov: low = {options.low} must be below high = {options.high}, or no token is between"
+            )
+        super().__init__(options)
 
     def plan(self, tokens: MicroBatchTokens) -> torch.Tensor:
         """bool [M], tokens that are kept."""

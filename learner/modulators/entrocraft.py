@@ -8,6 +8,7 @@ from learner.pieces import Piece
 from learner.schedules import TargetCurve, target_at
 from learner.tokens import BatchMetrics, BatchTokens, Needs
 from pipeline.config.types import NonNegativeFloat, Section, option
+from pipeline.errors import UsageError
 
 
 def _lower() -> TargetCurve:
@@ -38,6 +39,14 @@ class Entrocraft(Piece):
         upper: Annotated[NonNegativeFloat | TargetCurve, option("upper edge, nats, or {start, end, hold, steps}")] = (
             _upper()
         )
+
+    def __init__(self, options: Options) -> None:
+        curves = [edge for edge in (options.lower, options.upper) if isinstance(edge, TargetCurve)]
+        for step in range(max((curve.hold + curve.steps for curve in curves), default=0) + 1):
+            lower, upper = target_at(options.lower, step), target_at(options.upper, step)
+            if lower > upper:
+                raise UsageError(f"entrocraft: lower = {lower:g} is above upper = {upper:g} at batch {step}; lower it")
+        super().__init__(options)
 
     def __call__(self, batch: BatchTokens) -> tuple[torch.Tensor, BatchMetrics]:
         """float32 [N]"""

@@ -7,6 +7,7 @@ import torch
 from learner.pieces import Piece
 from learner.tokens import GroupRewards
 from pipeline.config.types import Count, NonNegativeFloat, Section, option
+from pipeline.errors import UsageError
 
 
 class OverlongPunishment(Piece):
@@ -22,6 +23,11 @@ class OverlongPunishment(Piece):
         limit: Annotated[Count, option("longest response, in tokens; 0: sampling.max_new_tokens")] = 0
         buffer: Annotated[Count, option("tokens before the limit in which the punishment grows; 0: limit / 5")] = 0
         factor: Annotated[NonNegativeFloat, option("punishment at the limit")] = 1.0
+
+    def __init__(self, options: Options) -> None:
+        if 0 < options.limit < options.buffer:
+            raise UsageError(f"overlong: buffer = {options.buffer} must not be above limit = {options.limit}")
+        super().__init__(options)
 
     def __call__(self, samples: GroupRewards) -> torch.Tensor:
         """float32 [S]"""

@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 
 from learner.pieces import Piece
-from learner.surrogates.gppo import bounded_gradient, check_dual_clip
+from learner.surrogates.gppo import ClipLow, bounded_gradient, check_dual_clip
 from learner.tokens import MicroBatchTokens, TokenMetrics
 from pipeline.config.types import NonNegativeFloat, Section, option
 
@@ -22,7 +22,7 @@ class CEGPPO(Piece):
     name = "ce-gppo"
 
     class Options(Section):
-        clip_low: Annotated[NonNegativeFloat, option("gradient is bounded where the ratio is below 1 minus this")] = 0.2
+        clip_low: Annotated[ClipLow, option("gradient is bounded where the ratio is below 1 minus this")] = 0.2
         clip_high: Annotated[NonNegativeFloat, option("gradient is bounded where the ratio is above 1 plus this")] = 0.2
         beta_low: Annotated[NonNegativeFloat, option("scale below the band, negative advantages")] = 0.75
         beta_high: Annotated[NonNegativeFloat, option("scale above the band, positive advantages")] = 1.0

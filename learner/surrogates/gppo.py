@@ -3,12 +3,16 @@
 from typing import Annotated
 
 import torch
+from msgspec import Meta
 
 from learner.pieces import Piece
 from learner.ratios import importance_ratio, unit_ratio
 from learner.tokens import MicroBatchTokens, TokenMetrics
 from pipeline.config.types import NonNegativeFloat, Section, option
 from pipeline.errors import UsageError
+
+ClipLow = Annotated[float, Meta(ge=0, le=1)]
+"""1 takes the lower bound to 0, which no ratio is below"""
 
 
 class GPPO(Piece):
@@ -22,7 +26,7 @@ class GPPO(Piece):
     name = "gppo"
 
     class Options(Section):
-        clip_low: Annotated[NonNegativeFloat, option("gradient is bounded where the ratio is below 1 minus this")] = 0.2
+        clip_low: Annotated[ClipLow, option("gradient is bounded where the ratio is below 1 minus this")] = 0.2
         clip_high: Annotated[NonNegativeFloat, option("gradient is bounded where the ratio is above 1 plus this")] = (
             0.28
         )

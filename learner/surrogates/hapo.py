@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import torch
+from msgspec import Meta
 
 from learner.pieces import Piece
 from learner.ratios import importance_ratio
@@ -30,7 +31,7 @@ class HAPO(Piece):
     needs = Needs.ENTROPY
 
     class Options(Section):
-        clip_low: Annotated[NonNegativeFloat, option("width of the band below 1 where h is 0")] = 0.2
+        clip_low: Annotated[Annotated[float, Meta(ge=0, le=1)], option("width of the band below 1 where h is 0")] = 0.2
         clip_high: Annotated[NonNegativeFloat, option("width of the band above 1 where h is 0")] = 0.2
         alpha: Annotated[NonNegativeFloat, option("how much the band depends on h")] = 1.0
         beta: Annotated[NonNegativeFloat, option("how much the advantage depends on h")] = 1.0

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import torch
+from msgspec import Meta
 
 from learner.pieces import Piece
 from learner.ratios import importance_ratio
@@ -21,7 +22,7 @@ class PPOClip(Piece):
     name = "ppo-clip"
 
     class Options(Section):
-        clip_low: Annotated[NonNegativeFloat, option("ratio is clipped below 1 minus this")] = 0.2
+        clip_low: Annotated[Annotated[float, Meta(ge=0, le=1)], option("ratio is clipped below 1 minus this")] = 0.2
         clip_high: Annotated[NonNegativeFloat, option("ratio is clipped above 1 plus this")] = 0.28
         dual_clip: Annotated[NonNegativeFloat, option("largest ratio where the advantage is negative; 0: none")] = 10.0
 

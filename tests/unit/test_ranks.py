@@ -75,6 +75,32 @@ CASES = {
         {"gradient_checkpointing": True},
         4,
     ],
+    "statistics of gates": [
+        {
+            "surrogate": {"name": "m2po", "second_moment": 0.001},
+            "corrections": [],
+            "gates": [
+                {"name": "kl-cov", "fraction": 0.2},
+                {"name": "steer"},
+                {"name": "clip-b", "mu": 0.2},
+                {"name": "clip-v", "mu": 0.2, "fraction": 0.2},
+            ],
+            "regularisers": [{"name": "siren"}, {"name": "positive-nll"}],
+        },
+        {},
+        4,
+    ],
+    "statistics of a surrogate and of modulators": [
+        {
+            "advantage": {"name": "token-group"},
+            "modulators": [{"name": "d3s"}, {"name": "aepo"}],
+            "surrogate": {"name": "hapo"},
+            "gates": [],
+            "reconstructed": True,
+        },
+        {},
+        4,
+    ],
     "fewer samples than ranks and mini-batches": [{"corrections": [], "gates": []}, {}, 1],
     "behaviour": [{"proximal": "behaviour", "corrections": [], "gates": []}, {}, 3],
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from msgspec import structs
 
-from learner.composition import check_composition, check_engine_gives, uncorrected_sampler
+from learner.composition import check_composition, check_engine_gives, idle_gate, uncorrected_sampler
 from learner.logprobs import pack_logprobs
 from learner.objective import Objective
 from learner.packing import pack
@@ -207,6 +207,16 @@ def test_what_a_recipe_does_not_have_is_refused(overrides, said):
         (["objective.gates=spine"], "objective.reconstructed = true"),
         (["objective.modulators=d3s"], "objective.reconstructed = true"),
         (['objective.modulators=[{name="entropic", target={start=0.4, end=0.2}}]'], "objective.reconstructed = true"),
+        (['objective.gates=["erc", "erc"]'], "erc twice with the same options"),
+        (['objective.corrections=["batch-normalisation", "tis"]'], "put batch-normalisation last"),
+        (['objective.shaping=[{name="overlong", limit=10, buffer=20}]'], "buffer = 20 must not be above limit = 10"),
+        (['objective.shaping=[{name="overlong", buffer=200000}]'], "overlong.buffer = 200000 is above the limit"),
+        (['objective.modulators=[{name="entrocraft", lower=0.9}]', "objective.shaping=signed"], "lower = 0.9 is above"),
+        (['objective.corrections=[{name="veto", low=1.5}]'], "veto: low = 1.5 must be below 1"),
+        (['objective.corrections=[{name="veto", high=0.5}]'], "high = 0.5 above it or 0"),
+        (['objective.gates=[{name="clip-cov", low=6}]'], "low = 6.0 must be below high = 5.0"),
+        (["objective.surrogate.clip_low=1.5"], "ppo-clip.clip_low = 1.5 is not valid"),
+        (["objective.regularisers=[{name='entropy-bonus', coefficient=inf}]"], "set a finite number"),
         (["objective.recipe=empg"], "set objective.modulators.empg.ends"),
         (["objective.regularisers=[{name='kl', estimator='k1'}]"], "no gradient in expectation"),
         (["objective.gates=[{name='erc', low=1.5}]"], "must hold 1"),
@@ -317,3 +327,18 @@ def test_a_sampler_that_nothing_corrects_is_warned_of(sampler):
             example = warning.rpartition(" ")[2]
             better = load_config(None, [*SAMPLERS[sampler], f"objective.recipe={example}"])
             assert uncorrected_sampler(Objective.from_config(better.objective), better) is None
+
+
+def test_erc_that_sees_no_change_is_warned_of():
+    for overrides, warned in (
+        (["learner.minibatches=1"], True),
+        (["learner.minibatches=2"], False),
+        (["learner.minibatches=1", "objective.gates=[]"], False),
+        (["learner.minibatches=1", "objective.proximal=behaviour", "objective.corrections=[]"], False),
+    ):
+        config = load_config(None, overrides)
+        assert (idle_gate(Objective.from_config(config.objective), config) is not None) is warned
+    # two rejections with other options are a conjunction, not a mistake
+    both = 'objective.corrections=["rejection", {name="rejection", level="token", high=0.5}]'
+    config = load_config(None, [both])
+    check_composition(Objective.from_config(config.objective), config)

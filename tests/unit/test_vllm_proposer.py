@@ -2,13 +2,16 @@
 
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import asdict
 
 from drafters.base import BaseDrafter, Needs
 from drafters.registry import build
-from pipeline.engine.vllm.proposer import KEY, DrafterProposer, check_needs
+from pipeline.engine.vllm.proposer import KEY, DrafterProposer, Tally, check_needs
 from pipeline.errors import UsageError
+from pipeline.messages import DraftCounts
 
 K, LENGTH, VOCABULARY, ROWS = 4, 96, 40, 6
 STOP = 7
@@ -37,7 +40,10 @@ class Batch:
             text[-1] = STOP
         self.texts[name] = np.concatenate([prompt, text])
         params = SimpleNamespace(
-            extra_args={KEY: [group, 5]}, temperature=1.0, max_tokens=len(text), stop_token_ids=[STOP]
+            extra_args={KEY: [group, int(name.split("-")[1])]},
+            temperature=1.0,
+            max_tokens=len(text),
+            stop_token_ids=[STOP],
         )
         self.requests[name] = SimpleNamespace(
             prompt_token_ids=prompt.tolist(), output_token_ids=[], sampling_params=params
@@ -120,6 +126,36 @@ def test_a_drafter_follows_requests_whatever_the_batch_does(drafter):
         assert seen["preempted"] > 0 and seen["restored"] > 0
         # texts of a group repeat: what its members said before is what is drafted
         assert batch.accepted > 0.5 * batch.drafted > 100
+
+
+@pytest.mark.parametrize("drafter", ["suffix-automaton", "arbiter"])
+def test_drafts_are_counted_by_sample_drafter_and_depth(drafter):
+    made = proposer(drafter)
+    batch = Batch(made, requests=60, seed=3)
+    while batch.waiting or batch.paused or batch.input_batch.req_ids:
+        batch.reschedule()
+        batch.step()
+    samples = list(made._tallies)
+    found = made.taken_drafts(samples)
+    assert made.taken_drafts(samples) == [{}] * len(samples), "they are handed out once"
+    tallies = [tally for of in found for name, tally in of.items() if name == "suffix-automaton"]
+    assert len(tallies) == sum(map(len, found)) > 10
+    for tally in tallies:
+        assert sum(tally.accepted_at) == tally.accepted <= tally.drafted
+        assert len(tally.tried_at) == len(tally.accepted_at) <= K
+        assert all(tried >= of for tried, of in zip(tally.tried_at, tally.accepted_at, strict=True))
+        assert all(later <= of for later, of in zip(tally.tried_at[1:], tally.accepted_at, strict=False))
+        assert msgspec.convert(asdict(tally), DraftCounts).accepted == tally.accepted
+    # what the batch itself saw of the same drafts; those of a row that paused before they were verified are not counted
+    assert 0.7 * batch.accepted < sum(t.accepted for t in tallies) <= batch.accepted
+    assert 0.7 * batch.drafted < sum(t.drafted for t in tallies) <= batch.drafted
+
+
+def test_a_tally_counts_what_was_tried_at_each_depth():
+    tally = Tally()
+    for length, accepted in ((3, 0), (3, 2), (2, 2), (1, 1)):
+        tally.add(length, accepted)
+    assert asdict(tally) == {"drafted": 9, "accepted": 5, "tried_at": [4, 2, 1], "accepted_at": [3, 2, 0]}
 
 
 def test_before_the_first_request_nothing_is_drafted():

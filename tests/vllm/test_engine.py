@@ -108,7 +108,10 @@ def test_the_drafter_sees_the_texts_that_are_returned_over_preemption_and_moving
     assert gained["tokens"] - 24 * 150 <= 1 and gained["checksum"] - checksum <= VOCABULARY
     assert gained["tokens"] >= 24 * 150 and gained["checksum"] >= checksum
     assert gained["preempted"] == gained["restored"] > 0
-    assert sum(counts.accepted for s in samples for counts in s.drafters.values()) > 0
+    drafts = [counts for sample in samples for counts in sample.drafters.values()]
+    assert {name for sample in samples for name in sample.drafters} == {"watching"}
+    assert sum(counts.accepted for counts in drafts) > 0
+    assert all(sum(c.accepted_at) == c.accepted <= c.drafted and max(c.tried_at) == c.tried_at[0] for c in drafts)
 
 
 @pytest.mark.parametrize("recompute", [True, False])

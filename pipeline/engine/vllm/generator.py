@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from pipeline.capabilities import GENERATORS
@@ -169,7 +170,8 @@ class VllmGenerator:
             GeneratorLost: vLLM's engine has died.
             RunFailed: vLLM refused a request, or gave log-probs that are not numbers.
         """
-        finished = []
+        finished: list[FinishedSample] = []
+        seeds: list[int] = []
         wait = WAIT_SECONDS
         while True:
             try:
@@ -177,11 +179,13 @@ class VllmGenerator:
             except queue.Empty:
                 break
             wait = 0.0
+            group = self._groups.get(ended.key[0])
             sample = self._finished(ended)
-            if sample is not None:
+            if sample is not None and group is not None:
                 finished.append(sample)
+                seeds.append(group.request.seeds[sample.sample])
         if finished and self._speculating:
-            self._tell_events()
+            self._hear(finished, seeds)
         return finished
 
     def has_work(self) -> bool:
@@ -202,10 +206,15 @@ class VllmGenerator:
 
     # ---- results -------------------------------------------------------------------------------------------------
 
-    def _tell_events(self) -> None:
-        for events, _ in self._client.workers("rollahead_drafter")[:1]:
-            for event in events:
-                self._on_event(event)
+    def _hear(self, finished: Sequence[FinishedSample], seeds: Sequence[int]) -> None:
+        """What a drafter of ours has to say, and who made which drafts for these samples; vLLM knows only how many."""
+        samples = [[sample.group, seed] for sample, seed in zip(finished, seeds, strict=True)]
+        events, _, drafts = self._client.workers("rollahead_drafter", samples)[0]
+        for event in events:
+            self._on_event(event)
+        for sample, found in zip(finished, drafts, strict=False):  # none where the drafter is vLLM's own
+            if found:
+                sample.drafters = {name: msgspec.convert(counts, DraftCounts) for name, counts in found.items()}
 
     def _finished(self, ended: Ended) -> FinishedSample | None:
         """None for a sample of a group that was cancelled."""

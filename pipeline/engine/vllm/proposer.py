@@ -5,11 +5,12 @@ them. Of those requests the drafter hears what the protocol promises.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from drafters.base import Drafter, DraftRequest, Proposal, SequenceStart, Verified, locked
 from drafters.composite import CompositeDrafter
@@ -68,10 +69,38 @@ class _Followed:
     """it stopped; vLLM takes it out of the batch after this step"""
 
 
+Sample = tuple[int, int]
+"""group and seed, by which the engine's process names a request"""
+_KEPT = 4096
+"""samples whose drafts are counted and not yet asked for, at most: cancelled ones never are"""
+
+
+class Tally(Struct):
+    """Drafts of one drafter for one sample, as in `pipeline.messages.DraftCounts`."""
+
+    drafted: int = 0
+    accepted: int = 0
+    tried_at: list[int] = []
+    accepted_at: list[int] = []
+
+    def add(self, length: int, accepted: int) -> None:
+        """A draft of `length` tokens, of which the first `accepted` were."""
+        self.drafted, self.accepted = self.drafted + length, self.accepted + accepted
+        tried = min(length, accepted + 1)
+        missing = [0] * (tried - len(self.tried_at))
+        self.tried_at += missing
+        self.accepted_at += missing
+        for depth in range(tried):
+            self.tried_at[depth] += 1
+            self.accepted_at[depth] += depth < accepted
+
+
 @dataclass(slots=True)
 class _Step:
     """What was asked for, until it is verified."""
 
+    drafted_by: Sequence[str] = ()
+    """of each request; empty: the drafter itself"""
     requests: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -97,6 +126,8 @@ class DrafterProposer:
         """followed requests that are not in the batch"""
         self._next_id = 0
         self._step = _Step()
+        self._tallies: dict[Sample, dict[str, Tally]] = {}
+        """of samples, by drafter, in the order in which they began"""
         self._disturbed = False
         """whether the time of the step under way says nothing of what steps cost"""
 
@@ -113,6 +144,10 @@ class DrafterProposer:
 
     def counters(self) -> dict[str, float]:
         return self._guard.counters()
+
+    def taken_drafts(self, samples: Sequence[Sample]) -> list[dict[str, Tally]]:
+        """How the drafts of each fared, by drafter; of samples that are over, which are forgotten with it."""
+        return [self._tallies.pop((group, seed), {}) for group, seed in samples]
 
     def propose(
         self,
@@ -172,10 +207,22 @@ class DrafterProposer:
         if step.ids:
             found = [emitted.pop(request, nothing) for request in step.requests]
             accepted = np.minimum(np.array([max(0, len(tokens) - 1) for tokens in found], np.int64), step.lengths)
+            self._count(step, found, accepted)
             self._guard.observe(Verified(step.ids, found, locked(accepted), seconds=seconds))
         if emitted:
             ids = [self._followed[request].id for request in emitted]
             self._guard.observe(Verified(ids, list(emitted.values()), locked(np.zeros(len(ids), np.int64))))
+
+    def _count(self, step: _Step, found: Sequence[np.ndarray], accepted: np.ndarray) -> None:
+        """Of the requests that were verified; a draft for one that was preempted before has come to nothing."""
+        for row, request in enumerate(step.requests):
+            followed, length = self._followed.get(request), int(step.lengths[row])
+            if followed is not None and length and len(found[row]):
+                name = step.drafted_by[row] if step.drafted_by else self._guard.name
+                sample = (followed.start.group, followed.start.seed)
+                self._tallies.setdefault(sample, {}).setdefault(name, Tally()).add(length, int(accepted[row]))
+        while len(self._tallies) > _KEPT:
+            del self._tallies[next(iter(self._tallies))]
 
     def _end(self) -> None:
         """Requests that stopped, or that vLLM has forgotten: finished or aborted."""
@@ -233,5 +280,5 @@ class DrafterProposer:
             np.array([f.start.temperature for f in followed], np.float32),
         )
         proposal = self._guard.propose(asked) if followed else Proposal.empty(0)
-        self._step = _Step(requests, list(asked.ids), proposal.lengths)
+        self._step = _Step(proposal.drafted_by or (), requests, list(asked.ids), proposal.lengths)
         return proposal

@@ -5,10 +5,12 @@ Importing this module in a worker corrects the rejection sampler where the insta
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import asdict
 
 from drafters.mtp.head import head_files, is_mimos
 from drafters.mtp.vllm_form import ARCHITECTURE, head_tensors
@@ -108,14 +110,22 @@ class RollaheadWorker:
         if proposer is not None:
             proposer.weights_changed(version)
 
-    def rollahead_drafter(self) -> tuple[list[str], dict[str, float]]:
-        """What the drafter has said since the last call, and its figures."""
+    def rollahead_drafter(
+        self, finished: Sequence[Sequence[int]] = ()
+    ) -> tuple[list[str], dict[str, float], list[dict[str, dict[str, Any]]]]:
+        """What the drafter has said since the last call, its figures, and how its drafts for finished samples fared,
+        by drafter.
+
+        Args:
+            finished: group and seed of each of these.
+        """
         proposer = self._rollahead_proposer()
         if proposer is None:
-            return [], {}
+            return [], {}, []
         events = list(proposer.events)
         proposer.events.clear()
-        return events, proposer.counters()
+        drafts = proposer.taken_drafts([(group, seed) for group, seed in finished])
+        return events, proposer.counters(), [{n: asdict(tally) for n, tally in of.items()} for of in drafts]
 
     def _rollahead_proposer(self) -> DrafterProposer | None:
         proposer = getattr(self.model_runner, "drafter", None)
