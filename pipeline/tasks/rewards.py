@@ -183,7 +183,7 @@ def _call(
         judged = [n for n, value in enumerate(values) if value is not None]
         if not judged:
             raise _BadReward("no reward function judged it: all returned None")
-        total = sum(together.weights[n] * (values[n] or 0.0) for n in judged)
+        total = _finite(sum(together.weights[n] * (values[n] or 0.0) for n in judged), "of all, weighted,")
         parts = {together.names[n]: values[n] or 0.0 for n in judged} if together is reward else {}
         scored.append(Scored(total, parts=parts))
     return scored

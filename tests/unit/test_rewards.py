@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
-from pipeline.tasks.rewards import Scored, answer_number, load_reward, numeric_answer, score_group
+from pipeline.tasks.rewards import Rewards, Scored, answer_number, load_reward, numeric_answer, score_group
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,14 @@ def test_a_value_that_is_no_finite_number_costs_only_its_sample(bad: Any) -> Non
     assert (first, third) == (Scored(1.0), Scored(1.0))
     assert second.reward is None
     assert second.error.startswith("sample 1: reward function reward returned")
+
+
+def test_a_weighted_sum_that_is_too_large_costs_only_its_sample() -> None:
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        return [1e17 if text == "bad" else 1.0 for text in completions]
+
+    good, bad = score_group(Rewards(("r",), (100.0,), (reward,)), ["p"] * 2, ["a", "bad"], {})
+    assert good.reward == 100.0 and bad.reward is None and "beyond 1e+18" in bad.error
 
 
 def test_a_sample_that_raises_costs_only_itself_and_keeps_its_own_columns() -> None:
