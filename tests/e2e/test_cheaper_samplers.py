@@ -21,6 +21,7 @@ def beside(tmp_path_factory, cache):
 def test_a_switching_run_trains_distils_publishes_both_models_and_goes_on(tmp_path, cache, beside):
     run = tmp_path / "run"
     options = SMALL | {
+        "model__path": beside,
         "engine__switching__small_model": beside,
         "engine__switching__policy_share": 0.5,
         "engine__switching__window": 1,
