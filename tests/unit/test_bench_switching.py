@@ -16,7 +16,7 @@ def test_rules_are_read_as_they_are_written():
     assert (paper.window, paper.min_run, paper.before_sampling) == (5, 10, False)
     assert (ours.window, ours.min_run, ours.before_sampling) == (1, 1, True)
     assert [name_of(rule) for rule in (paper, ours)] == ["5:10", "1:1:before"]
-    with pytest.raises(argparse.ArgumentTypeError, match="write 5:10 or 1:1:before"):
+    with pytest.raises(argparse.ArgumentTypeError, match="as 5:10, or 1:1:before"):
         _rules("1:1:after")
 
 
