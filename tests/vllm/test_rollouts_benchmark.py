@@ -15,7 +15,8 @@ def test_rollouts_are_measured_against_vllm(tmp_path):
     done = subprocess.run(
         [
             sys.executable, "-m", "pipeline.cli", "bench", "rollouts", "--model", str(model), "--batch", "1,3",
-            "--tokens", "12", "--waves", "1", "--repeats", "1", "--group-size", "2", "--peers", "vllm", "--threads", "1",
+            "--tokens", "12", "--waves", "1", "--repeats", "1", "--group-size", "2", "--peers", "vllm",
+            "--threads", "1",
             "--vllm-eager", "--vllm-drafters", ",".join(own), "--same-prompts", "--out", str(tmp_path / "out"),
         ],
         capture_output=True, text=True, timeout=600, check=False,
