@@ -198,7 +198,7 @@ def _interleaved(
 ) -> dict[Configuration, list[Timing]]:
     """Every configuration once a repeat, in an order that turns round; the first round warms up and is not counted.
 
-    The native generator's own configurations take turns of a few milliseconds within a round (`benchmarks.turns`).
+    The native generator's own configurations take turns of 50 milliseconds within a round (`benchmarks.turns`).
     """
     native = [c for c in configurations if c[0] == "rollahead"]
     runs = [native, *([c] for c in configurations if c not in native)]
