@@ -1,5 +1,8 @@
 """One real engine with a small cache, on a model with tied embeddings: what is sampled, recorded, and updated."""
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +15,12 @@ from benchmarks.exactness_suite.generators import generate
 from benchmarks.exactness_suite.model import FreshForward, random_checkpoint
 from benchmarks.exactness_suite.rollouts import PROMPT, VOCABULARY, JointLaw
 from benchmarks.exactness_suite.vllm import HEAD, settings, settings_checks
-from pipeline.engine.generator import FinishedSample, GroupRequest
+from pipeline.engine.generator import FinishedSample, GeneratorLost, GroupRequest
 from pipeline.engine.vllm.generator import VllmGenerator
 from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
 from pipeline.sampling.exactness import processed_law
+from tests.vllm.processes import descendants
 
 BOUND = 2e-4
 """nats between a recorded log-prob and a fresh forward's"""
@@ -190,3 +194,18 @@ def test_what_vllm_cannot_sample_together_with_drafts_is_refused(setup):
     with pytest.raises(UsageError, match="vocabulary"):
         setup.generator.add(GroupRequest(1, np.array([VOCABULARY + 3]), SamplingParams(), (1,)))
     assert not setup.generator.has_work()
+
+
+def test_a_call_that_waits_for_an_engine_as_it_dies_ends(setup):
+    """The last of this module: it takes the engine with it."""
+    setup.generator.add(setup.request(SamplingParams(max_new_tokens=100), 2))
+    setup.generator.step()
+    (core,) = descendants(os.getpid(), "VLLM::EngineCor")
+    os.kill(core, signal.SIGSTOP)  # the call is on its way, and nobody will answer it
+    killed = threading.Timer(1.0, os.kill, (core, signal.SIGKILL))
+    killed.start()
+    with pytest.raises(GeneratorLost):
+        setup.load(setup.generator.version + 1)
+    killed.join()
+    with pytest.raises(GeneratorLost):
+        finish(setup, lambda: False)

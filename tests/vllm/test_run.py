@@ -2,9 +2,9 @@
 
 import os
 import signal
-from pathlib import Path
 
 from tests.e2e.runs import rollahead, rows, settings, start, trained, wait_until
+from tests.vllm.processes import descendants
 
 OPTIONS = {
     "engine__generator": "vllm",
@@ -21,38 +21,18 @@ OPTIONS = {
 }
 
 
-def workers_of(parent: int) -> list[int]:
-    """vLLM's workers among a process's descendants."""
-    children: dict[int, list[int]] = {}
-    names: dict[int, str] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
-        except OSError:
-            continue  # it has just ended
-        pid = int(folder.name)
-        names[pid] = name
-        children.setdefault(int(rest.split()[1]), []).append(pid)
-    found, left = [], [parent]
-    while left:
-        pid = left.pop()
-        left += children.get(pid, [])
-        found += [pid] if names.get(pid, "").startswith("VLLM::Worker") else []
-    return found
-
-
 def test_a_run_on_vllm_survives_the_death_of_its_worker(tmp_path):
     run, cache = tmp_path / "run", tmp_path / "cache"
     process = start("run", *settings(**OPTIONS, run__steps=5), "--out", str(run), cache=cache, log=tmp_path / "log")
     wait_until(lambda: len(rows(run)) >= 2, 600, "second step", process)
-    victims = workers_of(process.pid)
+    victims = descendants(process.pid, "VLLM::Worker")
     assert victims
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
-    assert process.wait(600) == 0, (tmp_path / "log").read_text()
+    assert process.wait(300) == 0, (tmp_path / "log").read_text()
     log = (run / "logs" / "engine-0.log").read_text()
     assert "vLLM's engine has died; starting it again" in log
-    assert not workers_of(process.pid)
+    assert not descendants(process.pid, "VLLM::Worker")
     found = rows(run)
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
     ids = trained(run)

@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ T = TypeVar("T")
 Key = tuple[int, int, int]
 """of a sample: group, index, and which time it is generated"""
 _DYING_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
+"""between two looks whether the engine that a call waits for has died; given up at the second that finds it dead"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +144,7 @@ class EngineClient:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+            return self._answer(asyncio.run_coroutine_threadsafe(work, self._loop))
         except RollaheadError:
             raise
         except EngineDeadError as error:
@@ -151,12 +154,31 @@ class EngineClient:
                 raise GeneratorLost("vLLM's engine has died") from error
             raise
 
+    def _answer(self, call: Future[T]) -> T:
+        """What the call returned; vLLM leaves one unanswered that reaches its core while that dies."""
+        dead = False
+        while True:
+            try:
+                return call.result(_LOOK_SECONDS)
+            except TimeoutError:
+                if call.done():
+                    raise
+            if dead:
+                call.cancel()
+                raise GeneratorLost("vLLM's engine has died")
+            dead = self.errored
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine is known to be dead; requests under way have ended, or never will."""
+        return self._engine is not None and bool(self._engine.errored)
+
     def died(self) -> bool:
         """Whether the engine is dead, or dies within seconds: a core that has lost its workers still answers."""
         deadline = time.monotonic() + _DYING_SECONDS
-        while not (dead := self._engine.errored) and time.monotonic() < deadline:
+        while not (dead := self.errored) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return bool(dead)
+        return dead
 
     def close(self) -> None:
         """Ends vLLM's processes; requests under way are forgotten."""

@@ -186,6 +186,8 @@ class VllmGenerator:
                 seeds.append(group.request.seeds[sample.sample])
         if finished and self._speculating:
             self._hear(finished, seeds)
+        if not finished and self._groups and self._client.errored and self._client.ended.empty():
+            raise GeneratorLost("vLLM's engine has died")
         return finished
 
     def has_work(self) -> bool:
