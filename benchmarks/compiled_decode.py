@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.options import Parser, at_least
 from benchmarks.random_model import checkpoint
 from benchmarks.results import spread, write_results
 from pipeline.models.checkpoint import load_decoder
@@ -49,15 +50,15 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rollahead bench compiled-decode", description=__doc__.partition("\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="rollahead bench compiled-decode", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="random-4x256x4096", help="checkpoint folder, or random-LAYERSxHIDDENxVOCAB")
     parser.add_argument("--batch", default="1,4,16")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--length", type=int, default=128, help="cached tokens of each sequence")
-    parser.add_argument("--steps", type=int, default=10, help="timed together")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    parser.add_argument("--length", type=at_least(1), default=128, help="cached tokens of each sequence")
+    parser.add_argument("--steps", type=at_least(1), default=10, help="timed together")
+    parser.add_argument("--repeats", type=at_least(1), default=15)
+    parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's default")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-compiled-decode"))
     return parser
 

@@ -6,7 +6,6 @@ At batch 1 every token reads every weight once, so bandwidth over bytes bounds t
 about half of it for 1B parameters on an H100. Without a GPU it runs the same code on small models.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.bandwidth import read_bandwidth
+from benchmarks.options import Parser, at_least
 from benchmarks.random_model import shape_of
 from benchmarks.results import spread, write_results
 from pipeline.engine.generator import GroupRequest
@@ -30,11 +30,11 @@ PROMPT = 32
 
 def main(arguments: list[str]) -> int:
     """Measures, prints a line a batch size, writes `results.json`; the exit code."""
-    parser = argparse.ArgumentParser(prog="rollahead bench decode-bandwidth", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="rollahead bench decode-bandwidth", description=__doc__.partition("\n")[0])
     parser.add_argument("--models", default="", help="random-1.5b,random-7b (default on a GPU) or random-LxHxV")
     parser.add_argument("--batch", default="1,16,64")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens a sequence that are timed")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=at_least(1), default=128, help="tokens a sequence that are timed")
+    parser.add_argument("--repeats", type=at_least(1), default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-decode-bandwidth"))
     options = parser.parse_args(arguments)

@@ -10,7 +10,6 @@ arXiv 1603.09382; LayerSkip, arXiv 2404.16710), so that the model gets better wi
 some left out.
 """
 
-import argparse
 import json
 import shutil
 import time
@@ -22,6 +21,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from benchmarks.options import SEED, Parser, at_least
 from pipeline.errors import UsageError
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
@@ -34,14 +34,14 @@ DROPOUT = 0.5
 
 def main(arguments: list[str]) -> int:
     """Trains and writes the checkpoint directory; the exit code."""
-    parser = argparse.ArgumentParser(prog="rollahead bench deep-model", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="rollahead bench deep-model", description=__doc__.partition("\n")[0])
     parser.add_argument("--base", type=Path, required=True, help="Qwen3 checkpoint directory")
     parser.add_argument("--texts", type=Path, required=True, help=".jsonl with question and answer")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--layers", type=at_least(1), default=32)
+    parser.add_argument("--steps", type=at_least(1), default=150)
+    parser.add_argument("--batch", type=at_least(1), default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks import plots
+from benchmarks.options import Parser, at_least
 from benchmarks.results import spread, write_results
 from drafters.mtp.data import Rollout, TrainingTexts, read_rollouts
 from drafters.mtp.drafter import MTPDrafter
@@ -194,22 +195,22 @@ def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rollahead bench drafter-training", description=__doc__.partition("\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="rollahead bench drafter-training", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, help="checkpoint directory")
     add("--texts", type=Path, nargs="+", required=True, help="rollouts.jsonl of train-drafter, or texts")
     add("--template", default="{text}", help="text of a .jsonl line; {field} is replaced")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for results.json and entropy.png")
     add("--losses", nargs="+", default=["ce", "e2e-tv"], help="the first is what the others are compared with")
-    add("--seeds", type=int, default=3, metavar="N")
-    add("--warm-steps", type=int, default=300, metavar="N")
-    add("--steps", type=int, default=300, metavar="N", help="of each loss after the warm start")
+    add("--seeds", type=at_least(1), default=3, metavar="N")
+    add("--warm-steps", type=at_least(0), default=300, metavar="N")
+    add("--steps", type=at_least(1), default=300, metavar="N", help="of each loss after the warm start")
     add("--learning-rate", type=float, default=1e-3)
-    add("--batch-tokens", type=int, default=4096, metavar="N")
-    add("--depths", type=int, default=3, metavar="K", help="drafted tokens")
-    add("--held-out", type=int, default=64, metavar="N", help="texts")
-    add("--prompts", type=int, default=64, metavar="N", help="held-out prompts that are answered")
-    add("--new-tokens", type=int, default=160, metavar="N")
-    add("--threads", type=int, default=0, metavar="N", help="0: torch's own choice")
+    add("--batch-tokens", type=at_least(1), default=4096, metavar="N")
+    add("--depths", type=at_least(1), default=3, metavar="K", help="drafted tokens")
+    add("--held-out", type=at_least(1), default=64, metavar="N", help="texts")
+    add("--prompts", type=at_least(1), default=64, metavar="N", help="held-out prompts that are answered")
+    add("--new-tokens", type=at_least(1), default=160, metavar="N")
+    add("--threads", type=at_least(0), default=0, metavar="N", help="0: torch's own choice")
     return parser

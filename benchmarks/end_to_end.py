@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.end_to_end_analysis import compare, run_row
-from benchmarks.options import integers, names
+from benchmarks.options import Parser, at_least, integers, names
 from benchmarks.results import write_results
 from drafters.registry import available
 from pipeline.config import EMBEDDED, check_config, load_config
@@ -69,8 +69,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="rollahead bench end-to-end", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = "synchronous, asynchronous, arbiter, or a drafter"
@@ -79,8 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         "--arm", action="append", default=[], metavar="'NAME: a.b=c; d.e=f'", help="another arm, by its settings"
     )
     parser.add_argument("--seeds", type=integers(0), default=[0, 1, 2], help="for example 0,1,2")
-    parser.add_argument("--steps", type=int, default=60, help="optimiser batches a run")
-    parser.add_argument("--eval-every", type=int, default=10, help="batches between evaluations on held-out prompts")
+    parser.add_argument("--steps", type=at_least(1), default=60, help="optimiser batches a run")
+    parser.add_argument(
+        "--eval-every", type=at_least(1), default=10, help="batches between evaluations on held-out prompts"
+    )
     parser.add_argument("--target", type=float, default=0.6, help="held-out reward whose time is reported")
     parser.add_argument("--config", type=Path, help="TOML file of all arms; default: the embedded one")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="a.b=c", help="for all arms")

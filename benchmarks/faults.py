@@ -6,7 +6,6 @@ rollahead bench faults --minutes 60      every failpoint twice and 200 random ki
 rollahead bench faults --part kills --minutes 10
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from benchmarks.fault_fuzz import fuzz
 from benchmarks.fault_kills import kill_matrix
 from benchmarks.fault_network import BYTE_FAULTS, MESSAGE_FAULTS, network_faults
 from benchmarks.fault_soak import soak
-from benchmarks.options import minutes
+from benchmarks.options import SEED, Parser, minutes
 from benchmarks.results import write_results
 from pipeline.failpoints import NAMES
 
@@ -34,11 +33,11 @@ SHORT_NETWORK = ("drop", "corrupt", "half-open", "half-open-kept", "all")
 
 def main(arguments: list[str]) -> int:
     """Runs the parts, prints a line each, writes `results.json`; 1 when something was lost, repeated or broken."""
-    parser = argparse.ArgumentParser(prog="rollahead bench faults", description="Faults on purpose, and an audit.")
+    parser = Parser(prog="rollahead bench faults", description="Faults on purpose, and an audit.")
     parser.add_argument("--minutes", type=minutes, default=0.0, help="long form, about this long; 0: the short form")
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-faults"), help="folder for results.json")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # processes are forked from this one
     chosen = [part for part in PARTS if part in (options.part or PARTS)]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import plots
-from benchmarks.options import at_least, integers, names
+from benchmarks.options import SEED, Parser, at_least, integers, names
 from benchmarks.results import spread, write_results
 from benchmarks.stale_training import train
 from learner.step_metrics import Metrics
@@ -83,25 +83,25 @@ def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:
 
 
 def _asked_for(arguments: Sequence[str]) -> str:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--what", default="stability")
     return str(parser.parse_known_args(list(arguments))[0].what)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rollahead bench learner", description=(__doc__ or "").partition("\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="rollahead bench learner", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--what", choices=["stability", "speed"], default="stability", help="what is measured")
     parser.add_argument("--out", type=Path, default=Path("bench/learner"), help="folder of results.json and the plot")
     parser.add_argument("--model", type=Path, help="checkpoint to start from; default: the embedded model")
     parser.add_argument("--settings", type=names, default=list(SETTINGS), help=f"of {','.join(SETTINGS)}")
     parser.add_argument("--staleness", type=integers(0), default=[0, 2, 4, 8], help="batches, for example 0,2,4,8")
     parser.add_argument("--steps", type=at_least(1), default=60, help="batches a run")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--seeds", type=at_least(1), default=1, help="runs of each, with seeds from --seed on")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="twice the demo's")
     parser.add_argument("--minibatches", type=at_least(1), default=4, help="optimiser steps a batch")
     parser.add_argument("--target", type=float, default=0.0, help="entropy to hold, nats; 0: that of the first batch")
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--threads", type=at_least(0), default=0)
     parser.add_argument("--short", action="store_true", help="3 steps of uncorrected and entropy-held at 0 and 2")
     return parser
 

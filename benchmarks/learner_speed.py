@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.options import integers, names
+from benchmarks.options import SEED, Parser, at_least, integers, names
 from benchmarks.results import spread, write_results
 from pipeline.errors import RunFailed, UsageError
 
@@ -55,7 +55,7 @@ def measure(arguments: Sequence[str]) -> int:
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="rollahead bench learner --what speed")
+    parser = Parser(prog="rollahead bench learner --what speed")
     parser.add_argument("--what", choices=["speed"])
     parser.add_argument("--out", type=Path, default=Path("bench/learner-speed"), help="folder of results.json")
     parser.add_argument(
@@ -64,13 +64,13 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         "even-16k (16,384 tokens, 8 layers); or tiny",
     )  # fmt: skip
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"])
-    parser.add_argument("--prompts", type=int, default=4, help=f"groups of {GROUP} samples in the batch")
-    parser.add_argument("--longest", type=int, default=512, help="longest response, in tokens")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps of each, after one that is not")
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
+    parser.add_argument("--prompts", type=at_least(1), default=4, help=f"groups of {GROUP} samples in the batch")
+    parser.add_argument("--longest", type=at_least(1), default=512, help="longest response, in tokens")
+    parser.add_argument("--steps", type=at_least(1), default=5, help="measured steps of each, after one that is not")
+    parser.add_argument("--micro-batch-tokens", type=at_least(1), default=4096)
     parser.add_argument("--trl-batches", type=integers(), default=[4, 8], help="TRL's samples a micro-batch")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=at_least(0), default=1)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--short", action="store_true", help="one step of a tiny model in float32")
     if "--short" in arguments:
         parser.set_defaults(models=["tiny"], dtypes=["float32"], steps=1, prompts=2, longest=48, trl_batches=[8])

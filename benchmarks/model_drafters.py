@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.options import SEED, Parser, at_least, temperature
 from benchmarks.results import spread, write_results
 from drafters.base import Drafter, DraftRequest, Verified
 from drafters.calibration import verification_step
@@ -60,24 +61,24 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rollahead bench model-drafters", description=__doc__.partition("\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="rollahead bench model-drafters", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="checkpoint directory of the target")
     parser.add_argument("--prompts", type=Path, required=True, help=".jsonl with questions")
     parser.add_argument("--draft-model", type=Path, help="checkpoint directory of a smaller one")
     parser.add_argument("--parts", default="sets,speed")
     parser.add_argument("--skips", default="", help="layers to leave out, comma between; default: six counts")
     parser.add_argument("--batch", default="1", help="sequences at once, comma between")
-    parser.add_argument("--draft-tokens", type=int, default=6)
+    parser.add_argument("--draft-tokens", type=at_least(1), default=6)
     parser.add_argument("--stop-below", type=float, default=0.4)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--tokens", type=int, default=96, help="of each response")
-    parser.add_argument("--count", type=int, default=4, help="prompts a run, at least the batch")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--temperature", type=temperature, default=1.0)
+    parser.add_argument("--tokens", type=at_least(1), default=96, help="of each response")
+    parser.add_argument("--count", type=at_least(1), default=4, help="prompts a run, at least the batch")
+    parser.add_argument("--repeats", type=at_least(1), default=5)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it is")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=at_least(0), default=0, help="of torch; 0: as it is")
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-model-drafters"))
     return parser
 

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import plots
 from benchmarks.held_out import HeldOut, Scored
-from benchmarks.options import at_least, integers, names
+from benchmarks.options import SEED, Parser, at_least, integers, names, temperature
 from benchmarks.results import spread, write_results
 from pipeline.config import Config, check_config, load_config
 from pipeline.engine.generator import GroupRequest
@@ -67,8 +67,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rollahead bench sparse", description=(__doc__ or "").partition("\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="rollahead bench sparse", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, help="checkpoint folder")
     add("--prompts", type=Path, required=True, help="jsonl file of held-out problems with question and answer")
@@ -78,26 +78,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--every", type=at_least(1), default=16, help="tokens between two compressions, for the rewards and --train")
     add("--problems", type=at_least(1), default=128, help="held-out problems")
     add("--samples", type=at_least(1), default=2, help="responses to each problem")
-    add("--max-new-tokens", type=int, default=256, help="longest response to a problem")
-    add("--temperature", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--threads", type=int, default=0, help="0: torch's default")
+    add("--max-new-tokens", type=at_least(1), default=256, help="longest response to a problem")
+    add("--temperature", type=temperature, default=1.0)
+    add("--seed", type=SEED, default=0)
+    add("--threads", type=at_least(0), default=0, help="0: torch's default")
     speed = parser.add_argument_group("speed")
-    speed.add_argument("--repeats", type=int, default=5, help="0: measure rewards alone")
-    speed.add_argument("--sequences", type=int, default=32, help="sequences to generate")
-    speed.add_argument("--tokens", type=int, default=1024, help="new tokens of each")
+    speed.add_argument("--repeats", type=at_least(0), default=5, help="0: measure rewards alone")
+    speed.add_argument("--sequences", type=at_least(1), default=32, help="sequences to generate")
+    speed.add_argument("--tokens", type=at_least(1), default=1024, help="new tokens of each")
     speed.add_argument("--speed-budgets", type=integers(), default=[128, 256, 512], help="tokens kept")
-    speed.add_argument("--speed-every", type=int, default=128, help="tokens between two compressions")
-    speed.add_argument("--kv-bytes", type=int, default=0, help="the fixed memory; 0: for a quarter of the sequences")
+    speed.add_argument("--speed-every", type=at_least(1), default=128, help="tokens between two compressions")
+    speed.add_argument(
+        "--kv-bytes", type=at_least(0), default=0, help="the fixed memory; 0: for a quarter of the sequences"
+    )
     train = parser.add_argument_group("training")
     train.add_argument("--train", type=Path, metavar="FILE", help="jsonl file to train on; compares corrected with not")
-    train.add_argument("--seeds", type=int, default=3, help="runs of each arm, with seeds from --seed on")
+    train.add_argument("--seeds", type=at_least(1), default=3, help="runs of each arm, with seeds from --seed on")
     train.add_argument("--steps", type=at_least(1), default=60, help="optimiser batches a run")
     train.add_argument("--staleness", type=at_least(0), default=0, help="batches the rollouts are old")
     train.add_argument("--learning-rate", type=float, default=2e-5)
-    train.add_argument("--batch-size", type=int, default=64)
+    train.add_argument("--batch-size", type=at_least(1), default=64)
     train.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="the learner's products")
-    train.add_argument("--runs", type=int, default=0, help="at most so many now; the same command goes on; 0: all")
+    train.add_argument(
+        "--runs", type=at_least(0), default=0, help="at most so many now; the same command goes on; 0: all"
+    )
     train.add_argument("--margin", type=float, default=0.03, help="rewards within this are equivalent")
     return parser
 

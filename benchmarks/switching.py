@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import plots
-from benchmarks.options import at_least, floats, names
+from benchmarks.options import SEED, Parser, at_least, floats, names, temperature
 from benchmarks.results import write_results
 from pipeline.config.types import TaskSection
 from pipeline.engine.generator import FinishedSample, GroupRequest
@@ -70,8 +70,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rollahead bench switching", description=(__doc__ or "").partition("\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="rollahead bench switching", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="the large model, the policy")
     add("--small-model", type=Path, required=True, metavar="DIR", help="of the same tokenizer")
@@ -97,21 +97,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--count", type=at_least(1), default=200, metavar="N", help="prompts measured on")
     add("--calibration-count", type=at_least(1), default=48, metavar="N", help="prompts calibrated on")
     add("--samples", type=at_least(1), default=1, metavar="N", help="responses a prompt")
-    add("--temperature", type=float, default=1.0, metavar="T")
-    add("--max-new-tokens", type=int, default=200, metavar="N")
+    add("--temperature", type=temperature, default=1.0, metavar="T")
+    add("--max-new-tokens", type=at_least(1), default=200, metavar="N")
     add("--batch", type=at_least(1), default=64, metavar="N", help="sequences at once")
-    add("--seed", type=int, default=0)
-    add("--threads", type=int, default=1)
+    add("--seed", type=SEED, default=0)
+    add("--threads", type=at_least(0), default=1)
     add("--train", action="store_true", help="compare training instead; --prompts are held out")
     add("--train-prompts", type=Path, metavar="FILE", help="with --train: .jsonl to train on")
     add("--steps", type=at_least(1), default=20, help="with --train: batches")
-    add("--seeds", type=int, default=3, help="with --train: seeds, from --seed on")
+    add("--seeds", type=at_least(1), default=3, help="with --train: seeds, from --seed on")
     add("--share", type=float, default=0.43, help="with --train: share of large-model tokens")
     add("--margin", type=float, default=0.05, help="with --train: difference in held-out reward that counts as none")
     add("--learning-rate", type=float, default=2e-5, help="with --train")
-    add("--batch-size", type=int, default=64, help="with --train: samples a batch")
+    add("--batch-size", type=at_least(1), default=64, help="with --train: samples a batch")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="with --train: the learner's products")
-    add("--runs", type=int, default=0, help="with --train: at most so many now; the same command goes on; 0: all")
+    add(
+        "--runs",
+        type=at_least(0),
+        default=0,
+        help="with --train: at most so many now; the same command goes on; 0: all",
+    )
     add("--out", type=Path, default=Path("runs/switching"))
     return parser
 

@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from benchmarks.options import at_least, seconds
+from benchmarks.options import Parser, at_least, seconds
 from benchmarks.results import resident_bytes, spread, write_results
 from benchmarks.synthetic import make_hub, make_link, source, trajectory
 from benchmarks.transport_pubsub import FIELDS_BYTES, pubsub
@@ -44,7 +44,7 @@ WARM_SECONDS = 1.0
 
 def main(arguments: list[str]) -> int:
     """Measures, prints a line a row, writes `results.json`."""
-    parser = argparse.ArgumentParser(prog="rollahead bench transport", description="How fast samples travel.")
+    parser = Parser(prog="rollahead bench transport", description="How fast samples travel.")
     parser.add_argument("--full", action="store_true", help="the whole matrix; about a quarter of an hour")
     parser.add_argument("--seconds", type=seconds, default=3.0, help="measured a row")
     parser.add_argument("--repeats", type=at_least(1), default=5, help="of rows that are compared")

@@ -6,6 +6,7 @@ import tomllib
 
 import pytest
 
+from pipeline.failpoints import VARIABLE
 from tests.e2e.conftest import SMALL
 from tests.e2e.runs import rollahead, rows, settings, start, trained, wait_until
 from tests.unit.test_metrics import STABLE
@@ -13,7 +14,7 @@ from tests.unit.test_metrics import STABLE
 pytestmark = pytest.mark.slow
 
 
-def test_run_leaves_a_complete_run_directory(tmp_path, cache):
+def test_run_leaves_a_complete_run_directory_that_can_be_evaluated(tmp_path, cache, monkeypatch):
     run = tmp_path / "run"
     done = rollahead(
         "run", *settings(**SMALL | {"run__measure_drafting": "true"}, run__steps=4), "--out", str(run), cache=cache
@@ -34,6 +35,14 @@ def test_run_leaves_a_complete_run_directory(tmp_path, cache):
         assert (newest / name).exists()
     generated = rollahead("generate", str(newest), "--prompt", "1+1=", "--max-new-tokens", "16", cache=cache)
     assert generated.returncode == 0 and "verifications" in generated.stdout
+    before = (run / "metrics.jsonl").read_bytes(), (run / "trained.jsonl").read_bytes()
+    monkeypatch.setenv(VARIABLE, "records.write=enospc*2")  # the disk is full when the evaluation is written
+    evaluated = rollahead("run", *settings(**SMALL, run__steps=4), "--eval-only", "--out", str(run), cache=cache)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "no space to write" in (run / "logs" / "learner.log").read_text()
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["step"] == 4 and 0 <= found["eval_reward_mean"] <= 1
+    assert before == ((run / "metrics.jsonl").read_bytes(), (run / "trained.jsonl").read_bytes())
 
 
 def test_truncated_sampling_trains_and_the_learner_agrees_with_what_was_sampled(tmp_path, cache):
