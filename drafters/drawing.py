@@ -10,6 +10,7 @@ from torch import Tensor
 
 from drafters.base import DraftRequest, Proposal
 from pipeline.sampling.distribution import inverse_cdf
+from pipeline.sampling.plain import draw_plain
 from pipeline.sampling.uniforms import Stream, salted, uniforms
 
 _MAX_DRAFT_BITS = 16
@@ -61,17 +62,17 @@ class Drawing:
         Args:
             logits: float32 [A, a vocabulary]; ids beyond the target's vocabulary are left out.
         """
-        rows, depth, device = self.rows, self.depth, logits.device
-        temperatures = torch.from_numpy(np.where(self._temperatures > 0, self._temperatures, 1)[rows]).to(device)
-        q = torch.softmax(logits[:, : self._vocab_size] / temperatures.unsqueeze(1), -1)
-        peak, token = q.max(-1)
-        if self._sampled[rows].any():
-            # Counted from where this draft starts: no number is met twice, though positions are.
-            counter = (self._positions[rows] << _MAX_DRAFT_BITS) + depth
-            numbers = torch.from_numpy(uniforms(self._seeds[rows], counter, Stream.DRAFT)).to(device)
-            token = torch.where(torch.from_numpy(self._sampled[rows]).to(device), inverse_cdf(q, numbers), token)
+        rows, depth, sampled = self.rows, self.depth, self._sampled[self.rows]
+        logits = logits[:, : self._vocab_size]
+        temperatures = np.where(self._temperatures > 0, self._temperatures, 1)[rows]
+        # Counted from where this draft starts: no number is met twice, though positions are.
+        numbers = uniforms(self._seeds[rows], (self._positions[rows] << _MAX_DRAFT_BITS) + depth, Stream.DRAFT)
+        if logits.device.type == "cpu" and logits.dtype == torch.float32:
+            tokens, confidences, q = draw_plain(logits, temperatures, sampled, numbers)
+        else:
+            tokens, confidences, q = _draw(logits, temperatures, sampled, numbers)
+        if sampled.any():
             self._drawn.append((rows, q))
-        tokens, confidences = token.cpu().numpy(), peak.cpu().numpy()
         self._tokens[rows, depth], self._confidences[rows, depth] = tokens, confidences
         self._lengths[rows] = self.depth = depth + 1
         self.rows = rows[(self._budgets[rows] > self.depth) & (confidences >= self._stop_below)]
@@ -102,3 +103,18 @@ class Drawing:
                 q[torch.from_numpy(which).to(q.device), depth] = part
         missing = self._vocab_size - q.shape[2]
         return torch.nn.functional.pad(q, (0, missing)) if missing else q
+
+
+def _draw(
+    logits: Tensor, temperatures: np.ndarray, sampled: np.ndarray, numbers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    """As `draw_plain`, on any device."""
+
+    def there(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(logits.device)
+
+    q = torch.softmax(logits / there(temperatures).unsqueeze(1), -1)
+    peak, token = q.max(-1)
+    if sampled.any():
+        token = torch.where(there(sampled), inverse_cdf(q, there(numbers)), token)
+    return token.cpu().numpy(), peak.cpu().numpy(), q

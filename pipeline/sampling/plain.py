@@ -1,5 +1,5 @@
-"""Verification in one pass over the logits, for the common case on a CPU: no setting but a temperature, and drafts that
-are deterministic, or none.
+"""Drafting and verification in one pass over the logits, for the common case on a CPU: no setting but a temperature,
+and no rule but the one that goes token by token.
 
 What is drawn and recorded is what `pipeline.sampling.verification` says; there some thirty tensor operations a step
 cost more than a small model's layers.
@@ -18,6 +18,7 @@ _LEAST = np.float32(-87.0)
 """e to less than this is no float32 any more, and taken to be 0"""
 _BLOCK = 256
 """tokens whose weights are summed before a draw looks for its own among them"""
+_NO_DRAFTS = np.zeros((0, 0, 0), np.float32)
 
 
 def verify_plain(
@@ -28,8 +29,10 @@ def verify_plain(
     seeds: np.ndarray,
     positions: np.ndarray,
     with_entropy: bool = True,
+    probabilities: Tensor | None = None,
+    sampled: np.ndarray | None = None,
 ) -> VerifiedTokens:
-    """Draws at every scored position, and accepts the draft tokens that were drawn.
+    """Accepts the longest good prefix of each draft and emits one token more.
 
     Args:
         logits: float32 [N, V] on the CPU, N = sum(lengths + 1), packed row by row.
@@ -39,15 +42,24 @@ def verify_plain(
         seeds: int64 [B].
         positions: int64 [B], index of each row's next token.
         with_entropy: whether to give entropies.
+        probabilities: [B, K, V], what each draft token was drawn from; None: the drafts are deterministic.
+        sampled: bool [B], rows whose draft was drawn from `probabilities`; None: all rows.
     """
     row, depth = packed_rows(lengths)
-    numbers = uniforms(seeds[row], positions[row] + depth, Stream.SAMPLE)
+    index = positions[row] + depth
+    numbers = uniforms(seeds[row], index, Stream.SAMPLE)
+    accepts = residuals = numbers
+    drawn, q = np.zeros(len(lengths), np.bool_), _NO_DRAFTS
+    if probabilities is not None:
+        drawn = np.ones(len(lengths), np.bool_) if sampled is None else sampled
+        q = probabilities.float().contiguous().numpy()
+        accepts, residuals = (uniforms(seeds[row], index, which) for which in (Stream.ACCEPT, Stream.RESIDUAL))
     shape = len(lengths), int(lengths.max()) + 1
     tokens, accepted = np.full(shape, -1, np.int64), np.zeros(shape[0], np.int64)
     logprobs, entropies = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     _verify(
-        logits.contiguous().numpy(), temperatures.astype(np.float32), token_ids, lengths, numbers, tokens, accepted,
-        logprobs, entropies,
+        logits.contiguous().numpy(), temperatures.astype(np.float32), token_ids, lengths, q, drawn, numbers, accepts,
+        residuals, tokens, accepted, logprobs, entropies,
     )  # fmt: skip
     return VerifiedTokens(
         tokens=torch.from_numpy(tokens),
@@ -57,13 +69,35 @@ def verify_plain(
     )
 
 
+def draw_plain(
+    logits: Tensor, temperatures: np.ndarray, sampled: np.ndarray, numbers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    """Tokens int64 [A], the peaks float32 [A] of the distributions, and these, float32 [A, V].
+
+    Args:
+        logits: float32 [A, V] on the CPU.
+        temperatures: [A], all above 0.
+        sampled: bool [A], rows that draw; the others take the likeliest token.
+        numbers: float64 [A] in (0, 1), what is drawn by.
+    """
+    rows = len(logits)
+    tokens, peaks = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
+    q = np.empty(tuple(logits.shape), np.float32)
+    _draw_rows(logits.contiguous().numpy(), temperatures.astype(np.float32), sampled, numbers, tokens, peaks, q)
+    return tokens, peaks, torch.from_numpy(q)
+
+
 @njit(cache=True)
 def _verify(
     logits: np.ndarray,
     temperatures: np.ndarray,
     token_ids: np.ndarray,
     lengths: np.ndarray,
+    q: np.ndarray,
+    drawn: np.ndarray,
     numbers: np.ndarray,
+    accepts: np.ndarray,
+    residuals: np.ndarray,
     tokens: np.ndarray,
     accepted: np.ndarray,
     logprobs: np.ndarray,
@@ -71,44 +105,108 @@ def _verify(
 ) -> None:
     """Fills the last four; what follows a row's last token stays as it is."""
     size = logits.shape[1]
-    first, weights, sums = 0, np.empty(size, np.float32), np.empty((size + _BLOCK - 1) // _BLOCK)
+    first, sums = 0, np.empty((size + _BLOCK - 1) // _BLOCK)
+    weights, rest = np.empty(size, np.float32), np.empty(size, np.float32)
     for b in range(len(lengths)):
+        temperature = temperatures[b]
+        inverse = np.float32(1) / temperature if temperature > 0 else np.float32(1)
         for k in range(lengths[b] + 1):
-            token, logprob, entropy = _draw(logits, first + k, temperatures[b], numbers[first + k], weights, sums)
-            tokens[b, k], logprobs[b, k], entropies[b, k] = token, logprob, entropy
-            if k == lengths[b] or token != token_ids[b, k]:
+            n = first + k
+            row = logits[n]
+            greatest, total, mean = _weigh(row, inverse, weights, sums)
+            last, good = k == lengths[b], False
+            if last or not drawn[b]:
+                token = _choose(row, temperature, greatest, weights, sums, numbers[n] * total)
+                good = not last and token == token_ids[b, k]
+            else:
+                token = token_ids[b, k]
+                share = weights[token] / total
+                if temperature <= 0:
+                    share = 1.0 if token == _first_equal(row, greatest) else 0.0
+                good = accepts[n] * q[b, k, token] < share
+                if not good:
+                    token = _choose(row, temperature, greatest, weights, sums, residuals[n] * total)
+                    left = _subtract(weights, total, q[b, k], rest, sums) if temperature > 0 else 0.0
+                    if left > 0:  # p = q leaves nothing: rejected by rounding alone, p is the law to fall back on
+                        token = _first_past(rest, sums, residuals[n] * left)
+            spread = np.log(total)
+            tokens[b, k], logprobs[b, k] = token, (row[token] - greatest) * inverse - spread
+            entropies[b, k] = spread - mean / total
+            if not good:
                 accepted[b] = k
                 break
         first += lengths[b] + 1
 
 
+@njit(cache=True)
+def _draw_rows(
+    logits: np.ndarray,
+    temperatures: np.ndarray,
+    sampled: np.ndarray,
+    numbers: np.ndarray,
+    tokens: np.ndarray,
+    peaks: np.ndarray,
+    q: np.ndarray,
+) -> None:
+    """Fills the last three."""
+    rows, size = logits.shape
+    sums = np.empty((size + _BLOCK - 1) // _BLOCK)
+    for n in range(rows):
+        greatest, total, _ = _weigh(logits[n], np.float32(1) / temperatures[n], q[n], sums)
+        tokens[n] = _choose(logits[n], np.float32(sampled[n]), greatest, q[n], sums, numbers[n] * total)
+        peaks[n] = 1 / total
+        share = np.float32(1 / total)
+        for v in range(size):
+            q[n, v] *= share
+
+
 @njit(fastmath=FAST, cache=True)
-def _draw(
-    logits: np.ndarray, n: int, temperature: float, number: float, weights: np.ndarray, sums: np.ndarray
-) -> tuple[int, float, float]:
-    """Token, log-prob and entropy (nats) at position n: the token at which the running sum of weights e^(logit / T)
-    passes `number` of their total; sums are float64."""
-    row, size = logits[n], logits.shape[1]
-    inverse = np.float32(1) / np.float32(temperature) if temperature > 0 else np.float32(1)
+def _weigh(row: np.ndarray, inverse: float, weights: np.ndarray, sums: np.ndarray) -> tuple[np.float32, float, float]:
+    """The greatest logit, the sum of the weights e^((logit - greatest) / T), and that of weight times exponent; fills
+    `weights` [V] and their sums by block, float64."""
     greatest = np.float32(-np.inf)
-    for v in range(size):
+    for v in range(len(row)):
         greatest = max(greatest, row[v])
     total, mean = 0.0, 0.0
     for block in range(len(sums)):
-        begin, part, moment = block * _BLOCK, 0.0, 0.0
-        for v in range(begin, min(begin + _BLOCK, size)):
-            z = (row[v] - greatest) * inverse
+        part, moment = 0.0, 0.0
+        # slices: loops over parts of an array by its own indices become no vector instructions
+        some, filled = row[block * _BLOCK : (block + 1) * _BLOCK], weights[block * _BLOCK : (block + 1) * _BLOCK]
+        for v in range(len(some)):
+            z = (some[v] - greatest) * inverse
             low = z if z > _LEAST else _LEAST
             weight = exponential(low) if z == z else z  # what is not a number stays so, and is noticed
-            weights[v] = weight if low == z or z != z else np.float32(0)
-            part += np.float64(weights[v])
-            moment += np.float64(weights[v] * low)
+            filled[v] = weight if low == z or z != z else np.float32(0)
+            part += np.float64(filled[v])
+            moment += np.float64(filled[v] * low)
         sums[block] = part
         total += part
         mean += moment
-    token = _first_past(weights, sums, number * total) if temperature > 0 else _first_equal(row, greatest)
-    spread = np.log(total)
-    return token, (row[token] - greatest) * inverse - spread, spread - mean / total
+    return greatest, total, mean
+
+
+@njit(fastmath=FAST, cache=True)
+def _subtract(weights: np.ndarray, total: float, q: np.ndarray, rest: np.ndarray, sums: np.ndarray) -> float:
+    """The sum of max(p - q, 0) for p = weights / total; fills `rest` [V] and its sums by block."""
+    share, left = np.float32(1 / total), 0.0
+    for block in range(len(sums)):
+        begin, end, part = block * _BLOCK, (block + 1) * _BLOCK, 0.0
+        some, without, filled = weights[begin:end], q[begin:end], rest[begin:end]
+        for v in range(len(some)):
+            difference = some[v] * share - without[v]
+            filled[v] = difference if difference > 0 else np.float32(0)
+            part += np.float64(filled[v])
+        sums[block] = part
+        left += part
+    return left
+
+
+@njit(cache=True)
+def _choose(
+    row: np.ndarray, temperature: float, greatest: float, weights: np.ndarray, sums: np.ndarray, wanted: float
+) -> int:
+    """The token at which the running sum of weights passes `wanted`; at temperature 0 the likeliest."""
+    return _first_past(weights, sums, wanted) if temperature > 0 else _first_equal(row, greatest)
 
 
 @njit(cache=True)

@@ -27,6 +27,13 @@ from pipeline.messages import SamplingParams
 from pipeline.sampling import distribution, processors, verification
 from pipeline.sampling.exactness import Check, bound_check, chi_square_p_value, draw_constant, holm
 from pipeline.sampling.uniforms import Stream, uniforms
+from tests.unit.broken_rules import (
+    COMPILED,
+    SKIP_THE_RESIDUAL,
+    change_the_compiled_pass,
+    skip_residual,
+    without_the_compiled_pass,
+)
 
 COUNTED = dataclasses.replace(SHORT, every_rule=False)
 SCALE = dataclasses.replace(SHORT, rollouts=2_000, recorded=1)
@@ -75,10 +82,6 @@ def test_what_cannot_be_tested_is_refused_in_one_sentence(tmp_path):
 
 
 # ---- the rule broken on purpose ----------------------------------------------------------------------------------
-
-
-def skip_residual(monkeypatch):
-    monkeypatch.setattr(verification, "residual", lambda p, q: p)
 
 
 def accept_one_too_many(monkeypatch):
@@ -162,8 +165,17 @@ def least_p_value(tiny, drafter, *, rule="standard", twice=False, samples=3_000)
 @pytest.mark.parametrize("break_it", [skip_residual, accept_one_too_many, reuse_the_uniform])
 def test_whole_responses_catch(monkeypatch, tiny, break_it):
     make = lambda: drafters.Drawn(rollouts.VOCABULARY, 1, sharpness=2.0)  # noqa: E731
+    without_the_compiled_pass(monkeypatch)
     assert least_p_value(tiny, make()) > 1e-4
     break_it(monkeypatch)
+    assert least_p_value(tiny, make()) < 1e-8
+
+
+@pytest.mark.parametrize("change", COMPILED, ids=[new for _, new in COMPILED])
+def test_whole_responses_catch_the_compiled_pass(monkeypatch, tiny, change):
+    make = lambda: drafters.Drawn(rollouts.VOCABULARY, 1, sharpness=2.0)  # noqa: E731
+    assert least_p_value(tiny, make()) > 1e-4
+    change_the_compiled_pass(monkeypatch, *change)
     assert least_p_value(tiny, make()) < 1e-8
 
 
@@ -215,6 +227,7 @@ def report_the_residual(target, token_ids, lengths, draws, probabilities=None, *
 
 @pytest.mark.parametrize(("lie", "kind"), [(report_the_draft, "accepted"), (report_the_residual, "residual")])
 def test_recorded_values_catch_another_distributions_log_probs(monkeypatch, tmp_path, lie, kind):
+    without_the_compiled_pass(monkeypatch)
     assert not failed(recorded(tmp_path / "a"))
     monkeypatch.setattr(verifier, "verify", lie)
     assert any(kind in name for name in failed(recorded(tmp_path / "b")))
@@ -262,7 +275,7 @@ def test_a_drafter_is_run_on_the_checkpoint_that_is_given(monkeypatch, tmp_path)
     make = lambda: drafters.Drawn(rollouts.VOCABULARY, 1, sharpness=2.0)  # noqa: E731
     assert not on_a_checkpoint(path, make())
     assert on_a_checkpoint(path, drafters.too_long(after=0)) == {"it on m, never switched off"}
-    skip_residual(monkeypatch)
+    change_the_compiled_pass(monkeypatch, *SKIP_THE_RESIDUAL)
     assert any(name.startswith("first token") for name in on_a_checkpoint(path, make()))
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.sampling.exactness.statistics import chi_square_p_value
-from pipeline.sampling.plain import verify_plain
+from pipeline.sampling.plain import draw_plain, verify_plain
 from pipeline.sampling.target import plain_target
 from pipeline.sampling.verification import TokenUniforms, packed_rows, verify
 
@@ -38,6 +38,63 @@ def test_equals_the_general_verification(vocabulary, seed):
     assert (found.logprobs - wanted.logprobs).abs().max() < 3e-6
     assert (found.entropies - wanted.entropies).abs().max() < 3e-6
     assert found.accepted.max() > 0 or vocabulary == 3
+
+
+@pytest.mark.parametrize("vocabulary", [3, 256, 257, 4096])
+@pytest.mark.parametrize("seed", range(6))
+def test_drafts_with_probabilities_equal_the_general_verification(vocabulary, seed):
+    logits, temperatures, token_ids, lengths, seeds, positions = batch(vocabulary, rows=40, seed=seed)
+    row, depth = packed_rows(lengths)
+    near = torch.randn(*token_ids.shape, vocabulary, generator=torch.Generator().manual_seed(seed))
+    for n, (b, k) in enumerate(zip(row, depth, strict=True)):
+        if k < lengths[b]:
+            near[b, k] = near[b, k] + logits[n]
+    q = torch.softmax(near, -1)
+    drawn = torch.multinomial(q.flatten(0, 1), 1, generator=torch.Generator().manual_seed(seed)).view(token_ids.shape)
+    sampled = np.random.default_rng(seed).random(len(lengths)) < 0.8 if seed % 3 else None
+    mine = np.ones(len(lengths), np.bool_) if sampled is None else sampled
+    token_ids[mine] = drawn.numpy()[mine]
+    q[0, 0] = torch.softmax(logits[1], -1)  # p = q
+    target = plain_target(logits, torch.from_numpy(temperatures[row]))
+    draws = TokenUniforms.draw(seeds, positions, lengths, True, logits.device)
+    wanted = verify(target, token_ids, lengths, draws, q, sampled)
+    found = verify_plain(logits, temperatures, token_ids, lengths, seeds, positions, True, q, sampled)
+    assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.accepted, wanted.accepted)
+    assert (found.logprobs - wanted.logprobs).abs().max() < 3e-6
+    assert (found.entropies - wanted.entropies).abs().max() < 3e-6
+    rejected = found.accepted.numpy() < lengths
+    assert rejected[mine].any() and (found.accepted.numpy()[mine] > 0).any()
+
+
+def test_a_draft_and_its_verification_follow_the_softmax():
+    p_logits, q_logits = torch.tensor([2.0, -1.0, 0.5, -120.0, 1.0]), torch.tensor([0.0, 2.0, 0.5, 1.0, 1.0])
+    rows = 60_000
+    seeds, zeros = np.arange(rows), np.zeros(rows, np.int64)
+    numbers = np.random.default_rng(5).random(rows)
+    drafted, peaks, q = draw_plain(q_logits.expand(rows, -1), np.full(rows, 0.7), np.ones(rows, np.bool_), numbers)
+    law = torch.softmax(q_logits.double() / 0.7, 0)
+    assert (q - law).abs().max() < 1e-6 and abs(peaks - float(law.max())).max() < 1e-6
+    assert chi_square_p_value(np.bincount(drafted, minlength=5), rows * law.numpy()) > 1e-4
+
+    def emitted(stated):
+        found = verify_plain(
+            p_logits.expand(2 * rows, -1), np.ones(rows, np.float32), drafted[:, None], zeros + 1, seeds, zeros,
+            probabilities=stated.unsqueeze(1),
+        )  # fmt: skip
+        return np.bincount(found.tokens[:, 0].numpy(), minlength=5)
+
+    target = rows * torch.softmax(p_logits.double(), 0).numpy()
+    assert emitted(q)[3] == 0
+    assert chi_square_p_value(emitted(q), target) > 1e-4
+    assert chi_square_p_value(emitted(torch.softmax(q_logits, 0).expand(rows, -1)), target) < 1e-4  # another q
+
+
+def test_the_likeliest_is_taken_where_nothing_is_drawn():
+    logits = torch.randn(7, 300, generator=torch.Generator().manual_seed(1))
+    tokens, peaks, q = draw_plain(logits, np.full(7, 0.5), np.zeros(7, np.bool_), np.full(7, 0.999))
+    assert np.array_equal(tokens, logits.argmax(-1).numpy())
+    assert np.allclose(peaks, torch.softmax(logits / 0.5, -1).max(-1).values, atol=1e-6)
+    assert torch.allclose(q, torch.softmax(logits / 0.5, -1), atol=1e-6)
 
 
 def test_draws_follow_the_softmax():

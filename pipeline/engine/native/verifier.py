@@ -81,8 +81,11 @@ class Verifier:
         if self._salt:
             seeds = salted(seeds, np.array(batch.ids, np.int64) + 1)
         temperatures = self._processors.temperatures(slots)
-        if not probabilistic and temperatures is not None and logits.device.type == "cpu":
-            return verify_plain(logits, temperatures, token_ids, lengths, seeds, positions, self._entropy)
+        if temperatures is not None and logits.device.type == "cpu" and not (probabilistic and self._block):
+            return verify_plain(
+                logits, temperatures, token_ids, lengths, seeds, positions, self._entropy, proposal.probabilities,
+                proposal.sampled,
+            )  # fmt: skip
         return verify(
             self._processors.target(logits, slots, positions, token_ids, lengths, self._entropy),
             token_ids,
