@@ -5,7 +5,7 @@ thread. Whenever a connection comes up it says HELLO; after WELCOME the outbox s
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from pipeline.codec import encode, encode_trajectory
 from pipeline.engine.link_events import Drained, Event, Failed, Granted, Revoked, VersionHint
 from pipeline.engine.outbox import Outbox
 from pipeline.engine.session import Session
-from pipeline.messages import Capabilities, Trajectory
+from pipeline.messages import Capabilities, SampleId, Trajectory
 from pipeline.transport.base import EngineSocket
 from pipeline.transport.spool import Spool
 
@@ -107,6 +107,8 @@ class Link:
 
     def poll(self, timeout: float) -> list[Event]:
         """Events so far; waits at most `timeout` seconds for the first."""
+        if not (timeout or self._session.has_events):
+            return []
         with self._counted():
             return self._session.events(timeout)
 
@@ -132,16 +134,17 @@ class Link:
         with self._counted():
             self._session.update(running, credit, version, generated_tokens, busy_seconds, seconds)
 
-    def submit(self, trajectory: Trajectory) -> None:
-        """Send a sample; producer, incarnation and sequence of its header are filled in. Does not wait: while the
-        spool is full the sample is kept in memory, and `update` lets nothing new be leased.
+    def submit(self, *trajectories: Trajectory) -> None:
+        """Send samples, which are written to disk together; producer, incarnation and sequence of their headers are
+        filled in. Does not wait: while the spool is full they are kept in memory, and `update` lets nothing new be
+        leased.
 
         A sample that is too large to be sent is dropped as `too_large`, and named in a line.
         """
         with self._counted():
-            self._submit(trajectory)
+            self._outbox.put(*(self._message_of(trajectory) for trajectory in trajectories))
 
-    def _submit(self, trajectory: Trajectory) -> None:
+    def _message_of(self, trajectory: Trajectory) -> tuple[SampleId, Sequence[bytes]]:
         header = structs.replace(
             trajectory.header, producer=self._spool.producer, incarnation=self._spool.incarnation,
             sequence=self._sequence,
@@ -150,15 +153,12 @@ class Link:
         frames = encode_trajectory(structs.replace(trajectory, header=header))
         if why := self._too_large(frames):
             self._on_event(f"sample {trajectory.id} is dropped: {why}")
-            self.fail_sample(*trajectory.id, "too_large", why)
-            return
-        self._outbox.put(trajectory.id, frames)
+            return trajectory.id, _failure_of(trajectory.id, "too_large", why)
+        return trajectory.id, frames
 
     def fail_sample(self, lease: int, sample: int, reason: str, detail: str) -> None:
         """A sample will not come; the learner counts it as dropped for `reason`."""
-        detail = detail[: messages.LONGEST_DETAIL]
-        message = messages.SampleFailed(lease=lease, sample=sample, reason=reason, detail=detail)
-        self._outbox.put((lease, sample), encode(message))
+        self._outbox.put(((lease, sample), _failure_of((lease, sample), reason, detail)))
 
     def leave(self, handed_back: Collection[int]) -> None:
         """No more leases; those named go back. The learner is told once everything submitted is safe with it, or at
@@ -214,3 +214,11 @@ class Link:
     def _spool_failed(self, reason: str) -> None:
         self.fatal(reason)
         self._session.fail(reason, refused=False)
+
+
+def _failure_of(sample: SampleId, reason: str, detail: str) -> list[bytes]:
+    return encode(
+        messages.SampleFailed(
+            lease=sample[0], sample=sample[1], reason=reason, detail=detail[: messages.LONGEST_DETAIL]
+        )
+    )

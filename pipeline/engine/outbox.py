@@ -82,10 +82,11 @@ class Outbox:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, sample: SampleId, frames: Sequence[bytes]) -> None:
-        """Queue a message for a sample; once the link is dead, what is queued is spooled at `stop`."""
+    def put(self, *messages: tuple[SampleId, Sequence[bytes]]) -> None:
+        """Queue messages (sample, frames), which are spooled together where there is room; once the link is dead, what
+        is queued is spooled at `stop`."""
         with self._changed:
-            self._queue.append((sample, frames))
+            self._queue += messages
             self._update_blocked()
             self._changed.notify_all()
 

@@ -35,7 +35,8 @@ from pipeline.watchdog import Watchdog
 from pipeline.weights import FilesystemFollower, StreamFollower, WeightsError, WeightsFollower, WeightsPending
 
 REPORT_SECONDS = 0.1
-IDLE_SECONDS = 0.02
+WORKING_SECONDS, IDLE_SECONDS = 0.02, 0.1
+"""between two rounds while the learner says nothing: with rewards or weights to wait for, and without work"""
 FLUSH_SECONDS = 20.0
 WEIGHTS_RETRY_SECONDS = 1.0
 MOST_LOST = 3
@@ -173,7 +174,7 @@ class Engine:
             self._beat()
             busy = self.generator is not None and self.generator.has_work()
             self.observer.enter("transport" if busy else "waiting for weights" if self.work else "waiting for leases")
-            self._listen(0.0 if busy else IDLE_SECONDS)
+            self._listen(0.0 if busy else WORKING_SECONDS if self.work else IDLE_SECONDS)
             try:
                 self._follow_weights()
                 self._start_leases()
@@ -312,8 +313,8 @@ class Engine:
                 if score.reward is None:
                     self.log(f"lease {lease.id} sample {index} dropped: {score.error}")
                     self.link.fail_sample(lease.id, index, score.reason, score.error)
-                else:
-                    self.link.submit(trajectory_of(scored, index))
+            rewarded = [index for index, score in enumerate(scored.scores) if score.reward is not None]
+            self.link.submit(*(trajectory_of(scored, index) for index in rewarded))
 
     def _report(self) -> None:
         """How we stand: whenever leases or room change, else a few times a second."""

@@ -77,6 +77,11 @@ class Session:
         """From now on the learner is waited for."""
         self._waiting_since = self._noticed_at = time.monotonic()
 
+    @property
+    def has_events(self) -> bool:
+        """Whether `events` would return at once, with some."""
+        return bool(self._events)
+
     def events(self, timeout: float) -> list[Event]:
         """Events so far; waits at most `timeout` seconds for the first."""
         with self._changed:

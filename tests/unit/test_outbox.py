@@ -52,7 +52,7 @@ def test_the_window_bounds_what_is_sent_and_not_committed_in_samples_and_bytes(m
     outbox.set_window(4, 1 << 20)
     outbox.connected([])
     for sample in range(20):
-        outbox.put((0, sample), [b"x" * 1000])
+        outbox.put(((0, sample), [b"x" * 1000]))
     eventually(lambda: len(socket.sent) == 4)
     outbox.set_window(100, 6500)
     eventually(lambda: len(socket.sent) == 7)
@@ -71,7 +71,7 @@ def test_putting_never_waits_and_a_full_spool_says_so(make):
     outbox, _, spool, _ = make(limit=20_000)
     began = time.monotonic()
     for sample in range(1000):
-        outbox.put((0, sample), [b"x" * 500])
+        outbox.put(((0, sample), [b"x" * 500]))
     assert time.monotonic() - began < 0.5
     eventually(lambda: spool.full)
     assert not outbox.has_room
@@ -91,8 +91,8 @@ def test_putting_never_waits_and_a_full_spool_says_so(make):
 def test_samples_are_sent_from_memory_and_from_disk_after_a_reconnection(make):
     outbox, socket, spool, _ = make()
     outbox.connected([])
-    outbox.put((0, 0), [b"a"])
-    outbox.put((0, 1), [b"b"])
+    outbox.put(((0, 0), [b"a"]))
+    outbox.put(((0, 1), [b"b"]))
     eventually(lambda: socket.sent == [b"a", b"b"])
     outbox.disconnected()
     outbox.connected([(0, 1)])
@@ -105,7 +105,7 @@ def test_a_disk_that_is_full_is_waited_for(make):
     outbox, socket, _, lines = make()
     arm("spool.write=enospc*2")
     outbox.connected([])
-    outbox.put((0, 0), [b"a"])
+    outbox.put(((0, 0), [b"a"]))
     eventually(lambda: not outbox.has_room)
     assert socket.sent == [], "nothing is sent that is not on disk"
     eventually(lambda: socket.sent == [b"a"])
@@ -117,7 +117,7 @@ def test_a_disk_that_fails_ends_the_link(make):
     outbox, socket, _, lines = make()
     arm("spool.fsync=error*1")
     outbox.connected([])
-    outbox.put((0, 0), [b"a"])
+    outbox.put(((0, 0), [b"a"]))
     eventually(lambda: lines)
     assert "cannot be written" in lines[0] and socket.sent == []
 
@@ -125,7 +125,7 @@ def test_a_disk_that_fails_ends_the_link(make):
 def test_a_damaged_record_is_skipped_and_counted(make):
     outbox, socket, spool, _ = make()
     for sample in range(3):
-        outbox.put((0, sample), [b"%d" % sample * 100])
+        outbox.put(((0, sample), [b"%d" % sample * 100]))
     eventually(lambda: len(spool) == 3)
     outbox._kept.clear()
     (path,) = (spool.folder / "log").glob("*.log")
@@ -142,7 +142,7 @@ def test_a_sample_without_an_answer_is_overdue(make):
     outbox, socket, _, _ = make()
     outbox.connected([])
     assert not outbox.overdue(0.0)
-    outbox.put((0, 0), [b"a"])
+    outbox.put(((0, 0), [b"a"]))
     eventually(lambda: socket.sent)
     time.sleep(0.02)
     assert outbox.overdue(0.01) and not outbox.overdue(60.0)
