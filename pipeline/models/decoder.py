@@ -120,7 +120,7 @@ class Decoder(LayerWeights):
         self._plain["model.embed_tokens.weight"] = self.embedding
         self.layers = [self._layer(f"model.layers.{i}.") for i in range(config.layers)]
         self.final_norm = self._norm_weight("model.norm.weight", config.hidden_size)
-        # On a CPU a tied head has a copy of its own, packed for the matrix product.
+        # On a CPU a tied head in float32 has a copy of its own, packed for the matrix product.
         name, tied = ("model.embed_tokens", self.embedding) if config.tied_head else ("lm_head", None)
         self.head = self._linear({name: config.vocab_size}, config.hidden_size, tied=tied)
 

@@ -31,10 +31,14 @@ class Linear:
             weights: name of each tensor, without `.weight`, and its rows.
             inputs: columns.
             bias: whether each tensor has a bias beside it.
-            tied: somebody else's weight [out, in] that is the same; used as it is where weights are not packed.
+            tied: somebody else's weight [out, in] that is the same; used as it is where weights are not packed, and in
+                bfloat16: there packing saves 0.7 ms of a step of 6 with 32,000 tokens of 512, and would keep a third of
+                that model twice. Products of float32 take four times as long unpacked.
         """
         self._rows, self._inputs, self._dtype = dict(weights), inputs, dtype
         self._packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if tied is not None and dtype == torch.bfloat16:
+            self._packed = False
         outputs = sum(weights.values())
         self._borrowed = tied is not None and not self._packed
         if tied is not None and self._borrowed:

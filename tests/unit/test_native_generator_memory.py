@@ -190,7 +190,9 @@ def test_ten_thousand_waiting_groups_cost_next_to_nothing(make, stagger):
         return time.process_time() - start
 
     few, many = [], []
-    for _ in range(3):
+    for _ in range(12):  # a machine that does other things too needs several to show what either takes
         few.append(seconds(0))
         many.append(seconds(10_000))
-    assert min(many) < 1.25 * min(few)  # a queue that is walked through at every step takes several times as long
+        if min(many) < 1.25 * min(few):
+            return
+    pytest.fail(f"{min(many)} s against {min(few)} s")  # walked through at every step, it takes several times as long
