@@ -52,6 +52,24 @@ def test_auto_dtype_is_the_checkpoints_or_what_holds_it_and_is_faster(folder):
         load_decoder(folder, "int8", "cpu")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_in_bfloat16_the_weights_take_the_memory_of_their_checkpoint(tmp_path, tied):
+    save_tiny(tmp_path, tie_word_embeddings=tied)
+    decoder = load_decoder(tmp_path, "bfloat16", "cpu")
+    stored = load_file(tmp_path / "model.safetensors").values()
+    assert decoder.bytes == sum(tensor.numel() * (4 if tensor.ndim == 1 else 2) for tensor in stored)  # norms are wide
+
+
+def test_a_tied_head_follows_the_embedding_it_shares(tmp_path):
+    save_tiny(tmp_path, tie_word_embeddings=True)
+    decoder = load_decoder(tmp_path, "bfloat16", "cpu")
+    hidden = torch.randn(3, decoder.config.hidden_size).bfloat16()
+    before = decoder.logits(hidden)
+    edit_weights(tmp_path, lambda weights: weights["model.embed_tokens.weight"].mul_(2))
+    load_weights_into(decoder, tmp_path)
+    assert torch.equal(decoder.logits(hidden), 2 * before)
+
+
 def test_unknown_device_is_refused(folder):
     with pytest.raises(UsageError, match="quantum"):
         load_decoder(folder, "float32", "quantum")
