@@ -9,7 +9,7 @@ _PATIENCE, _DEAR_PATIENCE = 12, 2
 """steps in a row in which it did not pay, after which it sleeps"""
 _EXPLORATION = 0.01
 """part of the time that asking drafters which do not pay may take"""
-_SHORTEST, _LONGEST = 16, 64
+_SHORTEST, _LONGEST = 16, 512
 """steps of a sleep when it is longest: at least, for drafters that cost next to nothing, and at most"""
 _RETRY_AFTER = 8
 """steps after which a sleeper is asked where the batch has become half or twice as large meanwhile"""
