@@ -113,7 +113,7 @@ def _draw(
     def there(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(logits.device)
 
-    q = torch.softmax(logits / there(temperatures).unsqueeze(1), -1)
+    q = torch.softmax(logits / there(temperatures.astype(np.float32)).unsqueeze(1), -1)
     peak, token = q.max(-1)
     if sampled.any():
         token = torch.where(there(sampled), inverse_cdf(q, there(numbers)), token)

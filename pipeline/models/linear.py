@@ -36,9 +36,8 @@ class Linear:
                 that model twice. Products of float32 take four times as long unpacked.
         """
         self._rows, self._inputs, self._dtype = dict(weights), inputs, dtype
-        self._packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if tied is not None and dtype == torch.bfloat16:
-            self._packed = False
+        doubled = tied is not None and dtype == torch.bfloat16
+        self._packed = device.type == "cpu" and torch.backends.mkldnn.is_available() and not doubled
         outputs = sum(weights.values())
         self._borrowed = tied is not None and not self._packed
         if tied is not None and self._borrowed:

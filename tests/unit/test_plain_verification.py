@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from drafters import drawing
 from pipeline.sampling.exactness.statistics import chi_square_p_value
 from pipeline.sampling.plain import draw_plain, verify_plain
 from pipeline.sampling.target import plain_target
@@ -87,6 +88,15 @@ def test_a_draft_and_its_verification_follow_the_softmax():
     assert emitted(q)[3] == 0
     assert chi_square_p_value(emitted(q), target) > 1e-4
     assert chi_square_p_value(emitted(torch.softmax(q_logits, 0).expand(rows, -1)), target) < 1e-4  # another q
+
+
+def test_what_draws_on_any_device_draws_the_same():
+    rng = np.random.default_rng(3)
+    logits = torch.from_numpy(rng.normal(0, 3, (50, 700)).astype(np.float32))
+    given = rng.choice([0.5, 1.0], 50), rng.random(50) < 0.7, rng.random(50)
+    (tokens, peaks, q), (others, other_peaks, other_q) = draw_plain(logits, *given), drawing._draw(logits, *given)
+    assert np.array_equal(tokens, others) and np.allclose(peaks, other_peaks, atol=1e-6)
+    assert torch.allclose(q, other_q, atol=1e-6) and len(set(tokens.tolist())) > 20
 
 
 def test_the_likeliest_is_taken_where_nothing_is_drawn():
