@@ -325,30 +325,6 @@ def test_a_dear_drafter_is_asked_where_it_pays_and_now_and_then_otherwise(second
     assert (dear.calls > 0.9 * totals.steps) if often else (2 <= dear.calls < 0.2 * totals.steps)
 
 
-def test_a_dear_drafter_that_did_not_pay_is_tried_on_a_few_sequences_until_it_does():
-    class Turning(Dear):
-        """Wrong at first, then right."""
-
-        seen, asked = 0, ()
-
-        def propose(self, request):
-            self.right = self.seen > 16 * 300
-            self.asked += ((self.right, np.count_nonzero(request.budgets)),)
-            return super().propose(request)
-
-        def observe(self, verified):
-            self.seen += sum(map(len, verified.emitted))
-
-    clock = Clock()
-    recorded = [RecordedText(np.array([1]), np.full(2000, 7), i) for i in range(16)]
-    turning = Turning(clock, 0.004, False)
-    drafter = ArbiterDrafter(costs=CostModel.of(COSTS["flat"]), clock=clock, drafters=[turning])
-    totals = replay(drafter, recorded, slots=16, max_draft_tokens=4, costs=COSTS["flat"])
-    wrong, right = ([rows for now, rows in turning.asked if now == then] for then in (False, True))
-    assert len(wrong) < 40 and wrong[0] == 16 and wrong.count(4) >= 3
-    assert right.count(16) > 0.3 * 1700 / 5 and totals.accepted > 0.3 * 16 * 1700 * 4 / 5
-
-
 def test_hopeless_drafts_are_given_a_rest():
     rng = np.random.default_rng(0)
     recorded = [RecordedText(rng.integers(0, 9, 20), rng.integers(0, 9, 300), i) for i in range(4)]
