@@ -1,22 +1,21 @@
 """The engine's socket: a DEALER over ZeroMQ, in one thread with an event loop of its own."""
 
 import asyncio
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 
 import zmq
-import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from pipeline.errors import UsageError
 from pipeline.transport.base import EngineHandler
 from pipeline.transport.integrity import RESET, seal, unseal
 from pipeline.transport.keys import EngineKeys
-from pipeline.transport.options import BACKLOG, MESSAGES_A_TURN, common_options, set_options
+from pipeline.transport.options import BACKLOG, MESSAGES_A_TURN, RETRY_SECONDS, common_options, set_options
 from pipeline.transport.socket_thread import SocketThread, first_of
+from pipeline.transport.watched import Watched, possible, received
 
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED | _FAILED
@@ -42,7 +41,6 @@ class ZmqEngineSocket(SocketThread):
         self._lock = threading.Lock()
         self._outbox: deque[list[bytes]] = deque()
         self._connected = False
-        self._work = asyncio.Event()
         self._renew = asyncio.Event()
 
     def start(self, handler: EngineHandler) -> None:
@@ -56,7 +54,7 @@ class ZmqEngineSocket(SocketThread):
                 return False
             self._outbox.append(message)
             sending = len(self._outbox) > 1
-        return sending or self.call(self._work.set)
+        return sending or self.call(self._look)
 
     def reconnect(self) -> None:
         self.call(self._renew.set)
@@ -65,7 +63,7 @@ class ZmqEngineSocket(SocketThread):
         self.stop_thread(linger_seconds)
 
     async def _main(self, ready: Future) -> None:
-        context = zmq.asyncio.Context()
+        context = zmq.Context()
         try:
             self._connect(context)
             ready.set_result(None)
@@ -74,7 +72,7 @@ class ZmqEngineSocket(SocketThread):
         finally:
             context.destroy(linger=int(self.linger * 1000))
 
-    def _connect(self, context: zmq.asyncio.Context) -> None:
+    def _connect(self, context: zmq.Context) -> None:
         self._socket = context.socket(zmq.DEALER)
         set_options(self._socket, self._options)
         if self._keys is not None:
@@ -86,50 +84,62 @@ class ZmqEngineSocket(SocketThread):
             self._socket.connect(self.address)
         except zmq.ZMQError as error:
             raise UsageError(f"cannot connect to {self.address}: {error.strerror}; set transport.address") from error
+        self._messages = Watched(self._socket, self._exchange)
 
-    async def _sessions(self, context: zmq.asyncio.Context) -> None:
+    async def _sessions(self, context: zmq.Context) -> None:
         """One socket after another, whenever a new connection is asked for."""
         while True:
             self._renew.clear()
-            await first_of(self._renew.wait(), self._receive(), self._transmit(), self._watch())
+            await first_of(self._renew.wait(), self._messages.run(), Watched(self._monitor, self._follow).run())
             self._lose()
             self._socket.disable_monitor()
             self._socket.close(linger=0)
             self._connect(context)
 
-    async def _receive(self) -> None:
-        """Until a message is damaged on the way, or the learner says that one of ours was."""
-        received = 0
-        while True:
-            received_frames = await self._socket.recv_multipart()
-            frames: list[bytes] | None = received_frames
+    def _look(self) -> None:
+        """There may be something to send."""
+        self._messages.turn()
+
+    def _exchange(self) -> bool:
+        """Send and receive what is possible now, up to a bound; whether there may be more."""
+        self._send_outbox()
+        if not self._receive():
+            self._renew.set()
+            return False
+        events = possible(self._socket)
+        return bool(events & zmq.POLLIN or (self._outbox and events & zmq.POLLOUT))
+
+    def _receive(self) -> bool:
+        """False when a message was damaged on the way, or the learner says that one of ours was."""
+        for _ in range(MESSAGES_A_TURN):
+            if self._renew.is_set() or (frames := received(self._socket)) is None:
+                break
             if self._keys is None:
-                frames = unseal(received_frames) if received_frames != RESET else None
-            if frames is None:
-                self.damaged += 1
-                return
+                whole = unseal(frames) if frames != RESET else None
+                if whole is None:
+                    self.damaged += 1
+                    return False
+                frames = whole
             self._handler.on_message(frames)
-            received += 1
-            if received % MESSAGES_A_TURN == 0:
-                await asyncio.sleep(0)
+        return True
 
-    async def _transmit(self) -> None:
-        while True:
-            await self._work.wait()
-            self._work.clear()
-            await self._send_outbox()
-
-    async def _send_outbox(self) -> None:
-        while self._outbox:
+    def _send_outbox(self) -> None:
+        for _ in range(MESSAGES_A_TURN):
+            if not self._outbox:
+                return
             frames = self._outbox[0]
-            await self._socket.send_multipart(frames)
+            try:
+                self._socket.send_multipart(frames, zmq.DONTWAIT)
+            except zmq.Again:
+                return
             with self._lock:
                 if self._outbox and self._outbox[0] is frames:
                     self._outbox.popleft()
 
-    async def _watch(self) -> None:
-        while True:
-            event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
+    def _follow(self) -> bool:
+        """Take note of connections made and lost; whether there may be more to note."""
+        while (message := received(self._monitor)) is not None:
+            event = parse_monitor_message(message)["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 with self._lock:
                     self._outbox.clear()
@@ -141,10 +151,13 @@ class ZmqEngineSocket(SocketThread):
                 self.handshakes_failed += 1
             elif event == zmq.EVENT_DISCONNECTED:
                 self._lose()
+        return False
 
     async def _drain(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._send_outbox(), self.linger)
+        deadline = self.loop.time() + self.linger
+        while self._outbox and self.loop.time() < deadline:
+            self._send_outbox()
+            await asyncio.sleep(RETRY_SECONDS if self._outbox else 0)
 
     def _lose(self) -> None:
         with self._lock:

@@ -18,12 +18,12 @@ _DOMAIN = "rollahead"
 class Gatekeeper:
     """For one socket of a context; used in its event loop's thread."""
 
-    def __init__(self, context: zmq.asyncio.Context, keys: LearnerKeys, on_refused: Callable[[str], None]) -> None:
+    def __init__(self, context: zmq.Context, keys: LearnerKeys, on_refused: Callable[[str], None]) -> None:
         self._keys, self._on_refused = keys, on_refused
-        self._authenticator = AsyncioAuthenticator(context)
+        self._authenticator = AsyncioAuthenticator(zmq.asyncio.Context(shadow=context))
         self._problem_told = ""
 
-    def guard(self, socket: zmq.asyncio.Socket) -> None:
+    def guard(self, socket: zmq.Socket) -> None:
         """Make a socket that is not bound yet a CURVE server."""
         self._authenticator.start()
         self._authenticator.configure_curve_callback(_DOMAIN, self)

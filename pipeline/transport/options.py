@@ -5,7 +5,6 @@ import socket as stdlib_socket
 from collections.abc import Callable
 
 import zmq
-import zmq.asyncio
 
 from pipeline.errors import UsageError
 
@@ -71,7 +70,7 @@ def common_options(address: str, max_message_bytes: int, heartbeat_seconds: floa
     }  # fmt: skip
 
 
-def set_options(socket: zmq.asyncio.Socket, options: dict[int, int]) -> None:
+def set_options(socket: zmq.Socket, options: dict[int, int]) -> None:
     for option, value in options.items():
         socket.setsockopt(option, value)
 

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, cast
 
 import zmq
-import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from pipeline.errors import UsageError
@@ -34,6 +33,7 @@ from pipeline.transport.options import (
 )
 from pipeline.transport.socket_thread import SocketThread, first_of
 from pipeline.transport.unfinished import UnfinishedMessages
+from pipeline.transport.watched import Watched, possible, received
 
 _REMEMBERED_PEERS = 4096
 _REFUSALS = {
@@ -103,10 +103,12 @@ class ZmqLearnerSocket(SocketThread):
         self.stop_thread(linger_seconds)
 
     async def _main(self, ready: Future) -> None:
-        context = zmq.asyncio.Context()
+        context = zmq.Context()
         self._socket = context.socket(zmq.ROUTER)
         set_options(self._socket, self._options)
-        monitor = self._socket.get_monitor_socket(sum(_REFUSALS) | zmq.EVENT_ACCEPTED)
+        self._monitor = self._socket.get_monitor_socket(sum(_REFUSALS) | zmq.EVENT_ACCEPTED)
+        self._messages = Watched(self._socket, self._receive)
+        connections = Watched(self._monitor, self._follow)
         gatekeeper = Gatekeeper(context, self._keys, self._handler.on_refused) if self._keys else None
         try:
             if gatekeeper is not None:
@@ -114,11 +116,11 @@ class ZmqLearnerSocket(SocketThread):
             self._bind()
             self._unfinished = UnfinishedMessages(_port(self.address), LARGEST_HEADER, self._most_bytes)
             ready.set_result(None)
-            await first_of(self.stopping.wait(), self._receive(), self._watch(monitor), self.tick(self._on_tick))
+            await first_of(self.stopping.wait(), self._messages.run(), connections.run(), self.tick(self._on_tick))
             await self._drain()
         finally:
             self._socket.disable_monitor()
-            monitor.close(linger=0)
+            self._monitor.close(linger=0)
             self._socket.close(linger=int(self.linger * 1000))
             if gatekeeper is not None:
                 gatekeeper.stop()
@@ -139,10 +141,13 @@ class ZmqLearnerSocket(SocketThread):
             raise UsageError(f"cannot listen on {self.address}: {error.strerror}; set transport.address") from error
         self.address = cast(bytes, self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
-    async def _receive(self) -> None:
-        received = 0
-        while True:
-            peer_frame, *parts = await self._socket.recv_multipart(copy=False)
+    def _receive(self) -> bool:
+        """Take messages that are there, up to a bound; whether there may be more."""
+        for _ in range(MESSAGES_A_TURN):
+            try:
+                peer_frame, *parts = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                break
             peer, frames = peer_frame.bytes, [part.bytes for part in parts]
             if parts:
                 self._unfinished.delivered(_descriptor(parts[0]), peer)
@@ -151,9 +156,7 @@ class ZmqLearnerSocket(SocketThread):
             else:
                 self._learn_key(peer, parts)
                 self._take(peer, frames)
-            received += 1
-            if received % MESSAGES_A_TURN == 0:
-                await asyncio.sleep(0)  # messages that are there already would keep ticks and sends waiting
+        return bool(possible(self._socket) & zmq.POLLIN)
 
     def _take(self, peer: bytes, frames: list[bytes] | None) -> None:
         with self._lock:
@@ -182,10 +185,10 @@ class ZmqLearnerSocket(SocketThread):
             self._handler.on_refused(f"{ended} connections were cut: a message that is too long to be one, or endless")
         self._handler.on_tick()
 
-    async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
-        """Follow connections that are opened, count those that did not come about."""
-        while True:
-            message = parse_monitor_message(await monitor.recv_multipart())
+    def _follow(self) -> bool:
+        """Take note of connections that are opened, count those that did not come about; whether there may be more."""
+        while (frames := received(self._monitor)) is not None:
+            message = parse_monitor_message(frames)
             event = message["event"]
             if event == zmq.EVENT_ACCEPTED:
                 self._unfinished.accepted(message["value"])
@@ -193,6 +196,7 @@ class ZmqLearnerSocket(SocketThread):
                 self.refused[reason] += 1
                 if reason != "key_not_listed":  # which the gatekeeper tells, with the key
                     self._handler.on_refused(f"a connection was refused: {reason.replace('_', ' ')}")
+        return False
 
     async def _drain(self) -> None:
         deadline = self.loop.time() + self.linger
@@ -215,19 +219,17 @@ class ZmqLearnerSocket(SocketThread):
                 self.loop.call_later(RETRY_SECONDS, self._flush)
         for peer in gone:
             self._handler.on_disconnect(peer)
+        self._messages.turn()  # sending may have used up what the descriptor had to tell
 
     def _send_backlog(self, peer: bytes, backlog: "_Backlog") -> bool:
         """False when the peer is gone or hopelessly behind."""
         while backlog.messages:
-            # A send without waiting is done, or has failed, when the call returns.
-            sent = cast(asyncio.Future, self._socket.send_multipart([peer, *backlog.messages[0]], flags=zmq.DONTWAIT))
-            error = sent.exception()
-            if isinstance(error, zmq.Again):
+            try:
+                self._socket.send_multipart([peer, *backlog.messages[0]], zmq.DONTWAIT)
+            except zmq.Again:
                 return len(backlog.messages) <= BACKLOG and backlog.bytes <= BACKLOG_BYTES + self.max_message_bytes
-            if isinstance(error, zmq.ZMQError):
+            except zmq.ZMQError:
                 return False
-            if error is not None:
-                raise error
             backlog.pop()
         return True
 

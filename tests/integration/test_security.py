@@ -162,7 +162,7 @@ def test_damaged_messages_are_noticed_and_sent_again(tmp_path):
                 with link._socket._lock:
                     sent = [frames[0], bytes([frames[1][0] ^ 1]) + frames[1][1:], b"crc?"]
                     link._socket._outbox.append(sent)
-                return link._socket.call(link._socket._work.set)
+                return link._socket.call(link._socket._look)
             return send(frames)
 
         link._socket.send = flip

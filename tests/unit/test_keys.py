@@ -4,7 +4,6 @@ import os
 
 import pytest
 import zmq
-import zmq.asyncio
 
 from pipeline.cli import main
 from pipeline.errors import UsageError
@@ -77,7 +76,7 @@ def test_the_list_is_read_anew_and_locks_out_who_is_taken_from_it(tmp_path):
 def test_a_list_that_cannot_be_read_is_told_once_and_not_taken_for_a_wrong_key(tmp_path):
     keygen(tmp_path, ["engine"])
     keys, lines = load_learner_keys(tmp_path), []
-    gatekeeper = Gatekeeper(zmq.asyncio.Context.instance(), keys, lines.append)
+    gatekeeper = Gatekeeper(zmq.Context.instance(), keys, lines.append)
     listed = (tmp_path / "engines.allow").read_bytes()
     public = load_engine_keys(tmp_path).public
     (tmp_path / "engines.allow").write_bytes(b"nonsense\n" + listed)
