@@ -8,8 +8,9 @@ the optimiser step on a finished batch: forward, loss, backward, clipping, AdamW
 `on_step_begin` and `on_step_end`, padding done beforehand. Both get the same behaviour log-probs and advantages, PPO's
 clip and the token mean, and the losses of the first step are compared. TRL runs with and without gradient checkpointing
 (its default is with) and at two sizes of micro-batches; the ratio of speed is to its fastest setting, that of memory to
-its most frugal one. Memory is shown twice: the peak of the whole process, and how far that is above the process with
-the model loaded and nothing trained, which leaves out what libraries and weights take on either side.
+its most frugal one. A third setting of ours passes every sample's prompt through the model. Memory is shown twice: the
+peak of the whole process, and how far that is above the process with the model loaded and nothing trained, which
+leaves out what libraries and weights take on either side.
 """
 
 import argparse
@@ -184,8 +185,14 @@ def _settings(options: argparse.Namespace, folder: Path, batch: Path, dtype: str
     common = {"model": str(folder), "batch": str(batch), "dtype": dtype, "threads": options.threads,
               "steps": options.steps + 1}  # fmt: skip
     ours = [
-        {**common, "system": "rollahead", "micro_batch_tokens": options.micro_batch_tokens, "checkpointing": on}
-        for on in (False, True)
+        {
+            **common,
+            "system": "rollahead",
+            "micro_batch_tokens": options.micro_batch_tokens,
+            "checkpointing": on,
+            "share_prompts": share,
+        }
+        for on, share in ((False, True), (True, True), (False, False))
     ]
     theirs = [
         {**common, "system": "trl", "samples": size, "checkpointing": on}
@@ -226,16 +233,23 @@ def _line(row: dict[str, Any]) -> str:
     speed = row["tokens_per_second"]
     return (
         f"{Path(row['model']).name:<18} {row['dtype']:<9} {row['system']:<10} {size:<12}"
-        f" {'checkpointing' if row['checkpointing'] else '':<14}{speed['median']:8.0f} tokens/s"
+        f" {_how(row):<14}{speed['median']:8.0f} tokens/s"
         f" ({speed['min']:.0f} to {speed['max']:.0f}), {row['tokens_per_cpu_second']['median']:.0f} a CPU second"
         f"  peak {row['peak_bytes'] / 2**20:5.0f} MiB, {row['step_bytes'] / 2**20:.0f} above idle"
         f"  loss {row['first_loss']:.6f}"
     )
 
 
+def _how(row: dict[str, Any]) -> str:
+    if row["checkpointing"]:
+        return "checkpointing"
+    return "" if row.get("share_prompts", True) else "prompts apart"
+
+
 def _verdicts(rows: Sequence[dict[str, Any]], model: str, dtype: str) -> list[str]:
     """Ratios to TRL's best of each, of our fastest setting and of our most frugal one."""
-    mine = [r for r in rows if (r["model"], r["dtype"], r["system"]) == (model, dtype, "rollahead")]
+    ours = [r for r in rows if (r["model"], r["dtype"], r["system"]) == (model, dtype, "rollahead")]
+    mine, apart = [r for r in ours if r["share_prompts"]], [r for r in ours if not r["share_prompts"]]
     theirs = [r for r in rows if (r["model"], r["dtype"], r["system"]) == (model, dtype, "trl")]
     if not mine or not theirs:
         return []
@@ -254,6 +268,12 @@ def _verdicts(rows: Sequence[dict[str, Any]], model: str, dtype: str) -> list[st
             f"{step:.2f}x above the idle model ({_word(step <= MEMORY_BAR)} {MEMORY_BAR}), "
             f"losses differ by {abs(row['first_loss'] - loss):.1e}"
         )
+    lines += [
+        f"{Path(model).name} {dtype}: a prompt passed once for its samples makes a step "
+        f"{mine[0]['tokens_per_second']['median'] / row['tokens_per_second']['median']:.2f}x as fast, in "
+        f"{mine[0]['step_bytes'] / row['step_bytes']:.2f} of the memory above the idle model"
+        for row in apart
+    ]
     return lines
 
 

@@ -62,6 +62,7 @@ def _rollahead(settings: dict[str, Any], groups: list[list[dict[str, Any]]]) -> 
         gradient_checkpointing=settings["checkpointing"], learning_rate=LEARNING_RATE,
     )  # fmt: skip
     trainer = Trainer(load_policy(settings["model"], "cpu"), objective, section, temperature=1.0)
+    trainer.shares_prompts = settings["share_prompts"]
     trajectories = [[_trajectory(sample, lease, index) for index, sample in enumerate(group)]
                     for lease, group in enumerate(groups)]  # fmt: skip
     _say(imported_bytes=imported, idle_bytes=resident_bytes())

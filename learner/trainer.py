@@ -135,7 +135,7 @@ class Trainer:
         self.optimizer = adamw(model, learner)
         needs = objective.needs
         # A GPU's kernel takes whole sequences, and so do attention entropies.
-        self._shares_prompts = model.device.type == "cpu" and Needs.ATTENTION_ENTROPY not in needs
+        self.shares_prompts = model.device.type == "cpu" and Needs.ATTENTION_ENTROPY not in needs
         self._wanted = Wanted(expected_score=Needs.EXPECTED_SCORE in needs, nucleus=objective.nucleus)
 
     def train(self, groups: Groups, publication: int) -> Metrics:
@@ -182,7 +182,7 @@ class Trainer:
         shaped = objective.shaped(rewards)
         minibatches = [
             pack_for_ranks(
-                samples, indices, self.learner.micro_batch_tokens, str(device), share_prompts=self._shares_prompts
+                samples, indices, self.learner.micro_batch_tokens, str(device), share_prompts=self.shares_prompts
             )
             for indices in self._split(samples)
         ]

@@ -135,8 +135,8 @@ def test_a_batch_trains_the_same_policy_with_and_without_sharing(tmp_path):
         model = tiny_policy(tmp_path / str(share))
         section = LearnerSection(micro_batch_tokens=128, learning_rate=1e-3, max_grad_norm=1e9)
         trainer = Trainer(model, Objective.from_config(ObjectiveSection()), section, temperature=1.0)
-        assert trainer._shares_prompts
-        trainer._shares_prompts = share
+        assert trainer.shares_prompts
+        trainer.shares_prompts = share
         gradients = []
         trainer.optimizer.register_step_pre_hook(
             lambda *a, model=model, to=gradients: to.append([p.grad.clone() for p in model.parameters()])
@@ -153,4 +153,4 @@ def test_a_batch_trains_the_same_policy_with_and_without_sharing(tmp_path):
 def test_attention_entropies_are_of_whole_sequences(tmp_path):
     section = ObjectiveSection(modulators=[{"name": "attention-entropy"}], reconstructed=True)
     trainer = Trainer(tiny_policy(tmp_path), Objective.from_config(section), LearnerSection(), temperature=1.0)
-    assert not trainer._shares_prompts
+    assert not trainer.shares_prompts
