@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline.errors import UsageError
 from pipeline.models.checkpoint import MTP_LAYERS, files_with, holds, load_tensors, read_tensors
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import Decoder, LayerWeights
+from pipeline.models.decoder import Decoder, Layer, LayerWeights
 from pipeline.models.kv_cache import AttentionPlan, KVCache
 
 PREFIX = "mtp."
@@ -51,6 +51,12 @@ class MTPHead(LayerWeights):
         self.final_norm = self._norm_weight("mtp.norm.weight", hidden)
         self.normed_goes_round = False
         """MiMo's: further tokens read norm(h') in place of h', the first the target's states before its final norm"""
+
+    def _stack(self) -> Sequence[Layer]:
+        return [self.layer]
+
+    def takes_compiled(self, rows: int) -> bool:
+        return self._compiled is not None and self._target.takes_compiled(rows)
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor, hidden: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:

@@ -122,6 +122,10 @@ class CPUAttention:
         self._shared = False
         """whether attending as `_plan` says is worth several threads"""
 
+    @property
+    def rope(self) -> RopeTable:
+        return self._rope
+
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         out = torch.empty_like(x)
         self._kernels.rms_norm(_array(x), weight.numpy(), self._epsilon, _array(out))

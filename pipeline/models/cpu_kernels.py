@@ -23,7 +23,7 @@ first tokens are not scored against its last."""
 
 
 @intrinsic
-def _widen(context: Any, x: Any) -> Any:
+def widen(context: Any, x: Any) -> Any:
     """float32 of a stored number."""
 
     def of_bfloat16(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -37,7 +37,7 @@ def _widen(context: Any, x: Any) -> Any:
 
 
 @intrinsic
-def _narrow(context: Any, x: Any, like: Any) -> Any:
+def narrow(context: Any, x: Any, like: Any) -> Any:
     """A float32 in the type of `like`; bfloat16 rounds to nearest, ties to even."""
 
     def to_bfloat16(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -91,11 +91,11 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.ndarray)
     for n in range(rows):
         squares = np.float32(0)
         for i in range(width):
-            value = _widen(x[n, i])
+            value = widen(x[n, i])
             squares += value * value
         scale = np.float32(1) / np.sqrt(squares / np.float32(width) + np.float32(epsilon))
         for i in range(width):
-            out[n, i] = _narrow(_widen(x[n, i]) * scale * weight[i], x[n, i])
+            out[n, i] = narrow(widen(x[n, i]) * scale * weight[i], x[n, i])
 
 
 @njit(fastmath=FAST, cache=True)
@@ -125,33 +125,56 @@ def prepare_attention(
         keys: [pages, kv_heads, D, page], written at the tokens' places.
         values: [pages, kv_heads, page, D], the same.
     """
-    tokens, heads, dimension = queries.shape
+    for kv in range(keys.shape[1]):
+        prepare_head(qkv, norm, epsilon, cos, sin, positions, places, pages, queries, keys, values, 0, len(queries), kv)
+
+
+@njit(fastmath=FAST, cache=True)
+def prepare_head(
+    qkv: np.ndarray,
+    norm: np.ndarray,
+    epsilon: float,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    positions: np.ndarray,
+    places: np.ndarray,
+    pages: np.ndarray,
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    first: int,
+    last: int,
+    kv: int,
+) -> None:
+    """`prepare_attention` for tokens `first` to `last`, one KV head and the query heads that attend to it."""
+    heads, dimension = queries.shape[1:]
     kv_heads, half = keys.shape[1], dimension // 2
+    group = heads // kv_heads
     row = np.empty(dimension, np.float32)
-    for n in range(tokens):
+    for n in range(first, last):
         position, page = positions[n], pages[n]
         place = places[n] % keys.shape[3]
-        for head in range(heads + kv_heads):
+        for member in range(group + 1):
+            head = kv * group + member if member < group else heads + kv
             squares = np.float32(0)
             for d in range(dimension):
-                row[d] = _widen(qkv[n, head, d])
+                row[d] = widen(qkv[n, head, d])
                 squares += row[d] * row[d]
             if norm.shape[0]:
-                which = 0 if head < heads else 1
+                which = 0 if member < group else 1
                 scale = np.float32(1) / np.sqrt(squares / np.float32(dimension) + np.float32(epsilon))
                 for d in range(dimension):
                     row[d] *= scale * norm[which, d]
             for d in range(half):
                 c, s = cos[position, d], sin[position, d]
-                first = _narrow(row[d] * c - row[d + half] * s, qkv[n, head, d])
-                second = _narrow(row[d + half] * c + row[d] * s, qkv[n, head, d])
-                if head < heads:
-                    queries[n, head, d], queries[n, head, d + half] = first, second
+                low = narrow(row[d] * c - row[d + half] * s, qkv[n, head, d])
+                high = narrow(row[d + half] * c + row[d] * s, qkv[n, head, d])
+                if member < group:
+                    queries[n, head, d], queries[n, head, d + half] = low, high
                 else:
-                    keys[page, head - heads, d, place], keys[page, head - heads, d + half, place] = first, second
-        for head in range(kv_heads):
-            for d in range(dimension):
-                values[page, head, place, d] = qkv[n, heads + kv_heads + head, d]
+                    keys[page, kv, d, place], keys[page, kv, d + half, place] = low, high
+        for d in range(dimension):
+            values[page, kv, place, d] = qkv[n, heads + kv_heads + kv, d]
 
 
 @njit(fastmath=FAST, cache=True)
@@ -188,7 +211,7 @@ def attend(
         blocks = (starts[b + 1] - starts[b] + block - 1) // block
         while item < (before + blocks) * kv_heads:
             first = (item // kv_heads - before) * block
-            _attend_one(
+            attend_one(
                 queries,
                 keys,
                 values,
@@ -208,7 +231,7 @@ def attend(
 
 
 @njit(fastmath=FAST, cache=True)
-def _attend_one(
+def attend_one(
     queries: np.ndarray,
     keys: np.ndarray,
     values: np.ndarray,
@@ -232,7 +255,7 @@ def _attend_one(
     query = np.empty((rows, dimension), np.float32)
     for r in range(rows):
         for d in range(dimension):
-            query[r, d] = _widen(queries[start + r // group, kv * group + r % group, d]) * scale
+            query[r, d] = widen(queries[start + r // group, kv * group + r % group, d]) * scale
     weights = np.empty((rows, (last_page + 1) * page - offset), np.float32)
     for index in range(first_page, last_page + 1):
         fetch_tile(values, tables[b, index] * kv_heads + kv)
@@ -247,7 +270,7 @@ def _attend_one(
         page_sums(weights, index * page - offset, values, tables[b, index] * kv_heads + kv, result)
     for r in range(rows):
         for d in range(dimension):
-            out[start + r // group, kv * group + r % group, d] = _narrow(result[r, d], queries[0, 0, 0])
+            out[start + r // group, kv * group + r % group, d] = narrow(result[r, d], queries[0, 0, 0])
 
 
 @njit(fastmath=FAST, inline="always")

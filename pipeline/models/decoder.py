@@ -1,16 +1,20 @@
 """A lean decoder for the Llama / Mistral / Qwen2 / Qwen3 family, equal to transformers' logits on the same weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pipeline.models.attention import Attention, attention_for
+from pipeline.models.attention import Attention, CPUAttention, attention_for
 from pipeline.models.config import ModelConfig
 from pipeline.models.kv_cache import AttentionPlan, KVCache
 from pipeline.models.linear import Linear
+
+if TYPE_CHECKING:
+    from pipeline.models.cpu_layers import CompiledLayers
 
 
 @dataclass(slots=True)
@@ -38,6 +42,9 @@ class LayerWeights:
         """weights that are no matrix product's, by the checkpoint's name"""
         self._linears: list[Linear] = []
         self.attention = attention_for(config, dtype, device)
+        self._compiled: CompiledLayers | None = None
+        self.most_compiled_rows: int | None = None
+        """rows up to which a CPU computes all layers in one compiled call; None: measured when first asked"""
 
     def _norm_weight(self, name: str, *shape: int) -> Tensor:
         # The CPU's kernels read it in float32, so that the normalised row is rounded once, not twice.
@@ -85,6 +92,29 @@ class LayerWeights:
             weight.copy_(tensor(name))
         for linear in self._linears:
             linear.load(tensor)
+        self._compile()
+
+    def _stack(self) -> Sequence[Layer]:
+        """The layers, from the first to the last."""
+        raise NotImplementedError
+
+    def _compile(self) -> None:
+        """Anew after the weights changed: a compiled pass knows where they are."""
+        self._compiled = None
+        if isinstance(self.attention, CPUAttention) and self.dtype == torch.bfloat16:
+            from pipeline.models.cpu_layers import CompiledLayers
+
+            self._compiled = CompiledLayers.of(self.config, self._stack(), self.attention.rope)
+
+    def takes_compiled(self, rows: int) -> bool:
+        """Whether the compiled pass is faster for so many rows."""
+        if self._compiled is None:
+            return False
+        if self.most_compiled_rows is None:
+            from pipeline.models.precision import most_compiled_rows
+
+            self.most_compiled_rows = most_compiled_rows(self.config, torch.get_num_threads())
+        return rows <= self.most_compiled_rows
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of all weights by the checkpoint's names, as they are computed with."""
@@ -103,6 +133,9 @@ class LayerWeights:
         self, index: int, layer: Layer, x: Tensor, plan: AttentionPlan, cache: KVCache, attention: Attention
     ) -> Tensor:
         """[N, H] after a layer; its new keys and values are cached as layer `index`'s, if `attention` does that."""
+        if attention is self.attention and self.takes_compiled(len(x)):
+            assert self._compiled is not None
+            return self._compiled(x.clone(), plan, cache, index, index + 1)
         qkv = layer.qkv(attention.norm(x, layer.input_norm))
         x = layer.output.plus(attention(index, qkv, layer.qk_norm, plan, cache), x)
         normed = attention.norm(x, layer.post_norm)
@@ -123,6 +156,7 @@ class Decoder(LayerWeights):
         # On a CPU a tied head in float32 has a copy of its own, packed for the matrix product.
         name, tied = ("model.embed_tokens", self.embedding) if config.tied_head else ("lm_head", None)
         self.head = self._linear({name: config.vocab_size}, config.hidden_size, tied=tied)
+        self._compiled_head = False
 
     @property
     def read_bytes(self) -> int:
@@ -150,6 +184,9 @@ class Decoder(LayerWeights):
             attention: stands in for the decoder's own, and need not cache keys and values.
         """
         attention, x = attention or self.attention, self.embedding[token_ids]
+        if states is None and attention is self.attention and self.takes_compiled(len(x)):
+            assert self._compiled is not None
+            return attention.norm(self._compiled(x, plan, cache), self.final_norm)
         if states is not None:
             states.append(x)
         for index, layer in enumerate(self.layers):
@@ -166,4 +203,19 @@ class Decoder(LayerWeights):
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [M, V] of hidden states [M, H]."""
+        if self.takes_compiled(len(hidden)) and self._compiled_head:
+            from pipeline.models.cpu_layers import product
+
+            return product(hidden, self.head)
         return self.head(hidden).float()
+
+    def _stack(self) -> Sequence[Layer]:
+        return self.layers
+
+    def _compile(self) -> None:
+        super()._compile()
+        self._compiled_head = False
+        if self._compiled is not None:
+            from pipeline.models.cpu_layers import takes_product
+
+            self._compiled_head = takes_product(self.head)

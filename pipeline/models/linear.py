@@ -87,6 +87,16 @@ class Linear:
         rows = 0 if self._borrowed else sum(self._rows.values())
         return rows * (self._inputs + (self._bias is not None)) * torch.empty(0, dtype=self._dtype).element_size()
 
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], packed or not"""
+        return self._weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out]"""
+        return self._bias
+
     def __call__(self, x: Tensor) -> Tensor:
         """[N, out]"""
         if self._weight.is_mkldnn:

@@ -1,4 +1,5 @@
-"""Which type a CPU decodes a model in: measured, since processors without bfloat16 units emulate them slowly."""
+"""How a CPU decodes a model: in which type, since processors without bfloat16 units emulate them slowly, and up to how
+many rows in one compiled call. Both are measured."""
 
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ _ROUNDS, _STEPS = 5, 3
 _PARAMETERS = 16 << 20
 """About as many weights are measured: more than caches hold, in little time."""
 _VOCABULARY = 8192
+_GRID = (1, 4, 12, 24, 32, 48, 64, 96)
+"""rows tried"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +73,53 @@ def _part(config: ModelConfig) -> ModelConfig:
     )
 
 
+@cache
+def most_compiled_rows(config: ModelConfig, threads: int) -> int:
+    """Rows up to which a CPU is faster through all layers of a bfloat16 model in one compiled call than with oneDNN's
+    products; measured, since processors with units for whole matrices make much of many rows.
+
+    Args:
+        config: of the model.
+        threads: torch's.
+    """
+    part = _part(config)
+    decoder, most = _zeros(part, torch.bfloat16), 0
+    cache = KVCache(part, torch.bfloat16, torch.device("cpu"), _GRID[-1])
+    for rows in _GRID:
+        best = [float("inf"), float("inf")]
+        for _ in range(_ROUNDS - 2):
+            for compiled in (0, 1):
+                decoder.most_compiled_rows = rows * compiled
+                best[compiled] = min(best[compiled], _seconds(decoder, cache, rows))
+        if best[1] > best[0]:
+            break
+        most = rows
+    return most
+
+
 def _decoding(config: ModelConfig, dtype: torch.dtype) -> Callable[[], float]:
     """A function that decodes, and returns the seconds of a step."""
-    device = torch.device("cpu")
-    decoder = Decoder(config, dtype, device)
+    decoder, cache = _zeros(config, dtype), KVCache(config, dtype, torch.device("cpu"), max(_SEQUENCES))
+    return lambda: sum(_seconds(decoder, cache, rows) for rows in _SEQUENCES)
+
+
+def _zeros(config: ModelConfig, dtype: torch.dtype) -> Decoder:
+    decoder = Decoder(config, dtype, torch.device("cpu"))
     shapes = decoder.shapes
     decoder.load(lambda name: torch.zeros(shapes[name]))
-    cache = KVCache(config, dtype, device, max(_SEQUENCES))
+    return decoder
 
-    def step(rows: int) -> None:
-        cached = np.full(rows, PAGE - 1)
-        plan = cache.plan(np.arange(rows)[:, None], cached, np.ones(rows, np.int64))
+
+def _seconds(decoder: Decoder, cache: KVCache, rows: int) -> float:
+    """Of a decoding step of so many sequences."""
+    tables, cached, new = np.arange(rows)[:, None], np.full(rows, PAGE - 1), np.ones(rows, np.int64)
+
+    def step() -> None:
+        plan = cache.plan(tables, cached, new)
         decoder.logits(decoder.forward(torch.zeros(rows, dtype=torch.int64), plan, cache))
 
-    def timed() -> float:
-        total = 0.0
-        for rows in _SEQUENCES:
-            step(rows)  # the first of a shape is slower
-            begin = time.perf_counter()
-            for _ in range(_STEPS):
-                step(rows)
-            total += (time.perf_counter() - begin) / _STEPS
-        return total
-
-    return timed
+    step()  # the first of a shape is slower
+    begin = time.perf_counter()
+    for _ in range(_STEPS):
+        step()
+    return (time.perf_counter() - begin) / _STEPS

@@ -1,0 +1,322 @@
+"""All layers of a decoder for a few rows of bfloat16 on a CPU in one compiled call, which all threads go through.
+
+Decoding a handful of sequences reads every weight once and computes little: what takes time beside that is calling (a
+matrix product of oneDNN's some 20 microseconds whatever its size) and threads that come together through the system
+between the calls. Here threads share out the outputs of each product and meet in memory.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numba import carray, cfunc, njit, types
+from torch import Tensor
+
+from pipeline.models.config import ModelConfig
+from pipeline.models.cpu_kernels import FAST, attend_one, exponential, narrow, prepare_head, rms_norm, widen
+from pipeline.models.cpu_products import BLOCK, INPUTS, block_products, packed_address, row_products, supported
+from pipeline.models.kv_cache import PAGE, AttentionPlan, KVCache
+from pipeline.models.linear import Linear
+from pipeline.models.openmp import meet, pointer, take_number, team, thread_count, thread_number
+from pipeline.models.rope import RopeTable
+
+_FIELDS = 13
+"""Addresses of a layer: input norm, qkv, its bias, norms of queries and keys, output, its bias, norm after attention,
+gate, up, down, keys, values; and its window. 0: there is none."""
+
+
+class DecoderLayer(Protocol):
+    """What is read of a layer; see `pipeline.models.decoder.Layer`."""
+
+    input_norm: Tensor
+    qkv: Linear
+    qk_norm: Tensor | None
+    output: Linear
+    post_norm: Tensor
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@njit(fastmath=FAST, inline="always")
+def _project(x, weight, bias, out, adding, first, last, sums):  # type: ignore[no-untyped-def]
+    """Blocks `first` to `last` of x W^T + bias into int16 `out` [N, outputs], or added to it."""
+    rows, inputs = x.shape
+    for block in range(first, last):
+        block_products(x.ctypes.data, 2 * inputs, rows, weight + block * inputs * 2 * BLOCK, inputs // 2,
+                       sums.ctypes.data)  # fmt: skip
+        for r in range(rows):
+            part = out[r, block * BLOCK : (block + 1) * BLOCK]
+            if bias.shape[0]:
+                for j in range(BLOCK):
+                    sums[r, j] += widen(bias[block * BLOCK + j])
+            if adding:
+                for j in range(BLOCK):
+                    part[j] = narrow(widen(part[j]) + sums[r, j], part[j])
+            else:
+                for j in range(BLOCK):
+                    part[j] = narrow(sums[r, j], part[j])
+
+
+@njit(fastmath=FAST, inline="always")
+def _gated(x, gate, up, out, first, last, sums, others):  # type: ignore[no-untyped-def]
+    """Blocks `first` to `last` of silu(x G^T) * (x U^T) into int16 `out` [N, outputs]."""
+    rows, inputs = x.shape
+    for block in range(first, last):
+        offset = block * inputs * 2 * BLOCK
+        block_products(x.ctypes.data, 2 * inputs, rows, gate + offset, inputs // 2, sums.ctypes.data)
+        block_products(x.ctypes.data, 2 * inputs, rows, up + offset, inputs // 2, others.ctypes.data)
+        for r in range(rows):
+            part = out[r, block * BLOCK : (block + 1) * BLOCK]
+            for j in range(BLOCK):
+                z = sums[r, j]
+                e = exponential(-abs(z))
+                numerator = np.float32(1) if z >= 0 else e
+                part[j] = narrow(z * numerator / (np.float32(1) + e) * others[r, j], part[j])
+
+
+_X, _TABLE, _LAYERS, _ROWS, _HIDDEN, _HEADS, _KV_HEADS, _DIMENSION, _INNER, _PAGES = range(10)
+_POSITION, _PLACE, _TOKEN_PAGE, _TABLES, _COLUMNS, _CACHED, _STARTS, _SEQUENCES = range(10, 18)
+_COS, _SIN, _ANGLES, _WORK, _SUMS, _COUNTERS, _REALS = range(18, 25)
+_ARGUMENTS = 26
+"""int64 addresses and sizes in this order; the last two are float64: epsilon of the norms, scale of the scores."""
+
+
+@njit(fastmath=FAST, cache=True)
+def through_layers(a: np.ndarray, thread: int, threads: int) -> None:
+    """What one thread of several does of a pass; `a` int64 [_ARGUMENTS]."""
+    n, hidden, heads, kv_heads, dimension, inner = (
+        a[_ROWS],
+        a[_HIDDEN],
+        a[_HEADS],
+        a[_KV_HEADS],
+        a[_DIMENSION],
+        a[_INNER],
+    )
+    counters = a[_COUNTERS]
+    reals = a[_REALS : _REALS + 2].view(np.float64)
+    epsilon, scale = reals[0], np.float32(reals[1])
+    width, wide = heads * dimension, (heads + 2 * kv_heads) * dimension
+    x = carray(pointer(a[_X]), (n, hidden), np.int16)
+    table = carray(pointer(a[_TABLE]), (a[_LAYERS], _FIELDS), np.int64)
+    position = carray(pointer(a[_POSITION]), (n,), np.int64)
+    place = carray(pointer(a[_PLACE]), (n,), np.int64)
+    page = carray(pointer(a[_TOKEN_PAGE]), (n,), np.int64)
+    sequences = a[_SEQUENCES]
+    tables = carray(pointer(a[_TABLES]), (sequences, a[_COLUMNS]), np.int64)
+    cached = carray(pointer(a[_CACHED]), (sequences,), np.int64)
+    starts = carray(pointer(a[_STARTS]), (sequences + 1,), np.int64)
+    cos = carray(pointer(a[_COS]), (a[_ANGLES], dimension // 2), np.float32)
+    sin = carray(pointer(a[_SIN]), (a[_ANGLES], dimension // 2), np.float32)
+    # One workspace: what all threads write parts of, and behind it each one's normalised rows.
+    work = a[_WORK]
+    flat = carray(pointer(work), (n, wide), np.int16)
+    qkv = carray(pointer(work), (n, heads + 2 * kv_heads, dimension), np.int16)
+    work += 2 * n * wide
+    queries = carray(pointer(work), (n, heads, dimension), np.int16)
+    work += 2 * n * width
+    attended = carray(pointer(work), (n, heads, dimension), np.int16)
+    flat_attended = carray(pointer(work), (n, width), np.int16)
+    work += 2 * n * width
+    gated = carray(pointer(work), (n, inner), np.int16)
+    work += 2 * n * inner
+    normed = carray(pointer(work + 2 * n * hidden * thread), (n, hidden), np.int16)
+    sums = carray(pointer(a[_SUMS] + 8 * n * BLOCK * thread), (n, BLOCK), np.float32)
+    others = carray(pointer(a[_SUMS] + 8 * n * BLOCK * thread + 4 * n * BLOCK), (n, BLOCK), np.float32)
+    met = 0
+
+    for layer in range(a[_LAYERS]):
+        row = table[layer]
+        norm = carray(pointer(row[0]), (hidden,), np.float32)
+        rms_norm(x, norm, epsilon, normed)
+        blocks = wide // BLOCK
+        bias = carray(pointer(row[2]), (wide if row[2] else 0,), np.int16)
+        _project(normed, row[1], bias, flat, False, blocks * thread // threads, blocks * (thread + 1) // threads, sums)
+        met += threads
+        if threads > 1:
+            meet(counters, met)
+
+        qk_norm = carray(pointer(row[3]), (2 if row[3] else 0, dimension), np.float32)
+        keys = carray(pointer(row[10]), (a[_PAGES], kv_heads, dimension, PAGE), np.int16)
+        values = carray(pointer(row[11]), (a[_PAGES], kv_heads, PAGE, dimension), np.int16)
+        item = take_number(counters + 8 + 8 * layer)
+        while item < sequences * kv_heads:
+            b, kv = item // kv_heads, item % kv_heads
+            first, last = starts[b], starts[b + 1]
+            prepare_head(qkv, qk_norm, epsilon, cos, sin, position, place, page, queries, keys, values, first, last, kv)
+            attend_one(
+                queries, keys, values, tables, cached[b], first, last, b, kv, row[12], scale, attended
+            )  # fmt: skip
+            item = take_number(counters + 8 + 8 * layer)
+        met += threads
+        if threads > 1:
+            meet(counters, met)
+
+        blocks = hidden // BLOCK
+        mine, end = blocks * thread // threads, blocks * (thread + 1) // threads
+        bias = carray(pointer(row[5]), (hidden if row[5] else 0,), np.int16)
+        _project(flat_attended, row[4], bias, x, True, mine, end, sums)
+        met += threads
+        if threads > 1:
+            meet(counters, met)
+
+        norm = carray(pointer(row[6]), (hidden,), np.float32)
+        rms_norm(x, norm, epsilon, normed)
+        many = inner // BLOCK
+        _gated(
+            normed, row[7], row[8], gated, many * thread // threads, many * (thread + 1) // threads, sums, others
+        )  # fmt: skip
+        met += threads
+        if threads > 1:
+            meet(counters, met)
+
+        _project(gated, row[9], carray(pointer(row[9]), (0,), np.int16), x, True, mine, end, sums)
+        met += threads
+        if threads > 1:
+            meet(counters, met)
+
+
+@cache
+def _layers_part() -> int:
+    """Address of `through_layers` as a C function."""
+
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    def part(address: Any) -> None:
+        through_layers(carray(address, (_ARGUMENTS,)), thread_number(), thread_count())
+
+    return _address(part)
+
+
+_FACTS = 7
+"""int64: address of x, its rows and inputs; of the weight, its outputs and whether they are in blocks; of float32
+[rows, outputs]."""
+
+
+@njit(fastmath=FAST, cache=True)
+def product_part(a: np.ndarray, thread: int, threads: int) -> None:
+    """What one thread of several does of x W^T in float32; `a` as `_FACTS` says."""
+    x, rows, inputs, weights, outputs, packed, out = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
+    if packed:
+        blocks = outputs // BLOCK
+        into = carray(pointer(out), (rows, outputs), np.float32)
+        sums = np.empty((rows, BLOCK), np.float32)
+        for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
+            block_products(x, 2 * inputs, rows, weights + block * inputs * 2 * BLOCK, inputs // 2, sums.ctypes.data)
+            for r in range(rows):
+                into[r, block * BLOCK : (block + 1) * BLOCK] = sums[r]
+        return
+    fours = outputs // 4
+    first, last = 4 * (fours * thread // threads), 4 * (fours * (thread + 1) // threads)
+    row_products(x, 2 * inputs, rows, weights, inputs, first, last, out, 4 * outputs)
+    if thread == threads - 1 and last < outputs:
+        # what is left of four: together with some that are done
+        end = weights + 2 * inputs * (outputs - 4)
+        row_products(x, 2 * inputs, rows, end, inputs, 0, 4, out + 4 * (outputs - 4), 4 * outputs)
+
+
+@cache
+def _product_part() -> int:
+    """Address of `product_part` as a C function."""
+
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    def part(address: Any) -> None:
+        product_part(carray(address, (_FACTS,)), thread_number(), thread_count())
+
+    return _address(part)
+
+
+_kept: list[Any] = []
+"""Compiled functions whose address is in use."""
+
+
+def _address(function: Any) -> int:
+    _kept.append(function)
+    address: int = function.address
+    return address
+
+
+class CompiledLayers:
+    """The layers of one model, where they can be computed so."""
+
+    def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], rope: RopeTable, table: np.ndarray) -> None:
+        self._config, self._layers, self._rope, self._table = config, layers, rope, table
+        self._real = np.array([config.rms_norm_eps, config.head_dim**-0.5])
+        self._cache: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, config: ModelConfig, layers: Sequence[DecoderLayer], rope: RopeTable) -> "CompiledLayers | None":
+        """None where a weight is not packed as the products read it, or the processor lacks the instruction."""
+        if not supported():
+            return None
+        table = np.zeros((len(layers), _FIELDS), np.int64)
+        for index, layer in enumerate(layers):
+            packed = [packed_address(lin.weight) for lin in (layer.qkv, layer.output, layer.gate, layer.up, layer.down)]
+            if not all(packed) or layer.gate.bias is not None:
+                return None
+            table[index, [1, 4, 7, 8, 9]] = packed
+            table[index, [0, 6]] = layer.input_norm.data_ptr(), layer.post_norm.data_ptr()
+            for field, tensor in ((2, layer.qkv.bias), (3, layer.qk_norm), (5, layer.output.bias)):
+                table[index, field] = 0 if tensor is None else tensor.data_ptr()
+            table[index, 12] = config.window(index)
+        return cls(config, layers, rope, table)
+
+    def __call__(
+        self, x: Tensor, plan: AttentionPlan, cache: KVCache, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """Layers `first` to `last` on bfloat16 rows [N, H], in place; their keys and values are cached."""
+        c, n, threads = self._config, len(x), torch.get_num_threads()
+        table, store = self._table[first:last], cache.store
+        step = store.stride(0) * 2
+        table[:, 10] = store.data_ptr() + step * np.arange(first, first + len(table))
+        table[:, 11] = table[:, 10] + store.stride(1) * 2
+        cos, sin = self._rope.halves(plan.positions_end)
+        run = team() if threads > 1 else None
+        threads = threads if run else 1
+        wide = (c.heads + 2 * c.kv_heads) * c.head_dim
+        work = np.empty(n * (wide + 2 * c.heads * c.head_dim + c.intermediate_size + threads * c.hidden_size), np.int16)
+        sums, counters = np.empty(2 * threads * n * BLOCK, np.float32), np.zeros(1 + len(table), np.int64)
+        tables, position, page = _int64(plan.tables), _int64(plan.position), _int64(plan.page)
+        place, cached, starts = _int64(plan.place), _int64(plan.cached), _int64(plan.starts)
+        arguments = np.empty(_ARGUMENTS, np.int64)
+        arguments[:_REALS] = [
+            x.data_ptr(), table.ctypes.data, len(table), n, c.hidden_size, c.heads, c.kv_heads, c.head_dim,
+            c.intermediate_size, cache.pages, position.ctypes.data, place.ctypes.data, page.ctypes.data,
+            tables.ctypes.data, tables.shape[1], cached.ctypes.data, starts.ctypes.data, len(cached), cos.ctypes.data,
+            sin.ctypes.data, len(cos), work.ctypes.data, sums.ctypes.data, counters.ctypes.data,
+        ]  # fmt: skip
+        arguments[_REALS:] = self._real.view(np.int64)
+        if run is None:
+            through_layers(arguments, 0, 1)
+        else:
+            run(_layers_part(), arguments.ctypes.data)
+        return x
+
+
+def takes_product(linear: Linear) -> bool:
+    """Whether `product` can compute with these weights."""
+    weight = linear.weight
+    if not supported() or weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or linear.bias is not None:
+        return False
+    return bool(packed_address(weight)) if weight.is_mkldnn else weight.shape[1] % INPUTS == 0 and len(weight) >= 4
+
+
+def product(x: Tensor, linear: Linear) -> Tensor:
+    """float32 [N, outputs] of bfloat16 rows [N, inputs]."""
+    weight, x, threads = linear.weight, x.contiguous(), torch.get_num_threads()
+    out = torch.empty(len(x), len(weight))
+    run = team() if threads > 1 else None
+    address = packed_address(weight) or weight.data_ptr()
+    arguments = np.array([
+        x.data_ptr(), len(x), weight.shape[1], address, len(weight), weight.is_mkldnn, out.data_ptr(),
+    ])  # fmt: skip
+    if run is None:
+        product_part(arguments, 0, 1)
+    else:
+        run(_product_part(), arguments.ctypes.data)
+    return out
+
+
+def _int64(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, np.int64)

@@ -1,0 +1,227 @@
+"""Products of a few rows of bfloat16 with weights in bfloat16, by the instruction that multiplies pairs of them.
+
+oneDNN's call takes some 20 microseconds whatever its size, which for one row and a small layer is longer than reading
+the weights; and between calls threads come together through the system. These products are called from within one
+compiled pass (`pipeline.models.cpu_layers`). They read the weights where oneDNN keeps them, so that nothing exists
+twice: blocks of `BLOCK` outputs, in each for every two inputs the outputs' two weights beside each other; or as in a
+checkpoint, a row an output.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+BLOCK = 64
+"""outputs"""
+INPUTS = 32
+"""what the number of inputs must be a multiple of"""
+_LANES, _MOST_ROWS, _STREAMS = 16, 6, 4
+"""Floats of a vector; rows at once, whose sums and a block's weights fill 28 of 32 registers; weight rows at once."""
+_INDEX, _WORD = ir.IntType(64), ir.IntType(32)
+_FLOATS, _PAIRS = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(_WORD, _LANES)
+
+
+binding.initialize_native_asmparser()  # for `_multiply_add`; numba compiles without one
+
+
+@cache
+def supported() -> bool:
+    """Whether this processor multiplies pairs of bfloat16."""
+    return bool(binding.get_host_cpu_features().get("avx512bf16"))
+
+
+def packed_address(weight: Tensor) -> int:
+    """Where a packed weight [outputs, inputs] lies that `block_products` can read; 0: it cannot."""
+    outputs, inputs = weight.shape
+    if not weight.is_mkldnn or weight.dtype != torch.bfloat16 or outputs % BLOCK or inputs % INPUTS:
+        return 0
+    return int(torch.ops.mkldnn.data_ptr(weight)) if _in_blocks(outputs, inputs) else 0
+
+
+@cache
+def _in_blocks(outputs: int, inputs: int) -> bool:
+    """Whether oneDNN lays a weight of this shape out as `block_products` reads it; tried, since it does not say."""
+    numbers = np.random.default_rng(0).integers(0x100, 0x3F80, (outputs, inputs)).astype(np.int16)
+    packed = torch.ops.mkldnn._reorder_linear_weight(torch.from_numpy(numbers).view(torch.bfloat16), None)
+    size = int(torch.ops.mkldnn._nbytes(packed))
+    if size != numbers.nbytes:
+        return False
+    import ctypes
+
+    found = np.ctypeslib.as_array((ctypes.c_int16 * numbers.size).from_address(torch.ops.mkldnn.data_ptr(packed)))
+    expected = numbers.reshape(outputs // BLOCK, BLOCK, inputs // 2, 2).transpose(0, 2, 1, 3)
+    return bool(np.array_equal(found.reshape(expected.shape), expected))
+
+
+def _at(builder: Any, base: Any, count: Any, size: int) -> Any:
+    return builder.add(base, builder.mul(count, ir.Constant(_INDEX, size)))
+
+
+def _load(builder: Any, address: Any, kind: ir.Type, align: int = 4) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def _spread(builder: Any, word: Any) -> Any:
+    """<16 x i32>, all the same."""
+    undefined = ir.Constant(_PAIRS, ir.Undefined)
+    first = builder.insert_element(undefined, word, ir.Constant(_WORD, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(_PAIRS, [0] * _LANES))
+
+
+def _multiply_add(builder: Any, sums: Any, left: Any, right: Any) -> Any:
+    """sums + the products of both bfloat16 of each pair; as text, since LLVM renamed its own name for it."""
+    kind = ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS])
+    return builder.call(ir.InlineAsm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v"), [sums, left, right])
+
+
+def _zeros(builder: Any, count: int) -> list[Any]:
+    sums = [cgutils.alloca_once(builder, _FLOATS) for _ in range(count)]
+    for place in sums:
+        builder.store(ir.Constant(_FLOATS, [0.0] * _LANES), place)
+    return sums
+
+
+def _block_product(rows: int) -> Callable:
+    """An intrinsic: out[r, :BLOCK] = x[r] W^T for one packed block W.
+
+    Its arguments: addresses of x, of the block, of out float32 [rows, BLOCK]; bytes between rows of x; input pairs.
+    """
+
+    @intrinsic
+    def product(context: Any, x: Any, weights: Any, out: Any, x_step: Any, pairs: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, weights, out, x_step, pairs = arguments
+            vectors = BLOCK // _LANES
+            sums = _zeros(builder, rows * vectors)
+            starts = [builder.add(x, builder.mul(x_step, ir.Constant(_INDEX, r))) for r in range(rows)]
+            with cgutils.for_range(builder, pairs) as loop:
+                here = _at(builder, weights, loop.index, 4 * BLOCK)
+                columns = [
+                    _load(builder, _at(builder, here, ir.Constant(_INDEX, v), 64), _PAIRS) for v in range(vectors)
+                ]
+                for r in range(rows):
+                    pair = _spread(builder, _load(builder, _at(builder, starts[r], loop.index, 4), _WORD, 2))
+                    for v in range(vectors):
+                        place = sums[r * vectors + v]
+                        builder.store(_multiply_add(builder, builder.load(place), pair, columns[v]), place)
+            for i, place in enumerate(sums):
+                target = builder.inttoptr(_at(builder, out, ir.Constant(_INDEX, i), 64), _FLOATS.as_pointer())
+                builder.store(builder.load(place), target, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), build
+
+    return product
+
+
+def _row_product(rows: int) -> Callable:
+    """An intrinsic: out[r, :4] = x[r] W^T for four rows W of a plain weight.
+
+    Its arguments: addresses of x, of the first of the four and of out float32; bytes between rows of x, of W, of out;
+    inputs divided by INPUTS.
+    """
+
+    @intrinsic
+    def product(
+        context: Any, x: Any, weights: Any, out: Any, x_step: Any, w_step: Any, out_step: Any, terms: Any
+    ) -> Any:
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, weights, out, x_step, w_step, out_step, terms = arguments
+            sums = _zeros(builder, rows * _STREAMS)
+            number = [ir.Constant(_INDEX, i) for i in range(max(rows, _STREAMS))]
+            starts = [builder.add(x, builder.mul(x_step, number[r])) for r in range(rows)]
+            streams = [builder.add(weights, builder.mul(w_step, number[s])) for s in range(_STREAMS)]
+            with cgutils.for_range(builder, terms) as loop:
+                several = [_load(builder, _at(builder, stream, loop.index, 64), _PAIRS, 2) for stream in streams]
+                for r in range(rows):
+                    one = _load(builder, _at(builder, starts[r], loop.index, 64), _PAIRS, 2)
+                    for s in range(_STREAMS):
+                        place = sums[r * _STREAMS + s]
+                        builder.store(_multiply_add(builder, builder.load(place), one, several[s]), place)
+            kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS])
+            add_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+            for r in range(rows):
+                for s in range(_STREAMS):
+                    total = builder.call(
+                        add_up, [ir.Constant(ir.FloatType(), 0.0), builder.load(sums[r * _STREAMS + s])],
+                        fastmath=("reassoc", "nsz"),
+                    )  # fmt: skip
+                    place = builder.add(builder.add(out, builder.mul(out_step, number[r])), ir.Constant(_INDEX, 4 * s))
+                    builder.store(total, builder.inttoptr(place, ir.FloatType().as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), build
+
+    return product
+
+
+_block_6, _block_5, _block_4, _block_3, _block_2, _block_1 = (_block_product(rows) for rows in (6, 5, 4, 3, 2, 1))
+_rows_6, _rows_5, _rows_4, _rows_3, _rows_2, _rows_1 = (_row_product(rows) for rows in (6, 5, 4, 3, 2, 1))
+
+
+@njit(cache=True)
+def block_products(x: int, x_step: int, rows: int, weights: int, pairs: int, out: int) -> None:
+    """Rows times one packed block.
+
+    Args:
+        x: address of bfloat16 rows.
+        x_step: bytes between them.
+        rows: how many.
+        weights: address of the block.
+        pairs: of inputs.
+        out: address of float32 [rows, BLOCK].
+    """
+    while rows >= 6:
+        _block_6(x, weights, out, x_step, pairs)
+        rows, x, out = rows - 6, x + 6 * x_step, out + 24 * 64
+    if rows == 5:
+        _block_5(x, weights, out, x_step, pairs)
+    elif rows == 4:
+        _block_4(x, weights, out, x_step, pairs)
+    elif rows == 3:
+        _block_3(x, weights, out, x_step, pairs)
+    elif rows == 2:
+        _block_2(x, weights, out, x_step, pairs)
+    elif rows == 1:
+        _block_1(x, weights, out, x_step, pairs)
+
+
+@njit(cache=True)
+def row_products(
+    x: int, x_step: int, rows: int, weights: int, inputs: int, first: int, last: int, out: int, out_step: int
+) -> None:
+    """Rows times outputs `first` to `last` of a plain weight; both are multiples of four.
+
+    Args:
+        x: address of bfloat16 rows.
+        x_step: bytes between them.
+        rows: how many.
+        weights: address of the weight, bfloat16 [outputs, inputs].
+        inputs: a multiple of INPUTS.
+        first, last: outputs.
+        out: address of float32 rows of all outputs.
+        out_step: bytes between them.
+    """
+    for output in range(first, last, 4):
+        w, left, a, b = weights + 2 * inputs * output, rows, x, out + 4 * output
+        while left >= 6:
+            _rows_6(a, w, b, x_step, 2 * inputs, out_step, inputs // INPUTS)
+            left, a, b = left - 6, a + 6 * x_step, b + 6 * out_step
+        if left == 5:
+            _rows_5(a, w, b, x_step, 2 * inputs, out_step, inputs // INPUTS)
+        elif left == 4:
+            _rows_4(a, w, b, x_step, 2 * inputs, out_step, inputs // INPUTS)
+        elif left == 3:
+            _rows_3(a, w, b, x_step, 2 * inputs, out_step, inputs // INPUTS)
+        elif left == 2:
+            _rows_2(a, w, b, x_step, 2 * inputs, out_step, inputs // INPUTS)
+        elif left == 1:
+            _rows_1(a, w, b, x_step, 2 * inputs, out_step, inputs // INPUTS)
