@@ -274,6 +274,7 @@ def _compile() -> None:
     ints, one = np.ones(1, np.int64), np.ones((1, 1), np.int64)
     _tidied(one, ints, ints, 2)
     _sound_notes(ints, one.astype(np.float32), ints)
+    _are_distributions(np.ones((1, 1, 1), np.float32), 0 * one, one > 0)
 
 
 def _checked_mask(sampled: np.ndarray | None, lengths: np.ndarray) -> np.ndarray:
@@ -291,8 +292,30 @@ def _checked_probabilities(q: torch.Tensor, ids: np.ndarray, inside: np.ndarray,
     if q.ndim != 3 or q.shape[0] != rows or q.shape[1] < width or q.shape[2] != vocab_size:
         raise BadProposal(f"probabilities {tuple(q.shape)} for {rows} drafts of up to {width} tokens")
     q = q[:, :width].float()
+    if q.device.type == "cpu":
+        if not _are_distributions(q.contiguous().numpy(), ids, inside):
+            raise BadProposal(_NO_DISTRIBUTION)
+        return q
     drawn = q.gather(2, torch.from_numpy(ids).to(q.device).unsqueeze(2)).squeeze(2)
     good = (q.min(-1).values >= 0) & ((q.sum(-1) - 1).abs() < 1e-3) & (drawn > 0)
     if not bool(good[torch.from_numpy(inside).to(q.device)].all()):
-        raise BadProposal("probabilities of a draft token are negative, do not sum to 1, or give the token itself none")
+        raise BadProposal(_NO_DISTRIBUTION)
     return q
+
+
+_NO_DISTRIBUTION = "probabilities of a draft token are negative, do not sum to 1, or give the token itself none"
+
+
+@njit(fastmath={"contract", "reassoc", "nsz"}, cache=True)
+def _are_distributions(q: np.ndarray, ids: np.ndarray, inside: np.ndarray) -> bool:
+    """Whether q [B, K, V] are distributions that give the tokens ids [B, K] something, where `inside` [B, K]."""
+    for b in range(q.shape[0]):
+        for k in range(q.shape[1]):
+            if inside[b, k]:
+                row, total, least = q[b, k], np.float32(0), np.float32(0)
+                for v in range(len(row)):
+                    total += row[v]
+                    least = min(least, row[v])
+                if not (least >= 0 and abs(total - np.float32(1)) < np.float32(1e-3) and row[ids[b, k]] > 0):
+                    return False
+    return True

@@ -49,11 +49,20 @@ class MTPHead(LayerWeights):
         self.fc = self._linear({"mtp.fc": hidden}, 2 * hidden)
         self.layer = self._layer("mtp.layers.0.")
         self.final_norm = self._norm_weight("mtp.norm.weight", hidden)
+        self._compiled_fc = False
         self.normed_goes_round = False
         """MiMo's: further tokens read norm(h') in place of h', the first the target's states before its final norm"""
 
     def _stack(self) -> Sequence[Layer]:
         return [self.layer]
+
+    def _compile(self) -> None:
+        super()._compile()
+        self._compiled_fc = False
+        if self._compiled is not None:
+            from pipeline.models.cpu_products import packed_address
+
+            self._compiled_fc = bool(packed_address(self.fc.weight))
 
     def takes_compiled(self, rows: int) -> bool:
         return self._compiled is not None and self._target.takes_compiled(rows)
@@ -68,16 +77,24 @@ class MTPHead(LayerWeights):
             plan: of the rows' positions.
             cache: of the head, one layer.
         """
-        norm = self.attention.norm
         embedded = self._target.embedding[token_ids]
         if not plan.cached.all():
             embedded[plan.positions == 0] = 0
-        joined = torch.cat([norm(embedded, self.norm_embedding), norm(hidden, self.norm_hidden)], 1)
-        return self.through(0, self.layer, self.fc(joined), plan, cache, self.attention)
+        return self.through(0, self.layer, self._joined(embedded, hidden), plan, cache, self.attention)
+
+    def _joined(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """z [N, H]"""
+        if self.takes_compiled(len(hidden)) and self._compiled_fc:
+            from pipeline.models.cpu_layers import joined_product
+
+            norms = self.norm_embedding, self.norm_hidden
+            return joined_product(embedded, hidden, norms, self.fc, self.config.rms_norm_eps)
+        norm = self.attention.norm
+        return self.fc(torch.cat([norm(embedded, self.norm_embedding), norm(hidden, self.norm_hidden)], 1))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [N, V] of h' [N, H]."""
-        return self._target.logits(self.attention.norm(hidden, self.final_norm))
+        return self._target.normed_logits(hidden, self.final_norm)
 
     def target_input(self, hidden: Tensor) -> Tensor:
         """What the head reads of the target's final-norm hidden states [N, H].

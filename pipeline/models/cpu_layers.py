@@ -79,8 +79,8 @@ def _gated(x, gate, up, out, first, last, sums, others):  # type: ignore[no-unty
 
 _X, _TABLE, _LAYERS, _ROWS, _HIDDEN, _HEADS, _KV_HEADS, _DIMENSION, _INNER, _PAGES = range(10)
 _POSITION, _PLACE, _TOKEN_PAGE, _TABLES, _COLUMNS, _CACHED, _STARTS, _SEQUENCES = range(10, 18)
-_COS, _SIN, _ANGLES, _WORK, _SUMS, _COUNTERS, _REALS = range(18, 25)
-_ARGUMENTS = 26
+_COS, _SIN, _ANGLES, _WORK, _SUMS, _COUNTERS, _NORM, _REALS = range(18, 26)
+_ARGUMENTS = 27
 """int64 addresses and sizes in this order; the last two are float64: epsilon of the norms, scale of the scores."""
 
 
@@ -177,6 +177,9 @@ def through_layers(a: np.ndarray, thread: int, threads: int) -> None:
         if threads > 1:
             meet(counters, met)
 
+    if a[_NORM] and thread == 0:
+        rms_norm(x, carray(pointer(a[_NORM]), (hidden,), np.float32), epsilon, x)
+
 
 @cache
 def _layers_part() -> int:
@@ -189,15 +192,20 @@ def _layers_part() -> int:
     return _address(part)
 
 
-_FACTS = 7
+_FACTS = 9
 """int64: address of x, its rows and inputs; of the weight, its outputs and whether they are in blocks; of float32
-[rows, outputs]."""
+[rows, outputs]; of a norm's weight for x, or 0; and the bits of its epsilon, float64."""
 
 
 @njit(fastmath=FAST, cache=True)
 def product_part(a: np.ndarray, thread: int, threads: int) -> None:
-    """What one thread of several does of x W^T in float32; `a` as `_FACTS` says."""
+    """What one thread of several does of x W^T, or norm(x) W^T, in float32; `a` as `_FACTS` says."""
     x, rows, inputs, weights, outputs, packed, out = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
+    normed = np.empty((rows if a[7] else 0, inputs), np.int16)
+    if a[7]:
+        norm = carray(pointer(a[7]), (inputs,), np.float32)
+        rms_norm(carray(pointer(x), (rows, inputs), np.int16), norm, a[8:].view(np.float64)[0], normed)
+        x = normed.ctypes.data
     if packed:
         blocks = outputs // BLOCK
         into = carray(pointer(out), (rows, outputs), np.float32)
@@ -242,8 +250,9 @@ class CompiledLayers:
 
     def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], rope: RopeTable, table: np.ndarray) -> None:
         self._config, self._layers, self._rope, self._table = config, layers, rope, table
-        self._real = np.array([config.rms_norm_eps, config.head_dim**-0.5])
-        self._cache: tuple[int, int] = (0, 0)
+        c = config
+        self._shape = np.array([c.hidden_size, c.heads, c.kv_heads, c.head_dim, c.intermediate_size])
+        self._real = np.array([c.rms_norm_eps, c.head_dim**-0.5])
 
     @classmethod
     def of(cls, config: ModelConfig, layers: Sequence[DecoderLayer], rope: RopeTable) -> "CompiledLayers | None":
@@ -263,9 +272,23 @@ class CompiledLayers:
         return cls(config, layers, rope, table)
 
     def __call__(
-        self, x: Tensor, plan: AttentionPlan, cache: KVCache, first: int = 0, last: int | None = None
+        self,
+        x: Tensor,
+        plan: AttentionPlan,
+        cache: KVCache,
+        first: int = 0,
+        last: int | None = None,
+        norm: Tensor | None = None,
     ) -> Tensor:
-        """Layers `first` to `last` on bfloat16 rows [N, H], in place; their keys and values are cached."""
+        """Layers `first` to `last` on bfloat16 rows [N, H], in place; their keys and values are cached.
+
+        Args:
+            x: of N packed tokens.
+            plan: of this pass.
+            cache: read and written.
+            first, last: None: to the end.
+            norm: weight float32 [H] of a norm behind them, if there is one.
+        """
         c, n, threads = self._config, len(x), torch.get_num_threads()
         table, store = self._table[first:last], cache.store
         step = store.stride(0) * 2
@@ -273,25 +296,55 @@ class CompiledLayers:
         table[:, 11] = table[:, 10] + store.stride(1) * 2
         cos, sin = self._rope.halves(plan.positions_end)
         run = team() if threads > 1 else None
-        threads = threads if run else 1
         wide = (c.heads + 2 * c.kv_heads) * c.head_dim
-        work = np.empty(n * (wide + 2 * c.heads * c.head_dim + c.intermediate_size + threads * c.hidden_size), np.int16)
-        sums, counters = np.empty(2 * threads * n * BLOCK, np.float32), np.zeros(1 + len(table), np.int64)
-        tables, position, page = _int64(plan.tables), _int64(plan.position), _int64(plan.page)
-        place, cached, starts = _int64(plan.place), _int64(plan.cached), _int64(plan.starts)
-        arguments = np.empty(_ARGUMENTS, np.int64)
-        arguments[:_REALS] = [
-            x.data_ptr(), table.ctypes.data, len(table), n, c.hidden_size, c.heads, c.kv_heads, c.head_dim,
-            c.intermediate_size, cache.pages, position.ctypes.data, place.ctypes.data, page.ctypes.data,
-            tables.ctypes.data, tables.shape[1], cached.ctypes.data, starts.ctypes.data, len(cached), cos.ctypes.data,
-            sin.ctypes.data, len(cos), work.ctypes.data, sums.ctypes.data, counters.ctypes.data,
-        ]  # fmt: skip
-        arguments[_REALS:] = self._real.view(np.int64)
+        numbers = n * (wide + 2 * c.heads * c.head_dim + c.intermediate_size + (threads + 1) * c.hidden_size)
+        work, sums = np.empty(numbers, np.int16), np.empty(2 * threads * n * BLOCK, np.float32)
+        counters, arguments = np.zeros(1 + len(table), np.int64), np.empty(_ARGUMENTS, np.int64)
+        kept = _pack(
+            arguments, x.data_ptr(), 0 if norm is None else norm.data_ptr(), table, self._shape, cache.pages,
+            plan.tables, plan.cached, plan.starts, plan.position, plan.place, plan.page, cos, sin, work, sums, counters,
+            self._real,
+        )  # fmt: skip
         if run is None:
             through_layers(arguments, 0, 1)
         else:
             run(_layers_part(), arguments.ctypes.data)
+        del kept  # what the addresses are of has lived until here
         return x
+
+
+@njit(cache=True)
+def _pack(
+    a: np.ndarray,
+    x: int,
+    norm: int,
+    table: np.ndarray,
+    shape: np.ndarray,
+    pages: int,
+    tables: np.ndarray,
+    cached: np.ndarray,
+    starts: np.ndarray,
+    position: np.ndarray,
+    place: np.ndarray,
+    page: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    work: np.ndarray,
+    sums: np.ndarray,
+    counters: np.ndarray,
+    real: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fills the arguments `a`; copies that some of them are the addresses of."""
+    tables, cached, starts = np.ascontiguousarray(tables), np.ascontiguousarray(cached), np.ascontiguousarray(starts)
+    a[_X], a[_NORM], a[_TABLE], a[_LAYERS], a[_ROWS] = x, norm, table.ctypes.data, len(table), len(position)
+    a[_HIDDEN : _INNER + 1] = shape
+    a[_PAGES], a[_SEQUENCES], a[_COLUMNS], a[_ANGLES] = pages, len(cached), tables.shape[1], len(cos)
+    a[_TABLES], a[_CACHED], a[_STARTS] = tables.ctypes.data, cached.ctypes.data, starts.ctypes.data
+    a[_POSITION], a[_PLACE], a[_TOKEN_PAGE] = position.ctypes.data, place.ctypes.data, page.ctypes.data
+    a[_COS], a[_SIN], a[_WORK] = cos.ctypes.data, sin.ctypes.data, work.ctypes.data
+    a[_SUMS], a[_COUNTERS] = sums.ctypes.data, counters.ctypes.data
+    a[_REALS:] = real.view(np.int64)
+    return tables, cached, starts
 
 
 def takes_product(linear: Linear) -> bool:
@@ -302,15 +355,17 @@ def takes_product(linear: Linear) -> bool:
     return bool(packed_address(weight)) if weight.is_mkldnn else weight.shape[1] % INPUTS == 0 and len(weight) >= 4
 
 
-def product(x: Tensor, linear: Linear) -> Tensor:
-    """float32 [N, outputs] of bfloat16 rows [N, inputs]."""
+def product(x: Tensor, linear: Linear, norm: Tensor | None = None, epsilon: float = 0.0) -> Tensor:
+    """float32 [N, outputs] of bfloat16 rows [N, inputs], which a norm (weight float32 [inputs]) may come before."""
     weight, x, threads = linear.weight, x.contiguous(), torch.get_num_threads()
     out = torch.empty(len(x), len(weight))
     run = team() if threads > 1 else None
     address = packed_address(weight) or weight.data_ptr()
     arguments = np.array([
         x.data_ptr(), len(x), weight.shape[1], address, len(weight), weight.is_mkldnn, out.data_ptr(),
+        0 if norm is None else norm.data_ptr(), 0,
     ])  # fmt: skip
+    arguments[8:].view(np.float64)[0] = epsilon
     if run is None:
         product_part(arguments, 0, 1)
     else:
@@ -318,5 +373,32 @@ def product(x: Tensor, linear: Linear) -> Tensor:
     return out
 
 
-def _int64(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, np.int64)
+def joined_product(
+    first: Tensor, second: Tensor, norms: tuple[Tensor, Tensor], linear: Linear, epsilon: float
+) -> Tensor:
+    """bfloat16 [N, outputs] of [norm(first), norm(second)] W^T, rows bfloat16 [N, inputs / 2] each; W is packed."""
+    out = first.new_empty(len(first), len(linear.weight))
+    _join(
+        first.view(torch.int16).numpy(), second.contiguous().view(torch.int16).numpy(), norms[0].numpy(),
+        norms[1].numpy(), epsilon, packed_address(linear.weight), out.view(torch.int16).numpy(),
+    )  # fmt: skip
+    return out
+
+
+@njit(fastmath=FAST, cache=True)
+def _join(
+    first: np.ndarray,
+    second: np.ndarray,
+    first_norm: np.ndarray,
+    second_norm: np.ndarray,
+    epsilon: float,
+    weight: int,
+    out: np.ndarray,
+) -> None:
+    rows, width = first.shape
+    joined, part = np.empty((rows, 2 * width), np.int16), np.empty((rows, width), np.int16)
+    for half in range(2):
+        rms_norm(second if half else first, second_norm if half else first_norm, epsilon, part)
+        joined[:, half * width : (half + 1) * width] = part
+    sums, no_bias = np.empty((rows, BLOCK), np.float32), np.zeros(0, np.int16)
+    _project(joined, weight, no_bias, out, False, 0, out.shape[1] // BLOCK, sums)

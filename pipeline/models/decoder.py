@@ -186,7 +186,7 @@ class Decoder(LayerWeights):
         attention, x = attention or self.attention, self.embedding[token_ids]
         if states is None and attention is self.attention and self.takes_compiled(len(x)):
             assert self._compiled is not None
-            return attention.norm(self._compiled(x, plan, cache), self.final_norm)
+            return self._compiled(x, plan, cache, norm=self.final_norm)
         if states is not None:
             states.append(x)
         for index, layer in enumerate(self.layers):
@@ -203,11 +203,16 @@ class Decoder(LayerWeights):
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [M, V] of hidden states [M, H]."""
+        return self.normed_logits(hidden, None)
+
+    @torch.no_grad()
+    def normed_logits(self, hidden: Tensor, norm: Tensor | None) -> Tensor:
+        """float32 [M, V] of rows [M, H] that a norm of this weight [H], if any, comes before."""
         if self.takes_compiled(len(hidden)) and self._compiled_head:
             from pipeline.models.cpu_layers import product
 
-            return product(hidden, self.head)
-        return self.head(hidden).float()
+            return product(hidden, self.head, norm, self.config.rms_norm_eps)
+        return self.head(hidden if norm is None else self.attention.norm(hidden, norm)).float()
 
     def _stack(self) -> Sequence[Layer]:
         return self.layers

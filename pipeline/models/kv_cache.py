@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
@@ -41,22 +42,18 @@ class AttentionPlan:
             evicted: int64 [B], tokens of each row that were in the cache and are not any more; None: no row has any.
         """
         self.tables, self.cached, self.counts, self._device = tables, cached, counts, device
-        self.rows, self.width = len(cached), int(counts.max())
-        """B, and the most new tokens of a row"""
-        self.keys = int((cached + counts).max())
-        """L, longest row after this pass"""
-        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        self.rows = len(cached)
+        """B"""
+        of_rows = _laid_out(tables, cached, counts, _NONE if evicted is None else evicted)
+        self.width, self.keys, self.positions_end = of_rows[:3]
+        """The most new tokens of a row; longest row after this pass; past the last position."""
+        self.starts = of_rows[3]
         """int64 [B + 1], where each row's tokens begin"""
-        self.row = np.repeat(np.arange(self.rows), counts)
-        self.column = np.arange(len(self.row)) - self.starts[self.row]
-        """int64 [N], a token's place among its row's new ones"""
-        self.place = cached[self.row] + self.column
-        """int64 [N], among the cached tokens of its row"""
-        self.position = self.place if evicted is None else self.place + evicted[self.row]
-        """int64 [N], in the text"""
-        self.positions_end = self.keys if evicted is None else int((cached + counts + evicted).max())
-        """past the last position"""
-        self.page = tables[self.row, self.place // PAGE]
+        self.row, self.column = of_rows[4:6]
+        """int64 [N] each, a token's row, and its place among that row's new ones"""
+        self.place, self.position = of_rows[6:8]
+        """int64 [N] each, among the cached tokens of its row, and in the text"""
+        self.page = of_rows[8]
         """int64 [N]"""
 
     @cached_property
@@ -93,6 +90,31 @@ class AttentionPlan:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+_NONE = np.zeros(0, np.int64)
+
+
+@njit(cache=True)
+def _laid_out(tables: np.ndarray, cached: np.ndarray, counts: np.ndarray, evicted: np.ndarray) -> tuple:
+    """Attributes of a plan, which numpy computes in a dozen calls."""
+    rows, width, keys, end = len(counts), 0, 0, 0
+    starts = np.zeros(rows + 1, np.int64)
+    for b in range(rows):
+        starts[b + 1] = starts[b] + counts[b]
+        length = cached[b] + counts[b]
+        width, keys = max(width, counts[b]), max(keys, length)
+        end = max(end, length + (evicted[b] if len(evicted) else 0))
+    new = starts[rows]
+    row, column, place = np.empty(new, np.int64), np.empty(new, np.int64), np.empty(new, np.int64)
+    position, page = np.empty(new, np.int64), np.empty(new, np.int64)
+    for b in range(rows):
+        for k in range(counts[b]):
+            n = starts[b] + k
+            row[n], column[n], place[n] = b, k, cached[b] + k
+            position[n] = place[n] + (evicted[b] if len(evicted) else 0)
+            page[n] = tables[b, place[n] // PAGE]
+    return width, keys, end, starts, row, column, place, position, page
 
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

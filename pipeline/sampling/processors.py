@@ -58,6 +58,8 @@ class Processors:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size, self._device = vocab_size, device
         self._settings = np.zeros(0, _SETTINGS)
+        self._temperatures, self._plain = np.zeros(0, np.float32), np.zeros(0, np.bool_)
+        """of `_settings`: by far the most common question, and fields of a structured array are slow to gather"""
         self._free: list[int] = []
         self._bias = BiasTable(vocab_size, device)
         self._counts = TokenCounts(vocab_size, device)
@@ -102,7 +104,10 @@ class Processors:
         """A sequence begins, with its settings (see `check`), the tokens that end it, and its prompt; its slot."""
         if not self._free:
             size = len(self._settings)
-            self._settings = np.concatenate([self._settings, np.zeros(max(16, size), _SETTINGS)])
+            more = max(16, size)
+            self._settings = np.concatenate([self._settings, np.zeros(more, _SETTINGS)])
+            self._temperatures = np.concatenate([self._temperatures, np.zeros(more, np.float32)])
+            self._plain = np.concatenate([self._plain, np.zeros(more, np.bool_)])
             self._free = list(range(len(self._settings) - 1, size - 1, -1))
         slot = self._free.pop()
         self._settings[slot] = (
@@ -111,13 +116,13 @@ class Processors:
             self._bias.add(params, stop) if params.masks else -1,
             self._counts.add(prompt_ids) if params.penalises else -1,
         )  # fmt: skip
+        self._temperatures[slot] = params.temperature
+        self._plain[slot] = not (params.masks or params.penalises or params.truncates)
         return slot
 
     def temperatures(self, slots: np.ndarray) -> np.ndarray | None:
         """float32 [B] of the sequences in `slots` where none has another setting; else None."""
-        settings = self._settings[slots]
-        plain = (settings["bias"] < 0) & (settings["counts"] < 0) & ~settings["truncates"]
-        return settings["temperature"].astype(np.float32) if plain.all() else None
+        return self._temperatures[slots] if self._plain[slots].all() else None
 
     def observe(self, slots: np.ndarray, emitted: Sequence[np.ndarray]) -> None:
         """The responses in `slots` [B] grew by these tokens."""

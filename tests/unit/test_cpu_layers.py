@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from drafters.mtp.head import MTPHead
 from pipeline.models import cpu_layers, cpu_products
 from pipeline.models.checkpoint import load_decoder
 from pipeline.models.config import ModelConfig
@@ -181,3 +182,26 @@ def test_how_many_rows_is_measured_once_for_a_model(tmp_path):
     most = most_compiled_rows(config, torch.get_num_threads())
     assert 1 <= most <= 96
     assert most_compiled_rows(config, torch.get_num_threads()) == most
+
+
+def test_a_draft_head_is_no_less_exact_than_layer_by_layer(tmp_path, threads):
+    folder = saved(tmp_path, "three KV heads")
+    generator = torch.Generator().manual_seed(5)
+    decoders = [load_decoder(folder, dtype=kind) for kind in ("float32", "bfloat16", "bfloat16")]
+    decoders[1].most_compiled_rows, decoders[2].most_compiled_rows = 1000, 0
+    heads = [MTPHead(decoder) for decoder in decoders]
+    weights = {
+        name: torch.randn(shape, generator=generator) * 0.1 + (len(shape) == 1)
+        for name, shape in heads[0].shapes.items()
+    }
+    tokens, hidden = torch.randint(0, 384, (12,), generator=generator), torch.randn(12, 128, generator=generator)
+    found = []
+    for head in heads:
+        head.load(weights.__getitem__)
+        cache, counts = KVCache(head.config, head.dtype, CPU, 3), np.array([5, 1, 6])
+        plan = cache.plan(np.arange(3)[:, None], np.zeros(3, np.int64), counts)
+        out = head.forward(tokens, hidden.to(head.dtype), plan, cache)
+        found.append(head.logits(out))
+    assert heads[1].takes_compiled(12) and not heads[2].takes_compiled(12)
+    compiled, plain = ((logits - found[0]).pow(2).mean().sqrt() / found[0].std() for logits in found[1:])
+    assert compiled < 1.2 * plain + 1e-3 and plain < 0.1

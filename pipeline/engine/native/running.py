@@ -118,7 +118,8 @@ class Running:
             if wanted < 0 and not self._memory.grow(sequence, sequence.held + 1):
                 return None
             wanted = max(wanted, 0)
-        self.batch.set_pages(row, known=pages)
+        if len(sequence.pages) > pages:
+            self.batch.set_pages(row, known=pages)
         return wanted
 
     def _compress(self) -> None:

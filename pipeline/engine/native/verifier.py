@@ -53,18 +53,19 @@ class Verifier:
         tokens = locked(verified.tokens.cpu().numpy())  # emissions are views of it, which drafters are shown
         entropies = None if verified.entropies is None else verified.entropies.cpu().numpy()
         emissions, kept = [], _kept_by_row(verified)
+        counts, lengths = accepted.tolist(), proposal.lengths.tolist()
         before = None  # any setting, which is what a switch of models goes by
         if self._small:
             before = self._small.entropies(list(batch), scores.logits, scores.starts, proposal.lengths + 1)
         for row, sequence in enumerate(batch):
-            n = int(accepted[row])
+            n = counts[row]
             emission = Emission(
                 tokens[row, : n + 1],
                 logprobs[row, : n + 1],
                 None if entropies is None else entropies[row, : n + 1],
-                int(proposal.lengths[row]),
+                lengths[row],
                 n,
-                kept[row].first(n + 1) if sequence.request.sampling.truncates else None,
+                kept[row].first(n + 1) if kept and sequence.request.sampling.truncates else None,
             )
             if self._small and before is not None:
                 emission = self._small.cut(sequence, emission, before[scores.starts[row] :])
