@@ -24,7 +24,7 @@ from drafters.composite import CompositeDrafter, Ensemble, joined
 from drafters.cost_model import CostModel
 from drafters.late import LateObserver
 from drafters.stack import Stack
-from drafters.standing import DEAR, Standing
+from drafters.standing import DEAR, SAMPLE, Standing
 from drafters.urgency import GroupProgress
 from pipeline.errors import UsageError
 
@@ -46,6 +46,10 @@ class _Step:
     granted: np.ndarray
     """int64 [B], tokens of the choice that were to be verified, if it has as many"""
     drafted: int = 0
+
+
+_READS = Needs.TARGET_LAYERS | Needs.HIDDEN_STATES
+"""what drafters ask for that compute a model"""
 
 
 class ArbiterDrafter(CompositeDrafter):
@@ -94,7 +98,7 @@ class ArbiterDrafter(CompositeDrafter):
         refresh(self._counts, self._chances)
         _compile()
         self._progress = GroupProgress()
-        self._standings = [Standing() for _ in range(count)]
+        self._standings = [Standing(reads=bool(guard.needs & _READS)) for guard in self.ensemble]
         self._late = [LateObserver(guard) for guard in self.ensemble]
         self._own_seconds = 0.0
         """of deciding and observing, a step"""
@@ -103,6 +107,8 @@ class ArbiterDrafter(CompositeDrafter):
         self._resting = self._not_asked = 0
         self._trial = False
         """whether this step is one to learn what drafting costs"""
+        self._sampled: dict[int, np.ndarray] = {}
+        """drafters that were asked for a few sequences alone, bool [B]"""
         self._step: _Step | None = None
 
     def host(self, vocab_size: int, on_event: Callable[[str], None], call_seconds: float) -> None:
@@ -153,6 +159,7 @@ class ArbiterDrafter(CompositeDrafter):
         self._not_asked += rows * (len(self._standings) - len(asked))
         self._trial = self.costs.learns and self._idle > 0 and self._idle % _TRIAL_EVERY == 0
         proposals = [Proposal.empty(rows)] * len(self._standings)
+        self._sampled.clear()
         asking = 0.0
         for index in asked:
             proposals[index], seconds = self._ask(index, request)
@@ -164,11 +171,18 @@ class ArbiterDrafter(CompositeDrafter):
         return proposal
 
     def _ask(self, index: int, request: DraftRequest) -> tuple[Proposal, float]:
+        rows, standing = len(request.ids), self._standings[index]
+        whole = not standing.samples(self._steps, rows, self.costs.seconds(rows, rows))
+        if not whole:
+            # By their ids: which sequences these are must not depend on what is drafted for them.
+            newest = np.asarray(request.ids) >= np.partition(request.ids, -SAMPLE)[-SAMPLE]
+            self._sampled[index] = newest
+            request = msgspec.structs.replace(request, budgets=np.where(newest, request.budgets, 0))
         began = self._clock()
         self._late[index].deliver()
         proposal = self.ensemble.guards[index].propose(request)
         seconds = self._clock() - began
-        self._standings[index].was_asked(self._steps, len(request.ids), seconds, proposal.token_ids.shape[1])
+        standing.was_asked(self._steps, rows, seconds, proposal.token_ids.shape[1], whole)
         return proposal, seconds
 
     def _decided(self, request: DraftRequest, proposals: list[Proposal], asked: list[int]) -> Proposal:
@@ -188,7 +202,8 @@ class ArbiterDrafter(CompositeDrafter):
                 usual = np.minimum(request.budgets, self._standings[index].widest)
                 _blind(drawn[index], usual, assumed[index], stack.confidences[index])
         urgency = self._progress.urgency(request.ids, self.options.urgency)
-        choice, granted, tokens, seconds = self._allocated(stack, assumed, request, urgency, self._reasons)
+        seen = stack.matches, stack.confidences
+        choice, granted, tokens, seconds = self._allocated(*seen, assumed, request, urgency, self._reasons)
         self._judge(asked, stack, assumed, request, urgency, tokens, seconds)
         if drawn is None:
             proposal = stack.chosen(choice, granted, self._names)
@@ -220,11 +235,12 @@ class ArbiterDrafter(CompositeDrafter):
         learn(self._counts, self._chances, stack.tokens, lengths, stack.matches, stack.confidences, tokens, borders)
 
     def _allocated(
-        self, stack: Stack, drafts: np.ndarray, request: DraftRequest, urgency: np.ndarray, reasons: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, float, float]:
+        self, matches: np.ndarray, confidences: np.ndarray, drafts: np.ndarray, request: DraftRequest,
+        urgency: np.ndarray, reasons: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, float, float]:  # fmt: skip
         """Choice and lengths, int64 [B], expected tokens, and seconds without those of asking."""
         choice, lengths, self._price, tokens, seconds = allocate(
-            self._chances, stack.matches, stack.confidences, drafts, request.budgets, urgency, self.costs.table,
+            self._chances, matches, confidences, drafts, request.budgets, urgency, self.costs.table,
             self.costs.scale[0], self._own_seconds, self._price, self._trial, reasons,
         )  # fmt: skip
         return choice, lengths, tokens, seconds
@@ -236,16 +252,23 @@ class ArbiterDrafter(CompositeDrafter):
         """What asking a drafter brought, its time included, against deciding without it: of dear ones in every step, of
         the others by turns."""
         plain, price = self.costs.seconds(len(request.ids), len(request.ids)), self._price
+        unused = np.zeros_like(self._reasons)
         for index in asked:
             standing = self._standings[index]
             dear = standing.part_of(plain) > DEAR
             if dear or self._steps % (2 * len(asked)) == 2 * asked.index(index):
+                matches, confidences, found, taken = stack.matches, stack.confidences, tokens, seconds
+                if index in self._sampled:
+                    matches, confidences, all_drafts = _as_if_all(
+                        index, self._sampled[index], matches, confidences, drafts
+                    )
+                    _, _, found, taken = self._allocated(matches, confidences, all_drafts, request, urgency, unused)
                 without = drafts.copy()
                 without[index] = 0
                 _, _, tokens_without, seconds_without = self._allocated(
-                    stack, without, request, urgency, np.zeros_like(self._reasons)
+                    matches, confidences, without, request, urgency, unused
                 )
-                rate = tokens / (seconds + standing.seconds)
+                rate = found / (taken + standing.seconds)
                 gain = rate * seconds_without / tokens_without - 1
                 standing.judged(gain, plain, self._steps, 1 if dear else 2 * len(asked))
         self._price = price
@@ -265,6 +288,16 @@ def _drawn(proposal: Proposal) -> np.ndarray:
     if proposal.probabilities is None:
         return np.zeros(len(proposal.lengths), np.bool_)
     return proposal.lengths > 0 if proposal.sampled is None else proposal.sampled & (proposal.lengths > 0)
+
+
+def _as_if_all(index: int, asked: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Copies of arrays [D, B, ...] in which those rows of drafter `index` that it was not asked for are like those that
+    it was, bool `asked` [B]."""
+    rows, copies = np.flatnonzero(asked), []
+    for array in arrays:
+        copies.append(array.copy())
+        copies[-1][index] = array[index, rows[np.arange(len(asked)) % len(rows)]]
+    return copies
 
 
 def _blind(drawn: np.ndarray, usual: np.ndarray, lengths: np.ndarray, confidences: np.ndarray) -> None:

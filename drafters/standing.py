@@ -9,10 +9,13 @@ _PATIENCE, _DEAR_PATIENCE = 12, 2
 """steps in a row in which it did not pay, after which it sleeps"""
 _EXPLORATION = 0.01
 """part of the time that asking drafters which do not pay may take"""
-_SHORTEST, _LONGEST = 16, 64
-"""steps of a sleep when it is longest: at least, for drafters that cost next to nothing, and at most"""
+_SHORTEST, _LONGEST, _LONGEST_OF_READERS = 16, 64, 512
+"""steps of a sleep when it is longest: at least, for drafters that cost next to nothing, at most, and at most for those
+that have to read what they missed"""
 _RETRY_AFTER = 8
 """steps after which a sleeper is asked where the batch has become half or twice as large meanwhile"""
+SAMPLE = 4
+"""sequences that a drafter which reads is asked for, to see whether it still does not pay"""
 _RATE = 0.1
 _UNKNOWN = 1 << 40
 
@@ -21,12 +24,16 @@ _UNKNOWN = 1 << 40
 class Standing:
     """Of one drafter in an arbiter."""
 
+    reads: bool = False
+    """whether it computes a model over what it missed: to ask it again costs as much as if it had never slept"""
     widest: int = _UNKNOWN
     """longest draft it has made"""
     gain: float = math.nan
     """by how much asking it raises tokens a second, its own time included; not a number before it is known"""
     _asking: float = math.nan
     _telling: float = math.nan
+    _latest: float = 0.0
+    """of the last time it was asked, for all sequences or a few"""
     _asked: int = 0
     """step"""
     _rows: int = 1
@@ -50,9 +57,16 @@ class Standing:
             return True
         return step - self._asked >= _RETRY_AFTER and not 0.5 < rows / self._rows < 2
 
-    def was_asked(self, step: int, rows: int, seconds: float, width: int) -> None:
-        """It proposed drafts of up to `width` tokens."""
-        self._asking = _least_of_late(self._asking, seconds)
+    def samples(self, step: int, rows: int, plain: float) -> bool:
+        """Whether a few of so many sequences are enough to ask it for: it has slept, did not pay, and must read what it
+        missed of each sequence that it is asked for."""
+        return self.reads and rows > SAMPLE and self.gain <= 0 and step - self._asked > 1 and self.part_of(plain) > DEAR
+
+    def was_asked(self, step: int, rows: int, seconds: float, width: int, whole: bool = True) -> None:
+        """It proposed drafts of up to `width` tokens, for all `rows` sequences where it was asked as a whole."""
+        if whole:
+            self._asking = _least_of_late(self._asking, seconds)
+        self._latest = seconds
         self._asked, self._rows = step, rows
         if width:
             self.widest = width if self.widest == _UNKNOWN else max(self.widest, width)
@@ -72,7 +86,8 @@ class Standing:
         cost = self.part_of(plain)
         over = self._idle - (_DEAR_PATIENCE if cost > DEAR else _PATIENCE)
         if over > 0:
-            longest = min(max(cost / _EXPLORATION, _SHORTEST), _LONGEST)
+            longest = max((min(cost, self._latest / plain) if self.reads else cost) / _EXPLORATION, _SHORTEST)
+            longest = min(longest, _LONGEST_OF_READERS if self.reads else _LONGEST)
             self._wakes = step + 1 + int(longest if cost > DEAR else min(longest, 1 + over / 2))
 
 

@@ -11,7 +11,7 @@ from msgspec import Struct
 from drafters import acceptance, allocation
 from drafters import arbiter as arbiter_module
 from drafters.arbiter import ArbiterDrafter
-from drafters.base import BaseDrafter, Drafter, DraftRequest, Proposal, SequenceStart, Verified
+from drafters.base import BaseDrafter, Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
 from drafters.cost_model import PER_ROW, ROWS, CostModel
 from drafters.none import NoDrafter
 from drafters.prompt_lookup import PromptLookupDrafter
@@ -323,6 +323,33 @@ def test_a_dear_drafter_is_asked_where_it_pays_and_now_and_then_otherwise(second
     drafter = ArbiterDrafter(costs=CostModel.of(COSTS["flat"]), clock=clock, drafters=[dear])
     totals = replay(drafter, recorded, slots=1, max_draft_tokens=4, costs=COSTS["flat"])
     assert (dear.calls > 0.9 * totals.steps) if often else (2 <= dear.calls < 0.2 * totals.steps)
+
+
+@pytest.mark.parametrize("needs", [Needs.HIDDEN_STATES, Needs.NOTHING])
+def test_a_drafter_that_reads_and_did_not_pay_is_tried_on_a_few_sequences_until_it_does(needs):
+    class Turning(Dear):
+        """Wrong at first, then right."""
+
+        seen, asked = 0, ()
+
+        def propose(self, request):
+            self.right = self.seen > 16 * 300
+            self.asked += ((self.right, np.count_nonzero(request.budgets)),)
+            return super().propose(request)
+
+        def observe(self, verified):
+            self.seen += sum(map(len, verified.emitted))
+
+    clock = Clock()
+    recorded = [RecordedText(np.array([1]), np.full(2000, 7), i) for i in range(16)]
+    turning = Turning(clock, 0.004, False)
+    turning.needs = needs
+    drafter = ArbiterDrafter(costs=CostModel.of(COSTS["flat"]), clock=clock, drafters=[turning])
+    totals = replay(drafter, recorded, slots=16, max_draft_tokens=4, costs=COSTS["flat"])
+    wrong, right = ([rows for now, rows in turning.asked if now == then] for then in (False, True))
+    assert len(wrong) < 40 and wrong[0] == 16
+    assert wrong.count(4) >= 3 if needs else set(wrong) == {16}, "what costs nothing to catch up is asked for all"
+    assert right.count(16) > 0.3 * 1700 / 5 and totals.accepted > 0.3 * 16 * 1700 * 4 / 5
 
 
 def test_hopeless_drafts_are_given_a_rest():
