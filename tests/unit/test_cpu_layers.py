@@ -205,3 +205,26 @@ def test_a_draft_head_is_no_less_exact_than_layer_by_layer(tmp_path, threads):
     assert heads[1].takes_compiled(12) and not heads[2].takes_compiled(12)
     compiled, plain = ((logits - found[0]).pow(2).mean().sqrt() / found[0].std() for logits in found[1:])
     assert compiled < 1.2 * plain + 1e-3 and plain < 0.1
+
+
+def test_a_row_is_computed_alike_whatever_stands_beside_it(tmp_path, threads):
+    decoder = load_decoder(saved(tmp_path, "one KV head"), dtype="bfloat16")
+    decoder.most_compiled_rows = 1000
+    cache = KVCache(decoder.config, decoder.dtype, CPU, 14)
+    tables, tokens = np.arange(14)[:, None], torch.arange(14 * 9).view(14, 9)
+    prompts = cache.plan(tables, np.zeros(14, np.int64), np.full(14, 9))
+    decoder.forward(tokens.flatten(), prompts, cache)
+
+    def logits(rows, counts):
+        chosen = torch.cat([tokens[row, :count] for row, count in zip(rows, counts, strict=True)])
+        plan = cache.plan(tables[rows], np.full(len(rows), 9), np.array(counts))
+        return decoder.logits(decoder.forward(chosen, plan, cache))
+
+    alone = [logits([row], [1])[0] for row in range(14)]
+    assert torch.equal(logits(list(range(14)), [1] * 14), torch.stack(alone))
+    together = logits([3, 5, 7], [4, 1, 2])
+    assert (
+        torch.equal(together[0], alone[3]) and torch.equal(together[4], alone[5]) and torch.equal(together[5], alone[7])
+    )
+    one_by_one = [logits([3], [count])[-1] for count in (1, 2, 3, 4)]
+    assert torch.equal(together[:4], torch.stack(one_by_one))
