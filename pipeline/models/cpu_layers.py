@@ -45,8 +45,9 @@ def _project(x, weight, bias, out, adding, first, last, sums):  # type: ignore[n
     """Blocks `first` to `last` of x W^T + bias into int16 `out` [N, outputs], or added to it."""
     rows, inputs = x.shape
     for block in range(first, last):
-        block_products(x.ctypes.data, 2 * inputs, rows, weight + block * inputs * 2 * BLOCK, inputs // 2,
-                       sums.ctypes.data)  # fmt: skip
+        here = weight + block * inputs * 2 * BLOCK
+        ahead = here + inputs * 2 * BLOCK if block + 1 < last else here
+        block_products(x.ctypes.data, 2 * inputs, rows, here, inputs // 2, sums.ctypes.data, ahead)
         for r in range(rows):
             part = out[r, block * BLOCK : (block + 1) * BLOCK]
             if bias.shape[0]:
@@ -64,17 +65,21 @@ def _project(x, weight, bias, out, adding, first, last, sums):  # type: ignore[n
 def _gated(x, gate, up, out, first, last, sums, others):  # type: ignore[no-untyped-def]
     """Blocks `first` to `last` of silu(x G^T) * (x U^T) into int16 `out` [N, outputs]."""
     rows, inputs = x.shape
+    e = np.empty(BLOCK, np.float32)
     for block in range(first, last):
-        offset = block * inputs * 2 * BLOCK
-        block_products(x.ctypes.data, 2 * inputs, rows, gate + offset, inputs // 2, sums.ctypes.data)
-        block_products(x.ctypes.data, 2 * inputs, rows, up + offset, inputs // 2, others.ctypes.data)
+        left, right = gate + block * inputs * 2 * BLOCK, up + block * inputs * 2 * BLOCK
+        ahead = left + inputs * 2 * BLOCK if block + 1 < last else right
+        block_products(x.ctypes.data, 2 * inputs, rows, left, inputs // 2, sums.ctypes.data, right)
+        block_products(x.ctypes.data, 2 * inputs, rows, right, inputs // 2, others.ctypes.data, ahead)
         for r in range(rows):
             part = out[r, block * BLOCK : (block + 1) * BLOCK]
-            for j in range(BLOCK):
-                z = sums[r, j]
-                e = exponential(-abs(z))
-                numerator = np.float32(1) if z >= 0 else e
-                part[j] = narrow(z * numerator / (np.float32(1) + e) * others[r, j], part[j])
+            z, factor = sums[r], others[r]
+            for j in range(len(e)):  # loops of one thing each: together they become no vector instructions
+                e[j] = exponential(-np.abs(z[j]))
+            for j in range(len(e)):
+                e[j] = z[j] * (np.float32(1) if z[j] >= 0 else e[j]) / (np.float32(1) + e[j]) * factor[j]
+            for j in range(len(e)):
+                part[j] = narrow(e[j], part[j])
 
 
 _X, _TABLE, _LAYERS, _ROWS, _HIDDEN, _HEADS, _KV_HEADS, _DIMENSION, _INNER, _PAGES = range(10)
@@ -211,7 +216,8 @@ def product_part(a: np.ndarray, thread: int, threads: int) -> None:
         into = carray(pointer(out), (rows, outputs), np.float32)
         sums = np.empty((rows, BLOCK), np.float32)
         for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
-            block_products(x, 2 * inputs, rows, weights + block * inputs * 2 * BLOCK, inputs // 2, sums.ctypes.data)
+            here = weights + block * inputs * 2 * BLOCK
+            block_products(x, 2 * inputs, rows, here, inputs // 2, sums.ctypes.data, here)
             for r in range(rows):
                 into[r, block * BLOCK : (block + 1) * BLOCK] = sums[r]
         return

@@ -89,16 +89,26 @@ def _zeros(builder: Any, count: int) -> list[Any]:
     return sums
 
 
-def _block_product(rows: int) -> Callable:
+def _fetch(builder: Any, address: Any) -> None:
+    """Has the 64 bytes at an address brought near."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    read, near, data = (ir.Constant(_WORD, n) for n in (0, 3, 1))
+    builder.call(prefetch, [builder.inttoptr(address, byte), read, near, data])
+
+
+def _block_product(rows: int, fetches: bool = False) -> Callable:
     """An intrinsic: out[r, :BLOCK] = x[r] W^T for one packed block W.
 
-    Its arguments: addresses of x, of the block, of out float32 [rows, BLOCK]; bytes between rows of x; input pairs.
+    Its arguments: addresses of x, of the block, of out float32 [rows, BLOCK]; bytes between rows of x; input pairs; and
+    address of a block that is brought near meanwhile, with `fetches`.
     """
 
     @intrinsic
-    def product(context: Any, x: Any, weights: Any, out: Any, x_step: Any, pairs: Any) -> Any:
+    def product(context: Any, x: Any, weights: Any, out: Any, x_step: Any, pairs: Any, ahead: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            x, weights, out, x_step, pairs = arguments
+            x, weights, out, x_step, pairs, ahead = arguments
             vectors = BLOCK // _LANES
             sums = _zeros(builder, rows * vectors)
             starts = [builder.add(x, builder.mul(x_step, ir.Constant(_INDEX, r))) for r in range(rows)]
@@ -107,6 +117,10 @@ def _block_product(rows: int) -> Callable:
                 columns = [
                     _load(builder, _at(builder, here, ir.Constant(_INDEX, v), 64), _PAIRS) for v in range(vectors)
                 ]
+                for v in range(vectors if fetches else 0):
+                    _fetch(
+                        builder, builder.add(_at(builder, ahead, loop.index, 4 * BLOCK), ir.Constant(_INDEX, 64 * v))
+                    )
                 for r in range(rows):
                     pair = _spread(builder, _load(builder, _at(builder, starts[r], loop.index, 4), _WORD, 2))
                     for v in range(vectors):
@@ -117,7 +131,7 @@ def _block_product(rows: int) -> Callable:
                 builder.store(builder.load(place), target, align=4)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), build
+        return types.void(*[types.int64] * 6), build
 
     return product
 
@@ -164,12 +178,15 @@ def _row_product(rows: int) -> Callable:
 
 
 _block_6, _block_5, _block_4, _block_3, _block_2, _block_1 = (_block_product(rows) for rows in (6, 5, 4, 3, 2, 1))
+_more_6, _more_5, _more_4, _more_3, _more_2, _more_1 = (_block_product(rows, True) for rows in (6, 5, 4, 3, 2, 1))
 _rows_6, _rows_5, _rows_4, _rows_3, _rows_2, _rows_1 = (_row_product(rows) for rows in (6, 5, 4, 3, 2, 1))
 
 
 @njit(cache=True)
-def block_products(x: int, x_step: int, rows: int, weights: int, pairs: int, out: int) -> None:
+def block_products(x: int, x_step: int, rows: int, weights: int, pairs: int, out: int, ahead: int) -> None:
     """Rows times one packed block.
+
+    The first six rows wait for the block to come from memory; while the others are multiplied the next one comes.
 
     Args:
         x: address of bfloat16 rows.
@@ -178,20 +195,35 @@ def block_products(x: int, x_step: int, rows: int, weights: int, pairs: int, out
         weights: address of the block.
         pairs: of inputs.
         out: address of float32 [rows, BLOCK].
+        ahead: address of the block that is wanted next.
     """
-    while rows >= 6:
-        _block_6(x, weights, out, x_step, pairs)
-        rows, x, out = rows - 6, x + 6 * x_step, out + 24 * 64
     if rows == 5:
-        _block_5(x, weights, out, x_step, pairs)
+        _block_5(x, weights, out, x_step, pairs, ahead)
     elif rows == 4:
-        _block_4(x, weights, out, x_step, pairs)
+        _block_4(x, weights, out, x_step, pairs, ahead)
     elif rows == 3:
-        _block_3(x, weights, out, x_step, pairs)
+        _block_3(x, weights, out, x_step, pairs, ahead)
     elif rows == 2:
-        _block_2(x, weights, out, x_step, pairs)
+        _block_2(x, weights, out, x_step, pairs, ahead)
     elif rows == 1:
-        _block_1(x, weights, out, x_step, pairs)
+        _block_1(x, weights, out, x_step, pairs, ahead)
+    if rows < 6:
+        return
+    _block_6(x, weights, out, x_step, pairs, ahead)
+    rows, x, out = rows - 6, x + 6 * x_step, out + 24 * 64
+    while rows >= 6:
+        _more_6(x, weights, out, x_step, pairs, ahead)
+        rows, x, out, ahead = rows - 6, x + 6 * x_step, out + 24 * 64, weights
+    if rows == 5:
+        _more_5(x, weights, out, x_step, pairs, ahead)
+    elif rows == 4:
+        _more_4(x, weights, out, x_step, pairs, ahead)
+    elif rows == 3:
+        _more_3(x, weights, out, x_step, pairs, ahead)
+    elif rows == 2:
+        _more_2(x, weights, out, x_step, pairs, ahead)
+    elif rows == 1:
+        _more_1(x, weights, out, x_step, pairs, ahead)
 
 
 @njit(cache=True)
