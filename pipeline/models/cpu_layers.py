@@ -41,7 +41,9 @@ class DecoderLayer(Protocol):
 
 
 @njit(fastmath=FAST, inline="always")
-def _project(x, weight, bias, out, adding, first, last, sums):  # type: ignore[no-untyped-def]
+def _project(
+    x: np.ndarray, weight: int, bias: np.ndarray, out: np.ndarray, adding: bool, first: int, last: int, sums: np.ndarray
+) -> None:
     """Blocks `first` to `last` of x W^T + bias into int16 `out` [N, outputs], or added to it."""
     rows, inputs = x.shape
     for block in range(first, last):
@@ -62,7 +64,9 @@ def _project(x, weight, bias, out, adding, first, last, sums):  # type: ignore[n
 
 
 @njit(fastmath=FAST, inline="always")
-def _gated(x, gate, up, out, first, last, sums, others):  # type: ignore[no-untyped-def]
+def _gated(
+    x: np.ndarray, gate: int, up: int, out: np.ndarray, first: int, last: int, sums: np.ndarray, others: np.ndarray
+) -> None:
     """Blocks `first` to `last` of silu(x G^T) * (x U^T) into int16 `out` [N, outputs]."""
     rows, inputs = x.shape
     e = np.empty(BLOCK, np.float32)
@@ -92,15 +96,8 @@ _ARGUMENTS = 27
 @njit(fastmath=FAST, cache=True)
 def through_layers(a: np.ndarray, thread: int, threads: int) -> None:
     """What one thread of several does of a pass; `a` int64 [_ARGUMENTS]."""
-    n, hidden, heads, kv_heads, dimension, inner = (
-        a[_ROWS],
-        a[_HIDDEN],
-        a[_HEADS],
-        a[_KV_HEADS],
-        a[_DIMENSION],
-        a[_INNER],
-    )
-    counters = a[_COUNTERS]
+    n, hidden, inner, counters = a[_ROWS], a[_HIDDEN], a[_INNER], a[_COUNTERS]
+    heads, kv_heads, dimension = a[_HEADS], a[_KV_HEADS], a[_DIMENSION]
     reals = a[_REALS : _REALS + 2].view(np.float64)
     epsilon, scale = reals[0], np.float32(reals[1])
     width, wide = heads * dimension, (heads + 2 * kv_heads) * dimension
@@ -151,9 +148,7 @@ def through_layers(a: np.ndarray, thread: int, threads: int) -> None:
             b, kv = item // kv_heads, item % kv_heads
             first, last = starts[b], starts[b + 1]
             prepare_head(qkv, qk_norm, epsilon, cos, sin, position, place, page, queries, keys, values, first, last, kv)
-            attend_one(
-                queries, keys, values, tables, cached[b], first, last, b, kv, row[12], scale, attended
-            )  # fmt: skip
+            attend_one(queries, keys, values, tables, cached[b], first, last, b, kv, row[12], scale, attended)
             item = take_number(counters + 8 + 8 * layer)
         met += threads
         if threads > 1:
@@ -170,9 +165,7 @@ def through_layers(a: np.ndarray, thread: int, threads: int) -> None:
         norm = carray(pointer(row[6]), (hidden,), np.float32)
         rms_norm(x, norm, epsilon, normed)
         many = inner // BLOCK
-        _gated(
-            normed, row[7], row[8], gated, many * thread // threads, many * (thread + 1) // threads, sums, others
-        )  # fmt: skip
+        _gated(normed, row[7], row[8], gated, many * thread // threads, many * (thread + 1) // threads, sums, others)
         met += threads
         if threads > 1:
             meet(counters, met)
@@ -252,10 +245,13 @@ def _address(function: Any) -> int:
 
 
 class CompiledLayers:
-    """The layers of one model, where they can be computed so."""
+    """The layers of one model, where they can be computed so.
 
-    def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], rope: RopeTable, table: np.ndarray) -> None:
-        self._config, self._layers, self._rope, self._table = config, layers, rope, table
+    It holds addresses of their weights: it must not be called once any of them was replaced.
+    """
+
+    def __init__(self, config: ModelConfig, rope: RopeTable, table: np.ndarray) -> None:
+        self._config, self._rope, self._table = config, rope, table
         c = config
         self._shape = np.array([c.hidden_size, c.heads, c.kv_heads, c.head_dim, c.intermediate_size])
         self._real = np.array([c.rms_norm_eps, c.head_dim**-0.5])
@@ -275,7 +271,7 @@ class CompiledLayers:
             for field, tensor in ((2, layer.qkv.bias), (3, layer.qk_norm), (5, layer.output.bias)):
                 table[index, field] = 0 if tensor is None else tensor.data_ptr()
             table[index, 12] = config.window(index)
-        return cls(config, layers, rope, table)
+        return cls(config, rope, table)
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ twice: blocks of `BLOCK` outputs, in each for every two inputs the outputs' two 
 checkpoint, a row an output.
 """
 
+import ctypes
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -54,8 +55,6 @@ def _in_blocks(outputs: int, inputs: int) -> bool:
     size = int(torch.ops.mkldnn._nbytes(packed))
     if size != numbers.nbytes:
         return False
-    import ctypes
-
     found = np.ctypeslib.as_array((ctypes.c_int16 * numbers.size).from_address(torch.ops.mkldnn.data_ptr(packed)))
     expected = numbers.reshape(outputs // BLOCK, BLOCK, inputs // 2, 2).transpose(0, 2, 1, 3)
     return bool(np.array_equal(found.reshape(expected.shape), expected))

@@ -88,6 +88,7 @@ class LayerWeights:
     @torch.no_grad()
     def load(self, tensor: Callable[[str], Tensor]) -> None:
         """Overwrites every weight with the tensor of its name, cast to the compute type."""
+        self._compiled = None  # it knows where the old ones lie, and is made anew only when all are there
         for name, weight in self._plain.items():
             weight.copy_(tensor(name))
         for linear in self._linears:
@@ -99,8 +100,6 @@ class LayerWeights:
         raise NotImplementedError
 
     def _compile(self) -> None:
-        """Anew after the weights changed: a compiled pass knows where they are."""
-        self._compiled = None
         if isinstance(self.attention, CPUAttention) and self.dtype == torch.bfloat16:
             from pipeline.models.cpu_layers import CompiledLayers
 
@@ -135,7 +134,8 @@ class LayerWeights:
         """[N, H] after a layer; its new keys and values are cached as layer `index`'s, if `attention` does that."""
         if attention is self.attention and self.takes_compiled(len(x)):
             assert self._compiled is not None
-            return self._compiled(x.clone(), plan, cache, index, index + 1)
+            rows = x.clone(memory_format=torch.contiguous_format)
+            return self._compiled(rows, plan, cache, index, index + 1)
         qkv = layer.qkv(attention.norm(x, layer.input_norm))
         x = layer.output.plus(attention(index, qkv, layer.qk_norm, plan, cache), x)
         normed = attention.norm(x, layer.post_norm)

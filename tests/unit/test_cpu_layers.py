@@ -125,6 +125,18 @@ def test_new_weights_are_computed_with(tmp_path):
         assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
+def test_weights_that_came_in_part_are_not_looked_for_where_the_old_ones_were(tmp_path):
+    decoder = load_decoder(saved(tmp_path, "biases"), dtype="bfloat16")
+    decoder.most_compiled_rows, tensors = 1000, decoder.tensors()
+    broken = tensors.keys() - {"model.layers.2.mlp.down_proj.weight"}
+    with pytest.raises(KeyError):
+        decoder.load({name: tensors[name] for name in broken}.__getitem__)
+    assert not decoder.takes_compiled(1)
+    list(Passes(decoder).run())
+    decoder.load(tensors.__getitem__)
+    assert decoder.takes_compiled(1)
+
+
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [("bfloat16", {"intermediate_size": 200}), ("bfloat16", {"hidden_size": 96}), ("float32", {})],
