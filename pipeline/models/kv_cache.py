@@ -9,7 +9,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from pipeline.models.config import ModelConfig
@@ -44,7 +43,9 @@ class AttentionPlan:
         self.tables, self.cached, self.counts, self._device = tables, cached, counts, device
         self.rows = len(cached)
         """B"""
-        of_rows = _laid_out(tables, cached, counts, _NONE if evicted is None else evicted)
+        from pipeline.models.positions import laid_out  # numba: not for whoever imports this module for its types
+
+        of_rows = laid_out(tables, cached, counts, evicted, PAGE)
         self.width, self.keys, self.positions_end = of_rows[:3]
         """The most new tokens of a row; longest row after this pass; past the last position."""
         self.starts = of_rows[3]
@@ -90,31 +91,6 @@ class AttentionPlan:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
-
-
-_NONE = np.zeros(0, np.int64)
-
-
-@njit(cache=True)
-def _laid_out(tables: np.ndarray, cached: np.ndarray, counts: np.ndarray, evicted: np.ndarray) -> tuple:
-    """Attributes of a plan, which numpy computes in a dozen calls."""
-    rows, width, keys, end = len(counts), 0, 0, 0
-    starts = np.zeros(rows + 1, np.int64)
-    for b in range(rows):
-        starts[b + 1] = starts[b] + counts[b]
-        length = cached[b] + counts[b]
-        width, keys = max(width, counts[b]), max(keys, length)
-        end = max(end, length + (evicted[b] if len(evicted) else 0))
-    new = starts[rows]
-    row, column, place = np.empty(new, np.int64), np.empty(new, np.int64), np.empty(new, np.int64)
-    position, page = np.empty(new, np.int64), np.empty(new, np.int64)
-    for b in range(rows):
-        for k in range(counts[b]):
-            n = starts[b] + k
-            row[n], column[n], place[n] = b, k, cached[b] + k
-            position[n] = place[n] + (evicted[b] if len(evicted) else 0)
-            page[n] = tables[b, place[n] // PAGE]
-    return width, keys, end, starts, row, column, place, position, page
 
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

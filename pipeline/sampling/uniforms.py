@@ -8,10 +8,8 @@ the key being a hash of seed and stream.
 from enum import IntEnum
 
 import numpy as np
-from numba import njit, vectorize
 
-_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_INCREMENT = 0x9E3779B97F4A7C15
 
 
 class Stream(IntEnum):
@@ -31,10 +29,10 @@ class Stream(IntEnum):
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> np.ndarray:
     """float64 in the open interval (0, 1), of the broadcast shape of integer `seeds` and `positions`."""
-    offset = np.uint64((stream + 1) * int(_INCREMENT) % 2**64)
-    found: np.ndarray = _uniform(
-        np.atleast_1d(seeds).astype(np.uint64), np.asarray(positions).astype(np.uint64), offset
-    )
+    from pipeline.sampling.splitmix import uniform  # numba: not for whoever imports this module for its types
+
+    offset = np.uint64((stream + 1) * _INCREMENT % 2**64)
+    found: np.ndarray = uniform(np.atleast_1d(seeds).astype(np.uint64), np.asarray(positions).astype(np.uint64), offset)
     return found
 
 
@@ -44,25 +42,7 @@ def salted(seeds: np.ndarray, salts: np.ndarray) -> np.ndarray:
     A drafter that remembers what a seed led to, and then draws drafts from a distribution that it made of that, would
     state a distribution that is not independent of the numbers it is tested with. Salted seeds meet new numbers.
     """
-    found: np.ndarray = _salted(seeds.astype(np.uint64), salts.astype(np.uint64))
+    from pipeline.sampling.splitmix import salted_seed
+
+    found: np.ndarray = salted_seed(seeds.astype(np.uint64), salts.astype(np.uint64))
     return found.astype(np.int64)
-
-
-@njit(inline="always")
-def _mix(x: np.uint64) -> np.uint64:
-    x = (x ^ (x >> np.uint64(30))) * _FIRST
-    x = (x ^ (x >> np.uint64(27))) * _SECOND
-    return x ^ (x >> np.uint64(31))
-
-
-@vectorize(["float64(uint64, uint64, uint64)"], cache=True)
-def _uniform(seed: np.uint64, position: np.uint64, offset: np.uint64) -> float:
-    # Hashed twice: with one hash, seeds a multiple of the increment apart would be one stream shifted.
-    bits = _mix(_mix(_mix(seed + offset) ^ _INCREMENT) + position * _INCREMENT)
-    # 52 bits and a half keep the largest value below 1 after rounding, and the smallest above 0.
-    return float((np.float64(bits >> np.uint64(12)) + 0.5) * 2.0**-52)
-
-
-@vectorize(["uint64(uint64, uint64)"], cache=True)
-def _salted(seed: np.uint64, salt: np.uint64) -> np.uint64:
-    return seed if salt == 0 else _mix(_mix(seed ^ _FIRST) + salt * _SECOND) >> np.uint64(1)
