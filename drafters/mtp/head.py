@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline.errors import UsageError
 from pipeline.models.checkpoint import MTP_LAYERS, files_with, holds, load_tensors, read_tensors
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder import Decoder, Layer, LayerWeights
+from pipeline.models.decoder import Decoder, LayerWeights
 from pipeline.models.kv_cache import AttentionPlan, KVCache
 
 PREFIX = "mtp."
@@ -52,9 +52,6 @@ class MTPHead(LayerWeights):
         self._compiled_fc = False
         self.normed_goes_round = False
         """MiMo's: further tokens read norm(h') in place of h', the first the target's states before its final norm"""
-
-    def _stack(self) -> Sequence[Layer]:
-        return [self.layer]
 
     def _compile(self) -> None:
         super()._compile()

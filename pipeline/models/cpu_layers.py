@@ -7,7 +7,7 @@ between the calls. Here threads share out the outputs of each product and meet i
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,22 +22,12 @@ from pipeline.models.linear import Linear
 from pipeline.models.openmp import meet, pointer, take_number, team, thread_count, thread_number
 from pipeline.models.rope import RopeTable
 
+if TYPE_CHECKING:
+    from pipeline.models.decoder import Layer
+
 _FIELDS = 13
 """Addresses of a layer: input norm, qkv, its bias, norms of queries and keys, output, its bias, norm after attention,
 gate, up, down, keys, values; and its window. 0: there is none."""
-
-
-class DecoderLayer(Protocol):
-    """What is read of a layer; see `pipeline.models.decoder.Layer`."""
-
-    input_norm: Tensor
-    qkv: Linear
-    qk_norm: Tensor | None
-    output: Linear
-    post_norm: Tensor
-    gate: Linear
-    up: Linear
-    down: Linear
 
 
 @njit(fastmath=FAST, inline="always")
@@ -257,7 +247,7 @@ class CompiledLayers:
         self._real = np.array([c.rms_norm_eps, c.head_dim**-0.5])
 
     @classmethod
-    def of(cls, config: ModelConfig, layers: Sequence[DecoderLayer], rope: RopeTable) -> "CompiledLayers | None":
+    def of(cls, config: ModelConfig, layers: Sequence["Layer"], rope: RopeTable) -> "CompiledLayers | None":
         """None where a weight is not packed as the products read it, or the processor lacks the instruction."""
         if not supported():
             return None

@@ -24,8 +24,9 @@ BLOCK = 64
 """outputs"""
 INPUTS = 32
 """what the number of inputs must be a multiple of"""
-_LANES, _MOST_ROWS, _STREAMS = 16, 6, 4
-"""Floats of a vector; rows at once, whose sums and a block's weights fill 28 of 32 registers; weight rows at once."""
+_LANES, _STREAMS = 16, 4
+"""Floats of a vector; rows of a plain weight at once. Six rows of x at once: their sums and a block fill 28 of 32
+registers."""
 _INDEX, _WORD = ir.IntType(64), ir.IntType(32)
 _FLOATS, _PAIRS = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(_WORD, _LANES)
 

@@ -1,6 +1,6 @@
 """A lean decoder for the Llama / Mistral / Qwen2 / Qwen3 family, equal to transformers' logits on the same weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +41,8 @@ class LayerWeights:
         self._plain: dict[str, Tensor] = {}
         """weights that are no matrix product's, by the checkpoint's name"""
         self._linears: list[Linear] = []
+        self.layers: list[Layer] = []
+        """from the first to the last"""
         self.attention = attention_for(config, dtype, device)
         self._compiled: CompiledLayers | None = None
         self.most_compiled_rows: int | None = None
@@ -66,7 +68,7 @@ class LayerWeights:
             qk_norm = self._norm_weight(attention + "qk_norm", 2, c.head_dim)
             del self._plain[attention + "qk_norm"]
             self._plain[attention + "q_norm.weight"], self._plain[attention + "k_norm.weight"] = qk_norm
-        return Layer(
+        layer = Layer(
             input_norm=self._norm_weight(prefix + "input_layernorm.weight", hidden),
             qkv=self._linear(qkv, hidden, c.qkv_bias),
             qk_norm=qk_norm,
@@ -76,6 +78,8 @@ class LayerWeights:
             up=self._linear({feed_forward + "up_proj": c.intermediate_size}, hidden),
             down=self._linear({feed_forward + "down_proj": hidden}, c.intermediate_size),
         )
+        self.layers.append(layer)
+        return layer
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -95,15 +99,11 @@ class LayerWeights:
             linear.load(tensor)
         self._compile()
 
-    def _stack(self) -> Sequence[Layer]:
-        """The layers, from the first to the last."""
-        raise NotImplementedError
-
     def _compile(self) -> None:
         if isinstance(self.attention, CPUAttention) and self.dtype == torch.bfloat16:
             from pipeline.models.cpu_layers import CompiledLayers
 
-            self._compiled = CompiledLayers.of(self.config, self._stack(), self.attention.rope)
+            self._compiled = CompiledLayers.of(self.config, self.layers, self.attention.rope)
 
     def takes_compiled(self, rows: int) -> bool:
         """Whether the compiled pass is faster for so many rows."""
@@ -151,7 +151,8 @@ class Decoder(LayerWeights):
         """folder that the weights were last loaded from"""
         self.embedding = torch.zeros(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self._plain["model.embed_tokens.weight"] = self.embedding
-        self.layers = [self._layer(f"model.layers.{i}.") for i in range(config.layers)]
+        for i in range(config.layers):
+            self._layer(f"model.layers.{i}.")
         self.final_norm = self._norm_weight("model.norm.weight", config.hidden_size)
         # On a CPU a tied head in float32 has a copy of its own, packed for the matrix product.
         name, tied = ("model.embed_tokens", self.embedding) if config.tied_head else ("lm_head", None)
@@ -213,9 +214,6 @@ class Decoder(LayerWeights):
 
             return product(hidden, self.head, norm, self.config.rms_norm_eps)
         return self.head(hidden if norm is None else self.attention.norm(hidden, norm)).float()
-
-    def _stack(self) -> Sequence[Layer]:
-        return self.layers
 
     def _compile(self) -> None:
         super()._compile()
