@@ -22,9 +22,9 @@ from drafters.allocation import REASONS, allocate
 from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
 from drafters.composite import CompositeDrafter, Ensemble, joined
 from drafters.cost_model import CostModel
-from drafters.late import LateObserver
+from drafters.late import WAITS, Backlog, merged
 from drafters.stack import Stack
-from drafters.standing import DEAR, SAMPLE, Standing
+from drafters.standing import DEAR, SAMPLE, Standing, Standings
 from drafters.urgency import GroupProgress
 from pipeline.errors import UsageError
 
@@ -98,8 +98,13 @@ class ArbiterDrafter(CompositeDrafter):
         refresh(self._counts, self._chances)
         _compile()
         self._progress = GroupProgress()
-        self._standings = [Standing(reads=bool(guard.needs & _READS)) for guard in self.ensemble]
-        self._late = [LateObserver(guard) for guard in self.ensemble]
+        self._all_standings = [Standings(bool(guard.needs & _READS)) for guard in self.ensemble]
+        self._must_know = [bool(guard.needs & ~WAITS) for guard in self.ensemble]
+        """who is told every step"""
+        self._standings: list[Standing] = []
+        """of each drafter, with as many sequences as in the current step"""
+        self._backlog = Backlog(count + 1)
+        """read by every drafter, and last by the groups' progress"""
         self._own_seconds = 0.0
         """of deciding and observing, a step"""
         self._price, self._idle, self._steps = 0.1, 0, 0
@@ -110,10 +115,6 @@ class ArbiterDrafter(CompositeDrafter):
         self._sampled: dict[int, np.ndarray] = {}
         """drafters that were asked for a few sequences alone, bool [B]"""
         self._step: _Step | None = None
-
-    def host(self, vocab_size: int, on_event: Callable[[str], None], call_seconds: float) -> None:
-        super().host(vocab_size, on_event, call_seconds)
-        self._late = [LateObserver(guard) for guard in self.ensemble]
 
     def attach(self, target: Target) -> None:
         super().attach(target)
@@ -151,7 +152,8 @@ class ArbiterDrafter(CompositeDrafter):
         began = self._clock()
         self._steps += 1
         rows = len(request.ids)
-        asked = [i for i, standing in enumerate(self._standings) if standing.awake(self._steps, rows)]
+        self._standings = [standings.of(rows) for standings in self._all_standings]
+        asked = [i for i, standing in enumerate(self._standings) if standing.begin_step()]
         if not asked:
             self._resting += rows
             self._step = None
@@ -172,17 +174,17 @@ class ArbiterDrafter(CompositeDrafter):
 
     def _ask(self, index: int, request: DraftRequest) -> tuple[Proposal, float]:
         rows, standing = len(request.ids), self._standings[index]
-        whole = not standing.samples(self._steps, rows, self.costs.seconds(rows, rows))
+        whole = not standing.samples(rows, self.costs.seconds(rows, rows))
         if not whole:
             # By their ids: which sequences these are must not depend on what is drafted for them.
             newest = np.asarray(request.ids) >= np.partition(request.ids, -SAMPLE)[-SAMPLE]
             self._sampled[index] = newest
             request = msgspec.structs.replace(request, budgets=np.where(newest, request.budgets, 0))
         began = self._clock()
-        self._late[index].deliver()
+        self._tell(index)
         proposal = self.ensemble.guards[index].propose(request)
         seconds = self._clock() - began
-        standing.was_asked(self._steps, rows, seconds, proposal.token_ids.shape[1], whole)
+        standing.was_asked(seconds, proposal.token_ids.shape[1], whole)
         return proposal, seconds
 
     def _decided(self, request: DraftRequest, proposals: list[Proposal], asked: list[int]) -> Proposal:
@@ -201,6 +203,7 @@ class ArbiterDrafter(CompositeDrafter):
             for index in asked:
                 usual = np.minimum(request.budgets, self._standings[index].widest)
                 _blind(drawn[index], usual, assumed[index], stack.confidences[index])
+        self._follow_groups()
         urgency = self._progress.urgency(request.ids, self.options.urgency)
         seen = stack.matches, stack.confidences
         choice, granted, tokens, seconds = self._allocated(*seen, assumed, request, urgency, self._reasons)
@@ -214,15 +217,20 @@ class ArbiterDrafter(CompositeDrafter):
         return proposal if self._step.drafted else Proposal.empty(rows)
 
     def observe(self, verified: Verified) -> None:
-        for late, guard, standing in zip(self._late, self.ensemble, self._standings, strict=True):
-            began = self._clock()
-            asleep = guard.active and not standing.awake(self._steps + 1, len(verified.ids))
-            if late.observe(verified, asleep):
-                standing.was_told(self._clock() - began)
-        tokens, borders = verified.flat()
-        self._progress.observe(verified.ids, borders)
-        step, rows = self._step, len(verified.ids)
+        rows, step = len(verified.ids), self._step
         self.costs.observe(rows, rows + (step.drafted if step else 0), verified.seconds)
+        told = []
+        for index, (guard, standings) in enumerate(zip(self.ensemble, self._all_standings, strict=True)):
+            standing = standings.of(rows)
+            if self._must_know[index] or standing.awake:
+                began = self._clock()
+                self._tell(index)
+                guard.observe(verified)
+                standing.was_told(self._clock() - began)
+                told.append(index)
+        self._backlog.add(verified, told)
+        if self._backlog.full:
+            self._deliver()
         if step is None or list(step.ids) != list(verified.ids):
             return
         self._step = None
@@ -232,7 +240,7 @@ class ArbiterDrafter(CompositeDrafter):
             # it does: its missing tokens count as rejected.
             for index, drawn in enumerate(step.drawn):
                 lengths[index, drawn] = np.where(step.choice == index, step.granted, 0)[drawn]
-        learn(self._counts, self._chances, stack.tokens, lengths, stack.matches, stack.confidences, tokens, borders)
+        learn(self._counts, self._chances, stack.tokens, lengths, stack.matches, stack.confidences, *verified.flat())
 
     def _allocated(
         self, matches: np.ndarray, confidences: np.ndarray, drafts: np.ndarray, request: DraftRequest,
@@ -270,12 +278,22 @@ class ArbiterDrafter(CompositeDrafter):
                 )
                 rate = found / (taken + standing.seconds)
                 gain = rate * seconds_without / tokens_without - 1
-                standing.judged(gain, plain, self._steps, 1 if dear else 2 * len(asked))
+                standing.judged(gain, plain, 1 if dear else 2 * len(asked))
         self._price = price
 
+    def _tell(self, index: int) -> None:
+        if missed := self._backlog.take(index):
+            guard = self.ensemble.guards[index]
+            guard.observe(merged(missed, Needs.HIDDEN_STATES in guard.needs))
+
     def _deliver(self) -> None:
-        for late in self._late:
-            late.deliver()
+        for index in range(len(self.ensemble)):
+            self._tell(index)
+        self._follow_groups()
+
+    def _follow_groups(self) -> None:
+        for verified in self._backlog.take(len(self.ensemble)):
+            self._progress.observe(verified)
 
     def counters(self) -> dict[str, float]:
         """Sequence steps by what was decided and why, and what the drafters say."""
@@ -321,7 +339,7 @@ def _compile() -> None:
     costs, one, progress = CostModel(), np.ones(1, np.int64), GroupProgress()
     costs.observe(1, 2, 0.01)
     progress.begin([SequenceStart(i, one, 0, 1.0, 0) for i in range(2)])
-    progress.observe([0], np.array([0, 1]))
+    progress.observe(Verified([0], [one], one))
     progress.urgency([0, 1], 0.5)
     stack = Stack(1, 1, 1)
     stack.put(0, Proposal(np.ones((1, 1), np.int64), one))

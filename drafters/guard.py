@@ -107,7 +107,7 @@ class Guard:
     def propose(self, request: DraftRequest) -> Proposal:
         """A checked proposal, no wider than its longest draft; empty where nothing may or can be drafted."""
         rows = len(request.ids)
-        if self._drafter is None or not request.budgets.any():
+        if self._drafter is None or not np.count_nonzero(request.budgets):
             return Proposal.empty(rows)
         # What it is held to must not be what it can write to.
         own = DraftRequest([*request.ids], request.budgets.copy(), request.temperatures.copy())
@@ -163,6 +163,8 @@ def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Propo
     """
     _check_types(proposal)
     rows, ids, lengths = len(request.ids), proposal.token_ids, proposal.lengths
+    if ids.shape == (rows, 0) and lengths.shape == (rows,) and not np.count_nonzero(lengths):
+        return Proposal.empty(rows)
     if ids.ndim != 2 or len(ids) != rows or lengths.shape != (rows,):
         raise BadProposal(f"token_ids {ids.shape} and lengths {lengths.shape} for {rows} rows")
     if ids.dtype.kind != "i" or lengths.dtype.kind != "i":

@@ -1,52 +1,79 @@
-"""A drafter that is not asked for a while need not be told every step either."""
+"""What was emitted, kept for drafters that are not asked for a while: they are told many steps together."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+import msgspec
 import numpy as np
+import torch
 
 from drafters.base import Needs, Verified
-from drafters.guard import Guard
 
-WAITS = ~(Needs.HIDDEN_STATES | Needs.LAYER_STATES)
-"""what a drafter may need whose observations can wait; the others keep a state for every token"""
-
-
-class LateObserver:
-    """Tells a drafter what was emitted, at once or, many steps together, when it must know."""
-
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
-        self._waiting: list[Verified] = []
-        self._may_wait = not guard.needs & ~WAITS
-
-    def observe(self, verified: Verified, asleep: bool) -> bool:
-        """Whether it was told at once; `asleep`: the drafter is not going to be asked in the next step."""
-        if asleep and self._may_wait:
-            # Without the target's tensors: those of many steps would not fit into memory.
-            self._waiting.append(Verified(verified.ids, verified.emitted, verified.accepted, seconds=verified.seconds))
-            return False
-        self.deliver()
-        self._guard.observe(verified)
-        return True
-
-    def deliver(self) -> None:
-        """Before it is asked, and before one of its sequences ends."""
-        if self._waiting:
-            self._guard.observe(merged(self._waiting))
-            self._waiting = []
+WAITS = ~Needs.LAYER_STATES
+"""what a drafter may need whose observations can wait; of layer states a step's are many times its hidden states"""
+MOST_BYTES = 32 << 20
+"""of hidden states that wait"""
 
 
-def merged(steps: Sequence[Verified]) -> Verified:
-    """As if one verification had emitted it all; without logits."""
-    emitted: dict[int, list[np.ndarray]] = {}
-    accepted: dict[int, int] = {}
-    for step in steps:
-        for i, tokens, count in zip(step.ids, step.emitted, step.accepted.tolist(), strict=True):
-            emitted.setdefault(i, []).append(tokens)
-            accepted[i] = accepted.get(i, 0) + count
+class Backlog:
+    """Steps that some of its readers have not been told of yet."""
+
+    def __init__(self, readers: int) -> None:
+        self._steps: list[Verified] = []
+        self._behind = [0] * readers
+        """the last so many steps are new to each reader"""
+        self._bytes = 0
+
+    @property
+    def full(self) -> bool:
+        return self._bytes > MOST_BYTES
+
+    def add(self, verified: Verified, told: Collection[int] = ()) -> None:
+        """A step, and who has been told of it, and of all before it; its logits and layer states are not kept."""
+        self._behind = [0 if reader in told else count + 1 for reader, count in enumerate(self._behind)]
+        if not any(self._behind):
+            return
+        if verified.logits is not None or verified.layers is not None:
+            verified = msgspec.structs.replace(verified, logits=None, layers=None)
+        self._steps.append(verified)
+        if verified.hidden is not None:
+            self._bytes += verified.hidden.nbytes
+
+    def take(self, reader: int) -> list[Verified]:
+        """All that is new to a reader, in order."""
+        behind, self._behind[reader] = self._behind[reader], 0
+        found = self._steps[-behind:] if behind else []
+        if not any(self._behind):
+            self._steps, self._bytes = [], 0
+        return found
+
+
+def merged(steps: Sequence[Verified], hidden_states: bool = False) -> Verified:
+    """As if one verification had emitted it all; with the hidden states that emitted tokens were sampled from, where
+    they are asked for and all steps have them."""
+    if len(steps) == 1:
+        return steps[0]
+    rows: dict[int, int] = {}
+    row_of = np.array([rows.setdefault(i, len(rows)) for step in steps for i in step.ids], np.int64)
+    emitted = [tokens for step in steps for tokens in step.emitted]
+    counts = np.array([len(tokens) for tokens in emitted], np.int64)
+    # Row by row, and within a row in the order of the steps.
+    order = np.argsort(np.repeat(row_of, counts), kind="stable")
+    ends = np.cumsum(np.bincount(row_of, counts, len(rows)).astype(np.int64))
+    hidden = starts = None
+    states = [step.hidden for step in steps if step.hidden is not None]
+    if hidden_states and len(states) == len(steps):
+        before = np.cumsum([0, *(len(s) for s in states[:-1])])
+        places = np.concatenate([step.starts + n for step, n in zip(steps, before, strict=True)])
+        within = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        at = (np.repeat(places, counts) + within)[order]
+        hidden = torch.cat(states).index_select(0, torch.from_numpy(at).to(states[0].device))
+        starts = np.concatenate([[0], ends[:-1]])
+    accepted = np.bincount(row_of, np.concatenate([step.accepted for step in steps]), len(rows))
     return Verified(
-        list(emitted),
-        [np.concatenate(parts) for parts in emitted.values()],
-        np.array(list(accepted.values()), np.int64),
+        list(rows),
+        np.split(np.concatenate(emitted)[order], ends[:-1]),
+        accepted.astype(np.int64),
+        hidden=hidden,
+        starts=starts,
         seconds=sum(step.seconds for step in steps),
     )

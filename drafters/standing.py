@@ -1,4 +1,5 @@
-"""What asking a drafter costs and brings, and when it is worth asking again."""
+"""What asking a drafter costs and brings, and when it is worth asking again: with few sequences and with many, each
+apart, since a batch that runs out and fills again teaches little about the other."""
 
 import math
 from dataclasses import dataclass
@@ -12,8 +13,6 @@ _EXPLORATION = 0.01
 _SHORTEST, _LONGEST, _LONGEST_OF_READERS = 16, 64, 512
 """steps of a sleep when it is longest: at least, for drafters that cost next to nothing, at most, and at most for those
 that have to read what they missed"""
-_RETRY_AFTER = 8
-"""steps after which a sleeper is asked where the batch has become half or twice as large meanwhile"""
 SAMPLE = 4
 """sequences that a drafter which reads is asked for, to see whether it still does not pay"""
 _RATE = 0.1
@@ -22,7 +21,7 @@ _UNKNOWN = 1 << 40
 
 @dataclass(slots=True)
 class Standing:
-    """Of one drafter in an arbiter."""
+    """Of one drafter in an arbiter, with about so many sequences; steps are those with about so many."""
 
     reads: bool = False
     """whether it computes a model over what it missed: to ask it again costs as much as if it had never slept"""
@@ -34,10 +33,9 @@ class Standing:
     _telling: float = math.nan
     _latest: float = 0.0
     """of the last time it was asked, for all sequences or a few"""
+    _step: int = 0
     _asked: int = 0
     """step"""
-    _rows: int = 1
-    """of that step"""
     _idle: int = 0
     _wakes: int = 0
     """step"""
@@ -51,23 +49,27 @@ class Standing:
         """Its own time, measured in a step's."""
         return self.seconds / seconds
 
-    def awake(self, step: int, rows: int) -> bool:
-        """Whether to ask it in this step, with so many sequences."""
-        if step >= self._wakes:
-            return True
-        return step - self._asked >= _RETRY_AFTER and not 0.5 < rows / self._rows < 2
+    def begin_step(self) -> bool:
+        """Whether to ask it in this step."""
+        self._step += 1
+        return self._step >= self._wakes
 
-    def samples(self, step: int, rows: int, plain: float) -> bool:
+    @property
+    def awake(self) -> bool:
+        """Whether it is going to be asked in the next step."""
+        return self._step + 1 >= self._wakes
+
+    def samples(self, rows: int, plain: float) -> bool:
         """Whether a few of so many sequences are enough to ask it for: it has slept, did not pay, and must read what it
         missed of each sequence that it is asked for."""
-        return self.reads and rows > SAMPLE and self.gain <= 0 and step - self._asked > 1 and self.part_of(plain) > DEAR
+        slept = self._step - self._asked > 1
+        return self.reads and rows > SAMPLE and self.gain <= 0 and slept and self.part_of(plain) > DEAR
 
-    def was_asked(self, step: int, rows: int, seconds: float, width: int, whole: bool = True) -> None:
-        """It proposed drafts of up to `width` tokens, for all `rows` sequences where it was asked as a whole."""
+    def was_asked(self, seconds: float, width: int, whole: bool = True) -> None:
+        """It proposed drafts of up to `width` tokens, for all sequences where it was asked as a whole."""
         if whole:
             self._asking = _least_of_late(self._asking, seconds)
-        self._latest = seconds
-        self._asked, self._rows = step, rows
+        self._latest, self._asked = seconds, self._step
         if width:
             self.widest = width if self.widest == _UNKNOWN else max(self.widest, width)
 
@@ -75,7 +77,7 @@ class Standing:
         """It observed a step."""
         self._telling = _least_of_late(self._telling, seconds)
 
-    def judged(self, gain: float, plain: float, step: int, steps: int = 1) -> None:
+    def judged(self, gain: float, plain: float, steps: int = 1) -> None:
         """Asking it raised tokens a second by `gain`, where a step without drafts takes `plain` seconds; a sample of
         so many steps."""
         self.gain = gain if math.isnan(self.gain) else self.gain + _RATE * (gain - self.gain)
@@ -86,9 +88,23 @@ class Standing:
         cost = self.part_of(plain)
         over = self._idle - (_DEAR_PATIENCE if cost > DEAR else _PATIENCE)
         if over > 0:
-            longest = max((min(cost, self._latest / plain) if self.reads else cost) / _EXPLORATION, _SHORTEST)
+            longest = max((self._latest / plain if self.reads else cost) / _EXPLORATION, _SHORTEST)
             longest = min(longest, _LONGEST_OF_READERS if self.reads else _LONGEST)
-            self._wakes = step + 1 + int(longest if cost > DEAR else min(longest, 1 + over / 2))
+            self._wakes = self._step + 1 + int(longest if cost > DEAR else min(longest, 1 + over / 2))
+
+
+class Standings:
+    """Of one drafter, for batches of 1, 2, 3 to 4, 5 to 8 sequences and so on."""
+
+    def __init__(self, reads: bool) -> None:
+        self._reads = reads
+        self._of: dict[int, Standing] = {}
+
+    def of(self, rows: int) -> Standing:
+        size = (rows - 1).bit_length()
+        if size not in self._of:
+            self._of[size] = Standing(self._reads)
+        return self._of[size]
 
 
 def _least_of_late(before: float, seconds: float) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from drafters.base import SequenceStart
+from drafters.base import SequenceStart, Verified
 from drafters.slots import Slots, with_room
 
 
@@ -39,9 +39,9 @@ class GroupProgress:
             self._begun[group] += 1
             self._live[group] += 1
 
-    def observe(self, ids: Sequence[int], borders: np.ndarray) -> None:
-        """Row b got `borders[b + 1] - borders[b]` tokens more."""
-        self._generated[self._slots.of(ids)] += borders[1:] - borders[:-1]
+    def observe(self, verified: Verified) -> None:
+        """Sequences got longer."""
+        self._generated[self._slots.of(verified.ids)] += [len(tokens) for tokens in verified.emitted]
 
     def end(self, ids: Sequence[int]) -> None:
         """Unknown ones are fine."""

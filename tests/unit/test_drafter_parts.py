@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from drafters.base import BaseDrafter, Needs, Proposal, SequenceStart, Verified
-from drafters.guard import Guard
-from drafters.late import LateObserver, merged
+from drafters.arbiter import ArbiterDrafter
+from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.late import Backlog, merged
 from drafters.slots import Slots, with_room
 from drafters.stack import Stack
-from drafters.standing import DEAR, Standing
+from drafters.standing import DEAR, Standing, Standings
 from drafters.token_recycling import TokenRecyclingDrafter, likeliest
 from drafters.urgency import GroupProgress
 
@@ -59,31 +59,38 @@ def verified(emitted, accepted=0):
 
 
 def test_a_sleeper_is_told_all_at_once_in_order():
-    drafter = Noting()
-    late = LateObserver(Guard(drafter, 10, print))
-    assert not late.observe(verified({1: [3], 2: [4, 5]}), asleep=True)
-    assert not late.observe(verified({2: [6], 3: [7]}), asleep=True)
-    assert drafter.told == []
-    assert late.observe(verified({1: [8]}), asleep=False)
-    late.deliver()
-    assert drafter.told == [{1: [3], 2: [4, 5, 6], 3: [7]}, {1: [8]}]
+    backlog = Backlog(1)
+    backlog.add(verified({1: [3], 2: [4, 5]}))
+    backlog.add(verified({2: [6], 3: [7]}))
+    told = merged(backlog.take(0))
+    assert {i: t.tolist() for i, t in zip(told.ids, told.emitted, strict=True)} == {1: [3], 2: [4, 5, 6], 3: [7]}
     both = merged([verified({1: [3]}, 1), verified({1: [4]}, 2)])
     assert both.accepted.tolist() == [3] and both.seconds == 2.0
 
 
-def test_what_waits_holds_none_of_the_targets_tensors():
-    late, logits = LateObserver(Guard(Noting(Needs.LOGITS), 10, print)), torch.zeros(1, 10)
+def test_what_waits_holds_no_logits():
+    backlog, logits = Backlog(1), torch.zeros(1, 10)
     gone = weakref.ref(logits)
-    late.observe(Verified([1], [np.array([3])], np.zeros(1, np.int64), None, logits, np.array([0])), asleep=True)
+    backlog.add(Verified([1], [np.array([3])], np.zeros(1, np.int64), None, logits, np.array([0])))
     del logits
     assert gone() is None
 
 
-def test_who_keeps_a_state_for_every_token_is_told_every_step():
-    for needs in (Needs.HIDDEN_STATES, Needs.LAYER_STATES | Needs.LOGITS):
-        drafter = Noting(needs)
-        LateObserver(Guard(drafter, 10, print)).observe(verified({1: [3]}), asleep=True)
-        assert drafter.told == [{1: [3]}]
+@pytest.mark.parametrize("needs", [Needs.NOTHING, Needs.LAYER_STATES | Needs.LOGITS])
+def test_an_arbiter_keeps_sleepers_waiting_unless_they_read_the_layers_of_every_token(needs: Needs):
+    drafter = Noting(needs)
+    arbiter = ArbiterDrafter(ArbiterDrafter.Options(measure=False), drafters=[drafter])
+    arbiter.begin([SequenceStart(1, np.array([5]), 0, 1.0, 0)])
+    arbiter._all_standings[0].of(1)._wakes = 4
+    for step, tokens in enumerate(([3], [4], [6])):
+        proposal = arbiter.propose(DraftRequest([1], np.array([4]), np.ones(1, np.float32)))
+        assert not proposal.lengths.any()
+        arbiter.observe(verified({1: tokens}))
+        if step == 0:
+            assert drafter.told == ([] if needs == Needs.NOTHING else [{1: [3]}])
+    arbiter.end([1])
+    together = [{1: [3, 4]}, {1: [6]}] if needs == Needs.NOTHING else [{1: [3]}, {1: [4]}, {1: [6]}]
+    assert drafter.told == together
 
 
 def test_token_recycling_follows_without_logits_and_learns_with_them():
@@ -116,10 +123,10 @@ def sleeps(gain, seconds, steps=200):
     """Steps of `steps` in which a drafter of such gain and cost, in steps of one second, is asked."""
     standing, asked = Standing(), 0
     for step in range(1, steps + 1):
-        if standing.awake(step, 4):
+        if standing.begin_step():
             asked += 1
-            standing.was_asked(step, 4, seconds, 3)
-            standing.judged(gain(step), 1.0, step)
+            standing.was_asked(seconds, 3)
+            standing.judged(gain(step), 1.0)
     return asked
 
 
@@ -133,20 +140,21 @@ def test_a_sleeper_wakes_where_it_begins_to_pay():
     assert sleeps(lambda step: 0.3 if step > 100 else -0.01, 0.01) > 80
 
 
-def test_a_batch_of_another_size_is_a_reason_to_ask_again():
-    standing = Standing()
-    for step in range(1, 8):
-        standing.was_asked(step, 64, 0.5, 3)
-        standing.judged(-0.5, 1.0, step)
-    assert not standing.awake(10, 64) and not standing.awake(10, 2)
-    assert not standing.awake(16, 64) and standing.awake(16, 2)
+def test_a_batch_of_another_size_is_judged_apart():
+    standings = Standings(reads=False)
+    for _ in range(4):
+        if standings.of(64).begin_step():
+            standings.of(64).was_asked(0.5, 3)
+            standings.of(64).judged(-0.5, 1.0)
+    assert standings.of(33) is standings.of(64) is not standings.of(32) and standings.of(1) is not standings.of(2)
+    assert not standings.of(64).begin_step() and standings.of(2).begin_step()
 
 
 def test_the_least_of_late_counts_so_that_a_pause_is_no_cost():
     standing = Standing()
     assert math.isnan(standing.gain) and standing.seconds == 0
     for seconds in (3.0, 0.01, 5.0, 0.01):
-        standing.was_asked(1, 1, seconds, 1)
+        standing.was_asked(seconds, 1)
         standing.was_told(seconds)
     assert standing.seconds < 0.025 and standing.part_of(1.0) == standing.seconds
 
@@ -171,7 +179,7 @@ def test_groups_are_forgotten_with_their_last_sequence():
     progress = GroupProgress()
     for round_ in range(3):
         progress.begin([SequenceStart(10 * round_ + i, np.array([1]), 4, 1.0, 0) for i in range(2)])
-        progress.observe([10 * round_, 10 * round_ + 1], np.array([0, 3, 4]))
+        progress.observe(verified({10 * round_: [1, 2, 3], 10 * round_ + 1: [4]}))
         progress.end([10 * round_])
         progress.begin([SequenceStart(10 * round_ + 5, np.array([1]), 9, 1.0, 0)])
         urgency = progress.urgency([10 * round_ + 1, 10 * round_ + 5], 0.4)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.engine.generator import FinishedSample, GroupRequest, KeptIds, TokenOrigin
 from pipeline.engine.native.stop_strings import StopStrings
-from pipeline.messages import DEEPEST, DraftCounts, Sampler, SamplingParams
+from pipeline.messages import DEEPEST, DraftCounts, Sampler
 
 if TYPE_CHECKING:
     from pipeline.engine.native.small_model import Copy
@@ -51,12 +51,16 @@ class Sequence:
 
     __slots__ = (
         "begun", "cached", "copy", "count", "depths", "drafts", "entropies", "evicted", "hidden", "id", "kept",
-        "kv_kept", "limit", "logprobs", "origins", "pages", "request", "sample", "samplers", "slot", "sources", "stop",
-        "stop_strings", "string_completed", "token_ids", "verifications", "versions",
+        "kv_kept", "limit", "logprobs", "origins", "pages", "request", "sample", "samplers", "sampling", "seed", "slot",
+        "sources", "stop", "stop_strings", "string_completed", "temperature", "token_ids", "verifications", "versions",
     )  # fmt: skip
 
     def __init__(self, id: int, request: GroupRequest, sample: int, limit: int, stop: frozenset[int]) -> None:
         self.id, self.request, self.sample, self.limit, self.stop = id, request, sample, limit, stop
+        self.seed, self.sampling = request.seeds[sample], request.sampling
+        if request.temperatures:  # each sample's own
+            self.sampling = msgspec.structs.replace(self.sampling, temperature=request.temperatures[sample])
+        self.temperature = self.sampling.temperature
         self.token_ids = np.zeros(limit, np.int64)
         self.logprobs = np.zeros(limit, np.float32)
         self.entropies = np.zeros(limit, np.float32)
@@ -88,22 +92,6 @@ class Sequence:
         self.string_completed = False
         self.kept: list[KeptIds] = []
         """an entry an emission, where tokens are truncated"""
-
-    @property
-    def seed(self) -> int:
-        return self.request.seeds[self.sample]
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """The request's, with this sample's own temperature where it has one."""
-        params = self.request.sampling
-        if self.request.temperatures:
-            params = msgspec.structs.replace(params, temperature=self.request.temperatures[self.sample])
-        return params
-
-    @property
-    def temperature(self) -> float:
-        return self.sampling.temperature
 
     @property
     def group(self) -> int:
