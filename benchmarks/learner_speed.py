@@ -7,10 +7,10 @@ Each system works in a process of its own, one step at a time in turns, so that 
 the optimiser step on a finished batch: forward, loss, backward, clipping, AdamW; for TRL its own `train()` between
 `on_step_begin` and `on_step_end`, padding done beforehand. Both get the same behaviour log-probs and advantages, PPO's
 clip and the token mean, and the losses of the first step are compared. TRL runs with and without gradient checkpointing
-(its default is with) and at two sizes of micro-batches; the ratio of speed is to its fastest setting, that of memory to
-its most frugal one. A third setting of ours passes every sample's prompt through the model. Memory is shown twice: the
-peak of the whole process, and how far that is above the process with the model loaded and nothing trained, which
-leaves out what libraries and weights take on either side.
+(its default is with) and at two sizes of micro-batches, and so do we; the ratio of speed is to its fastest setting,
+that of memory to its most frugal one. A further setting of ours passes every sample's prompt through the model. Memory
+is shown twice: the peak of the whole process, and how far that is above the process with the model loaded and nothing
+trained, which leaves out what libraries and weights take on either side.
 """
 
 import argparse
@@ -68,13 +68,16 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", type=at_least(1), default=4, help=f"groups of {GROUP} samples in the batch")
     parser.add_argument("--longest", type=at_least(1), default=512, help="longest response, in tokens")
     parser.add_argument("--steps", type=at_least(1), default=5, help="measured steps of each, after one that is not")
-    parser.add_argument("--micro-batch-tokens", type=at_least(1), default=4096)
+    parser.add_argument(
+        "--micro-batch-tokens", type=integers(), default=[2048, 4096], help="our sizes of a micro-batch"
+    )
     parser.add_argument("--trl-batches", type=integers(), default=[4, 8], help="TRL's samples a micro-batch")
     parser.add_argument("--threads", type=at_least(0), default=1)
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--short", action="store_true", help="one step of a tiny model in float32")
     if "--short" in arguments:
-        parser.set_defaults(models=["tiny"], dtypes=["float32"], steps=1, prompts=2, longest=48, trl_batches=[8])
+        parser.set_defaults(models=["tiny"], dtypes=["float32"], steps=1, prompts=2, longest=48, trl_batches=[8],
+                            micro_batch_tokens=[4096])  # fmt: skip
     return parser.parse_args(arguments)
 
 
@@ -188,11 +191,13 @@ def _settings(options: argparse.Namespace, folder: Path, batch: Path, dtype: str
         {
             **common,
             "system": "rollahead",
-            "micro_batch_tokens": options.micro_batch_tokens,
+            "micro_batch_tokens": size,
             "checkpointing": on,
             "share_prompts": share,
         }
+        for size in options.micro_batch_tokens
         for on, share in ((False, True), (True, True), (False, False))
+        if share or size == options.micro_batch_tokens[-1]
     ]
     theirs = [
         {**common, "system": "trl", "samples": size, "checkpointing": on}
@@ -262,7 +267,8 @@ def _verdicts(rows: Sequence[dict[str, Any]], model: str, dtype: str) -> list[st
         )
         process, step = (row[key] / min(r[key] for r in theirs) for key in ("peak_bytes", "step_bytes"))
         lines.append(
-            f"{Path(model).name} {dtype}{' with gradient checkpointing' if row['checkpointing'] else ''}: "
+            f"{Path(model).name} {dtype}, {row['micro_batch_tokens']} tokens a micro-batch"
+            f"{', gradient checkpointing' if row['checkpointing'] else ''}: "
             f"{fast:.2f}x TRL's fastest in tokens/s ({_word(fast >= SPEED_BAR)} {SPEED_BAR}; {on_cpu:.2f}x a CPU "
             f"second), {process:.2f}x its least peak memory ({_word(process <= MEMORY_BAR)} {MEMORY_BAR}), "
             f"{step:.2f}x above the idle model ({_word(step <= MEMORY_BAR)} {MEMORY_BAR}), "
@@ -270,9 +276,11 @@ def _verdicts(rows: Sequence[dict[str, Any]], model: str, dtype: str) -> list[st
         )
     lines += [
         f"{Path(model).name} {dtype}: a prompt passed once for its samples makes a step "
-        f"{mine[0]['tokens_per_second']['median'] / row['tokens_per_second']['median']:.2f}x as fast, in "
-        f"{mine[0]['step_bytes'] / row['step_bytes']:.2f} of the memory above the idle model"
+        f"{same['tokens_per_second']['median'] / row['tokens_per_second']['median']:.2f}x as fast, in "
+        f"{same['step_bytes'] / row['step_bytes']:.2f} of the memory above the idle model"
         for row in apart
+        for same in mine
+        if same["micro_batch_tokens"] == row["micro_batch_tokens"] and not same["checkpointing"]
     ]
     return lines
 

@@ -147,12 +147,12 @@ def _prompts(options: argparse.Namespace, model: Path) -> Prompts:
         return {"random": torch.randint(3, vocabulary, (count, 64), generator=generator).tolist()}
     from pipeline.models.tokenizer import Tokenizer
 
+    questions = {os.path.relpath(path): _questions(path) for path in options.prompts}
     tokenizer = Tokenizer(model)
-    found: Prompts = {}
-    for path in options.prompts:
-        questions = itertools.islice(itertools.cycle(_questions(path)), count)
-        found[os.path.relpath(path)] = [tokenizer.encode(f"Question: {question}\nAnswer:") for question in questions]
-    return found
+    return {
+        name: [tokenizer.encode(f"Question: {q}\nAnswer:") for q in itertools.islice(itertools.cycle(asked), count)]
+        for name, asked in questions.items()
+    }
 
 
 def _questions(path: Path) -> list[str]:

@@ -30,6 +30,9 @@ from pipeline.errors import UsageError
 
 _TRIAL_EVERY = 24
 """asked-for drafts in a row that did not pay, after which some are verified to see whether they still do not"""
+_PLAIN_STEPS, _PLAIN_EVERY = 4, 128
+"""steps without drafts, of about as many sequences, that a decision to draft rests on at least, and drafted ones after
+which there is another: what not drafting takes is not learnt from drafting"""
 _RATE = 0.1
 
 
@@ -109,7 +112,9 @@ class ArbiterDrafter(CompositeDrafter):
         """of deciding and observing, a step"""
         self._price, self._idle, self._steps = 0.1, 0, 0
         self._reasons = np.zeros(len(REASONS), np.int64)
-        self._resting = self._not_asked = 0
+        self._resting = self._not_asked = self._measuring = 0
+        self._drafted_steps = 0
+        """since the last step without drafts"""
         self._trial = False
         """whether this step is one to learn what drafting costs"""
         self._sampled: dict[int, np.ndarray] = {}
@@ -152,11 +157,14 @@ class ArbiterDrafter(CompositeDrafter):
         began = self._clock()
         self._steps += 1
         rows = len(request.ids)
+        self._step = None
+        if self._measures_plain(rows):
+            self._measuring += rows
+            return Proposal.empty(rows)
         self._standings = [standings.of(rows) for standings in self._all_standings]
         asked = [i for i, standing in enumerate(self._standings) if standing.begin_step()]
         if not asked:
             self._resting += rows
-            self._step = None
             return Proposal.empty(rows)
         self._not_asked += rows * (len(self._standings) - len(asked))
         self._trial = self.costs.learns and self._idle > 0 and self._idle % _TRIAL_EVERY == 0
@@ -171,6 +179,12 @@ class ArbiterDrafter(CompositeDrafter):
         spent = self._clock() - began - asking
         self._own_seconds += _RATE * (min(spent, 2 * self._own_seconds + 1e-4) - self._own_seconds)
         return proposal
+
+    def _measures_plain(self, rows: int) -> bool:
+        """Whether this step is to show what a step without drafts takes."""
+        if not self.costs.learns:
+            return False
+        return self._drafted_steps >= _PLAIN_EVERY or self.costs.plain_steps(rows) < _PLAIN_STEPS
 
     def _ask(self, index: int, request: DraftRequest) -> tuple[Proposal, float]:
         rows, standing = len(request.ids), self._standings[index]
@@ -218,7 +232,9 @@ class ArbiterDrafter(CompositeDrafter):
 
     def observe(self, verified: Verified) -> None:
         rows, step = len(verified.ids), self._step
-        self.costs.observe(rows, rows + (step.drafted if step else 0), verified.seconds)
+        drafted = step.drafted if step else 0
+        self.costs.observe(rows, rows + drafted, verified.seconds)
+        self._drafted_steps = self._drafted_steps + 1 if drafted else 0
         told = []
         for index, (guard, standings) in enumerate(zip(self.ensemble, self._all_standings, strict=True)):
             standing = standings.of(rows)
@@ -298,7 +314,8 @@ class ArbiterDrafter(CompositeDrafter):
     def counters(self) -> dict[str, float]:
         """Sequence steps by what was decided and why, and what the drafters say."""
         decisions = {reason: int(count) for reason, count in zip(REASONS, self._reasons, strict=True)}
-        return decisions | {"resting": self._resting, "not asked": self._not_asked} | super().counters()
+        own = {"resting": self._resting, "not asked": self._not_asked, "measuring": self._measuring}
+        return decisions | own | super().counters()
 
 
 def _drawn(proposal: Proposal) -> np.ndarray:

@@ -11,8 +11,9 @@ import numpy as np
 from numba import njit
 
 ROWS = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256], np.float64)
-PER_ROW = np.array([1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32], np.float64)
-"""places of the table: sequences, and tokens a sequence"""
+PER_ROW = np.array([1, 1 + 1e-9, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32], np.float64)
+"""places of the table: sequences, and tokens a sequence. A step without any draft has a place of its own: the first
+draft of a batch may cost more than its tokens, where drafts are verified by another way than none"""
 _WHOLE_RATE, _PLACE_RATE = 0.1, 0.03
 """of a step's surprise, how much moves all, and of what is left, how much moves its place, once many steps have been
 seen. The n-th step moves all by 1/n and the n-th at a place this by 1/(n + 1): what steps really take soon outweighs
@@ -56,6 +57,11 @@ class CostModel:
         """A verification took so long."""
         if self.learns and seconds > 0:
             _correct(self.table, self._met, self.scale, self._steps, rows, tokens, seconds)
+
+    def plain_steps(self, rows: int) -> float:
+        """How many steps without drafts of about so many sequences its knowledge of them rests on."""
+        i, u = _place(ROWS, float(rows), True)
+        return float((1 - u) * self._met[i, 0] + u * self._met[i + 1, 0])
 
     def fit(self, measured: dict[tuple[int, int], float]) -> None:
         """Takes measurements (sequences, tokens) -> seconds over: each is met, the places between them follow.

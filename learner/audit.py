@@ -12,9 +12,9 @@ class TrainedSamples:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
             temporary = path.with_suffix(".cut")
-            temporary.write_text("".join(line + "\n" for line in kept))
+            with path.open() as lines, temporary.open("w") as kept:
+                kept.writelines(line.rstrip("\n") + "\n" for line in lines if _step(line) <= resume_step)
             os.replace(temporary, path)
         self._file = path.open("a")
 

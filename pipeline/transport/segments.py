@@ -10,6 +10,7 @@ opening the log cuts off; damage anywhere else is skipped up to the next valid r
 nothing is synced: what was written survives the process, not the machine.
 """
 
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -152,11 +153,13 @@ class SegmentLog:
             if following is not None and following <= start:
                 continue
             with self._lock:
-                data = self._path(base).read_bytes()[: self._sizes[base]] if base in self._sizes else b""
-            found, damaged = _scan(data, base)
-            with self._lock:
-                self.corrupt += damaged
-            yield from ((offset, payload) for offset, payload in found if offset >= start)
+                data = _read(self._path(base), self._sizes.get(base, 0))
+            for offset, payload in _scan(data, base):
+                if payload is None:
+                    with self._lock:
+                        self.corrupt += 1
+                elif offset >= start:
+                    yield offset, payload
 
     def drop_before(self, offset: int) -> None:
         """Delete segments that hold nothing at or after an offset; the one being written goes when it is at least a
@@ -244,14 +247,28 @@ class SegmentLog:
             self._broken = str(error)
 
     def _repair_tail(self) -> None:
-        base = self._base
-        data = self._path(base).read_bytes()
-        found, _ = _scan(data, base)
-        end = found[-1][0] - base + _HEADER.size + len(found[-1][1]) if found else 0
-        if end < len(data):
+        base, end = self._base, 0
+        size = self._sizes[base]
+        for offset, payload in _scan(_read(self._path(base), size), base):
+            if payload is not None:
+                end = offset - base + _HEADER.size + len(payload)
+        if end < size:
             os.truncate(self._path(base), end)
             self._sizes[base] = end
-            self.torn_bytes = len(data) - end
+            self.torn_bytes = size - end
+
+
+def _read(path: Path, size: int) -> mmap.mmap | bytes:
+    """The first `size` bytes of a file, in pages of their own: allocated and freed as one block, so much would raise
+    the size from which the C library gives memory back, for as long as the process lives."""
+    if not size:
+        return b""
+    data = mmap.mmap(-1, size)
+    with path.open("rb", buffering=0) as file:
+        view = memoryview(data)
+        while view and (count := file.readinto(view)):
+            view = view[count:]
+    return data
 
 
 def _checksum(offset: int, length: int, payload: Sequence[bytes]) -> int:
@@ -261,7 +278,7 @@ def _checksum(offset: int, length: int, payload: Sequence[bytes]) -> int:
     return value
 
 
-def _parse(data: bytes, position: int, offset: int) -> bytes | None:
+def _parse(data: bytes | mmap.mmap, position: int, offset: int) -> bytes | None:
     """The payload of the record at a position of a segment's bytes, None when there is no intact one."""
     if len(data) < position + _HEADER.size:
         return None
@@ -273,23 +290,19 @@ def _parse(data: bytes, position: int, offset: int) -> bytes | None:
     return payload if _checksum(offset, length, [payload]) == checksum else None
 
 
-def _scan(data: bytes, base: int) -> tuple[list[tuple[int, bytes]], int]:
-    """Intact records of a segment, and how many stretches of damage lie around them."""
-    found: list[tuple[int, bytes]] = []
-    damaged = 0
+def _scan(data: bytes | mmap.mmap, base: int) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, payload) of each intact record of a segment, (offset, None) of each stretch of damage."""
     position = 0
     while position < len(data):
         payload = _parse(data, position, base + position)
-        if payload is not None:
-            found.append((base + position, payload))
+        yield base + position, payload
+        if payload is None:
+            position = _next_record(data, position + 1, base)
+        else:
             position += _HEADER.size + len(payload)
-            continue
-        damaged += 1
-        position = _next_record(data, position + 1, base)
-    return found, damaged
 
 
-def _next_record(data: bytes, position: int, base: int) -> int:
+def _next_record(data: bytes | mmap.mmap, position: int, base: int) -> int:
     while (position := data.find(MAGIC, position)) >= 0:
         if _parse(data, position, base + position) is not None:
             return position

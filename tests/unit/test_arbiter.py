@@ -291,6 +291,37 @@ def test_it_learns_costs_from_the_steps_and_then_does_as_well_as_with_known_ones
     assert learned.tokens_per_second > 0.95 * known.tokens_per_second
 
 
+class Often(BaseDrafter):
+    """Always has a draft, and is right with two tokens of five."""
+
+    name = "often"
+
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+
+    def propose(self, request):
+        tokens = np.where(self.rng.random((len(request.ids), 2)) < 0.4, 7, 9)
+        return Proposal(tokens, np.minimum(request.budgets, 2))
+
+
+def test_it_learns_from_steps_without_drafts_that_drafting_at_all_costs_something(monkeypatch):
+    """As where drafts are verified by another way than none is: a drafter that always drafts would never show it."""
+
+    def cost(rows, tokens):
+        return 0.002 + 2.5e-4 * rows + (0.003 if tokens > rows + 1e-6 else 0) + 5e-5 * (tokens - rows)
+
+    recorded = [RecordedText(np.ones(5, np.int64), np.full(250, 7), i) for i in range(8)]
+
+    def of_plain():
+        learning = ArbiterDrafter(ArbiterDrafter.Options(calibration_seconds=0), clock=lambda: 0.0, drafters=[Often()])
+        plain = replay(NoDrafter(), recorded, slots=4, max_draft_tokens=2, costs=cost).tokens_per_second
+        return replay(learning, recorded, slots=4, max_draft_tokens=2, costs=cost).tokens_per_second / plain
+
+    assert of_plain() > 0.95
+    monkeypatch.setattr(ArbiterDrafter, "_measures_plain", lambda self, rows: False)
+    assert of_plain() < 0.9
+
+
 class Dear(BaseDrafter):
     """A model, say: it takes its time by the injected clock."""
 
