@@ -22,7 +22,7 @@ class FakeSocket:
 
 
 def eventually(condition) -> None:
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 20.0
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
