@@ -1,6 +1,7 @@
 """What runs inside vLLM's worker processes: a mixin of its worker class, called by name over its collective RPC.
 
-Importing this module in a worker corrects the rejection sampler where the installed version is known to need it.
+Importing this module in a worker corrects the rejection sampler, and seeds of prompts in several passes, where the
+installed version is known to need it.
 """
 
 import importlib
@@ -14,7 +15,7 @@ from msgspec.structs import asdict
 
 from drafters.mtp.head import head_files, is_mimos
 from drafters.mtp.vllm_form import ARCHITECTURE, head_tensors
-from pipeline.engine.vllm import head_config, rejection
+from pipeline.engine.vllm import chunked_seeds, head_config, rejection
 from pipeline.engine.vllm.install import installed_version
 from pipeline.engine.vllm.proposer import DrafterProposer
 from pipeline.errors import RunFailed
@@ -28,6 +29,15 @@ def _correct() -> None:
         rejection.correct(rejection_sampler)
 
 
+def _correct_seeds() -> None:
+    from vllm.platforms import current_platform
+
+    if chunked_seeds.needs_correction(installed_version() or "", current_platform.device_type):
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        chunked_seeds.correct(CPUModelRunner)
+
+
 def _prepare() -> None:
     head_config.register()
     importlib.import_module("pipeline.engine.vllm.loading")
@@ -36,6 +46,7 @@ def _prepare() -> None:
 _prepare()
 if not os.environ.get(rejection.STOCK):
     _correct()
+    _correct_seeds()
 
 
 def refresh_tied_head(model: torch.nn.Module, tied: bool) -> None:
