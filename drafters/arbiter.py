@@ -115,6 +115,8 @@ class ArbiterDrafter(CompositeDrafter):
         self._resting = self._not_asked = self._measuring = 0
         self._drafted_steps = 0
         """since the last step without drafts"""
+        self._untimed = 0
+        """steps in a row of which nobody said what they took"""
         self._trial = False
         """whether this step is one to learn what drafting costs"""
         self._sampled: dict[int, np.ndarray] = {}
@@ -182,7 +184,7 @@ class ArbiterDrafter(CompositeDrafter):
 
     def _measures_plain(self, rows: int) -> bool:
         """Whether this step is to show what a step without drafts takes."""
-        if not self.costs.learns:
+        if not self.costs.learns or self._untimed >= _PLAIN_STEPS:
             return False
         return self._drafted_steps >= _PLAIN_EVERY or self.costs.plain_steps(rows) < _PLAIN_STEPS
 
@@ -235,6 +237,7 @@ class ArbiterDrafter(CompositeDrafter):
         drafted = step.drafted if step else 0
         self.costs.observe(rows, rows + drafted, verified.seconds)
         self._drafted_steps = self._drafted_steps + 1 if drafted else 0
+        self._untimed = 0 if verified.seconds > 0 else self._untimed + 1
         told = []
         for index, (guard, standings) in enumerate(zip(self.ensemble, self._all_standings, strict=True)):
             standing = standings.of(rows)

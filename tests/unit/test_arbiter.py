@@ -322,6 +322,17 @@ def test_it_learns_from_steps_without_drafts_that_drafting_at_all_costs_somethin
     assert of_plain() < 0.9
 
 
+def test_where_nobody_says_what_steps_take_it_drafts_by_its_guess():
+    learning = ArbiterDrafter(ArbiterDrafter.Options(calibration_seconds=0), drafters=[Often()])
+    learning.begin([SequenceStart(1, np.array([5]), 0, 1.0, 0)])
+    drafted = 0
+    for _ in range(20):
+        proposal = learning.propose(DraftRequest([1], np.array([2]), np.ones(1, np.float32)))
+        drafted += int(proposal.lengths.sum())
+        learning.observe(Verified([1], [np.array([7])], np.zeros(1, np.int64)))
+    assert drafted and learning.counters()["measuring"] == 4
+
+
 class Dear(BaseDrafter):
     """A model, say: it takes its time by the injected clock."""
 
