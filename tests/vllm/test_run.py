@@ -9,6 +9,7 @@ from tests.vllm.processes import descendants
 OPTIONS = {
     "engine__generator": "vllm",
     "engine__vllm__enforce_eager": "true",
+    "engine__dtype": "float32",
     "engine__drafter": "suffix-automaton",
     "engine__max_draft_tokens": 4,
     "engine__max_sequences": 16,
@@ -40,7 +41,7 @@ def test_a_run_on_vllm_survives_the_death_of_its_worker(tmp_path):
     for row in found:
         assert not row["dropped"], row["dropped"]
         # the engine's log-probs are the learner's where both had the same weights: versions are what they say
-        assert row["mismatch_k3"] is None or row["mismatch_k3"] < 1e-4
+        assert row["mismatch_k3"] is None or row["mismatch_k3"] < 1e-6
         assert row["drafters"]["suffix-automaton"]["accepted"] > 0
     assert any(row["mismatch_k3"] is not None for row in found)
 
