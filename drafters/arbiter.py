@@ -164,7 +164,7 @@ class ArbiterDrafter(CompositeDrafter):
             self._measuring += rows
             return Proposal.empty(rows)
         self._standings = [standings.of(rows) for standings in self._all_standings]
-        asked = [i for i, standing in enumerate(self._standings) if standing.begin_step()]
+        asked = [i for i, standing in enumerate(self._standings) if standing.begin_step(rows)]
         if not asked:
             self._resting += rows
             return Proposal.empty(rows)
@@ -200,7 +200,7 @@ class ArbiterDrafter(CompositeDrafter):
         self._tell(index)
         proposal = self.ensemble.guards[index].propose(request)
         seconds = self._clock() - began
-        standing.was_asked(seconds, proposal.token_ids.shape[1], whole)
+        standing.was_asked(rows, seconds, proposal.token_ids.shape[1], whole)
         return proposal, seconds
 
     def _decided(self, request: DraftRequest, proposals: list[Proposal], asked: list[int]) -> Proposal:
@@ -241,7 +241,7 @@ class ArbiterDrafter(CompositeDrafter):
         told = []
         for index, (guard, standings) in enumerate(zip(self.ensemble, self._all_standings, strict=True)):
             standing = standings.of(rows)
-            if self._must_know[index] or standing.awake:
+            if self._must_know[index] or standing.awake(rows):
                 began = self._clock()
                 self._tell(index)
                 guard.observe(verified)

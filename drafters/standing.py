@@ -1,5 +1,4 @@
-"""What asking a drafter costs and brings, and when it is worth asking again: with few sequences and with many, each
-apart, since a batch that runs out and fills again teaches little about the other."""
+"""What asking a drafter costs and brings, and when it is worth asking again."""
 
 import math
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ _EXPLORATION = 0.01
 _SHORTEST, _LONGEST, _LONGEST_OF_READERS = 16, 64, 512
 """steps of a sleep when it is longest: at least, for drafters that cost next to nothing, at most, and at most for those
 that have to read what they missed"""
+_RETRY_AFTER = 8
+"""steps after which a sleeper that costs little to wake is asked where the batch has become half or twice as large"""
 SAMPLE = 4
 """sequences that a drafter which reads is asked for, to see whether it still does not pay"""
 _RATE = 0.1
@@ -21,7 +22,7 @@ _UNKNOWN = 1 << 40
 
 @dataclass(slots=True)
 class Standing:
-    """Of one drafter in an arbiter, with about so many sequences; steps are those with about so many."""
+    """Of one drafter in an arbiter; steps are those of the batches that it stands for."""
 
     reads: bool = False
     """whether it computes a model over what it missed: to ask it again costs as much as if it had never slept"""
@@ -36,6 +37,8 @@ class Standing:
     _step: int = 0
     _asked: int = 0
     """step"""
+    _rows: int = 1
+    """of that step"""
     _idle: int = 0
     _wakes: int = 0
     """step"""
@@ -49,15 +52,18 @@ class Standing:
         """Its own time, measured in a step's."""
         return self.seconds / seconds
 
-    def begin_step(self) -> bool:
-        """Whether to ask it in this step."""
+    def begin_step(self, rows: int) -> bool:
+        """Whether to ask it in this step, with so many sequences."""
+        awake = self.awake(rows)
         self._step += 1
-        return self._step >= self._wakes
+        return awake
 
-    @property
-    def awake(self) -> bool:
-        """Whether it is going to be asked in the next step."""
-        return self._step + 1 >= self._wakes
+    def awake(self, rows: int) -> bool:
+        """Whether it is going to be asked in the next step, if that has so many sequences."""
+        step = self._step + 1
+        if step >= self._wakes:
+            return True
+        return not self.reads and step - self._asked >= _RETRY_AFTER and not 0.5 < rows / self._rows < 2
 
     def samples(self, rows: int, plain: float) -> bool:
         """Whether a few of so many sequences are enough to ask it for: it has slept, did not pay, and must read what it
@@ -65,11 +71,11 @@ class Standing:
         slept = self._step - self._asked > 1
         return self.reads and rows > SAMPLE and self.gain <= 0 and slept and self.part_of(plain) > DEAR
 
-    def was_asked(self, seconds: float, width: int, whole: bool = True) -> None:
+    def was_asked(self, rows: int, seconds: float, width: int, whole: bool = True) -> None:
         """It proposed drafts of up to `width` tokens, for all sequences where it was asked as a whole."""
         if whole:
             self._asking = _least_of_late(self._asking, seconds)
-        self._latest, self._asked = seconds, self._step
+        self._latest, self._asked, self._rows = seconds, self._step, rows
         if width:
             self.widest = width if self.widest == _UNKNOWN else max(self.widest, width)
 
@@ -94,14 +100,15 @@ class Standing:
 
 
 class Standings:
-    """Of one drafter, for batches of 1, 2, 3 to 4, 5 to 8 sequences and so on."""
+    """Of one drafter: one for all, or, where it reads, for batches of 1, 2, 3 to 4, 5 to 8 sequences and so on, so that
+    a batch that runs out and fills again does not wake it."""
 
     def __init__(self, reads: bool) -> None:
         self._reads = reads
         self._of: dict[int, Standing] = {}
 
     def of(self, rows: int) -> Standing:
-        size = (rows - 1).bit_length()
+        size = (rows - 1).bit_length() if self._reads else 0
         if size not in self._of:
             self._of[size] = Standing(self._reads)
         return self._of[size]

@@ -123,9 +123,9 @@ def sleeps(gain, seconds, steps=200):
     """Steps of `steps` in which a drafter of such gain and cost, in steps of one second, is asked."""
     standing, asked = Standing(), 0
     for step in range(1, steps + 1):
-        if standing.begin_step():
+        if standing.begin_step(4):
             asked += 1
-            standing.was_asked(seconds, 3)
+            standing.was_asked(4, seconds, 3)
             standing.judged(gain(step), 1.0)
     return asked
 
@@ -140,21 +140,35 @@ def test_a_sleeper_wakes_where_it_begins_to_pay():
     assert sleeps(lambda step: 0.3 if step > 100 else -0.01, 0.01) > 80
 
 
-def test_a_batch_of_another_size_is_judged_apart():
-    standings = Standings(reads=False)
+def test_a_drafter_that_reads_is_judged_apart_for_batches_of_other_sizes():
+    standings = Standings(reads=True)
     for _ in range(4):
-        if standings.of(64).begin_step():
-            standings.of(64).was_asked(0.5, 3)
+        if standings.of(64).begin_step(64):
+            standings.of(64).was_asked(64, 0.5, 3)
             standings.of(64).judged(-0.5, 1.0)
     assert standings.of(33) is standings.of(64) is not standings.of(32) and standings.of(1) is not standings.of(2)
-    assert not standings.of(64).begin_step() and standings.of(2).begin_step()
+    assert not standings.of(64).begin_step(64) and standings.of(2).begin_step(2)
+
+
+def test_for_others_a_batch_of_another_size_is_a_reason_to_ask_again():
+    standings = Standings(reads=False)
+    standing = standings.of(64)
+    assert standings.of(2) is standing
+    for _ in range(7):
+        if standing.begin_step(64):
+            standing.was_asked(64, 0.5, 3)
+            standing.judged(-0.5, 1.0)
+    assert not standing.awake(64) and not standing.awake(2)
+    for _ in range(6):
+        assert not standing.begin_step(64)
+    assert not standing.awake(64) and standing.awake(2)
 
 
 def test_the_least_of_late_counts_so_that_a_pause_is_no_cost():
     standing = Standing()
     assert math.isnan(standing.gain) and standing.seconds == 0
     for seconds in (3.0, 0.01, 5.0, 0.01):
-        standing.was_asked(seconds, 1)
+        standing.was_asked(1, seconds, 1)
         standing.was_told(seconds)
     assert standing.seconds < 0.025 and standing.part_of(1.0) == standing.seconds
 
