@@ -35,7 +35,7 @@ def allocate(
     price: float,
     trial: bool,
     reasons: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, float, float, float]:
+) -> tuple[np.ndarray, np.ndarray, float, float, float, float]:
     """Chooses among the drafts of D drafters for B rows.
 
     Args:
@@ -52,7 +52,7 @@ def allocate(
         reasons: int64 [REASONS], added to.
 
     Returns the choice, int64 [B]: drafter, -1 for none; lengths int64 [B]; the new price; expected tokens by their
-    worth; expected seconds.
+    worth; expected seconds, and those of a verification without drafts.
     """
     drafters, rows, width = confidences.shape
     choice, lengths = np.full(rows, -1, np.int64), np.zeros(rows, np.int64)
@@ -83,7 +83,8 @@ def allocate(
             i += 1
     order = np.argsort(worth, kind="mergesort")
     count, gained, kept = 0, 0.0, 0.0
-    seconds = verification_seconds(table, scale, rows, rows) + overhead
+    plain = verification_seconds(table, scale, rows, rows)
+    seconds = plain + overhead
     best_rate = total / seconds * (_TRIAL if trial else _HYSTERESIS)
     for n in range(1, slots + 1):
         gained -= worth[order[n - 1]]
@@ -105,4 +106,4 @@ def allocate(
     # What the next token would cost, in tokens.
     longer = verification_seconds(table, scale, rows, rows + count + 1) + overhead
     price = min(max((longer - seconds) * (total + kept) / seconds, 0.0), 1.0)
-    return choice, lengths, price, total + kept, seconds
+    return choice, lengths, price, total + kept, seconds, plain

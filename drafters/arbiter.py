@@ -33,6 +33,8 @@ _TRIAL_EVERY = 24
 _PLAIN_STEPS, _PLAIN_EVERY = 4, 128
 """steps without drafts, of about as many sequences, that a decision to draft rests on at least, and drafted ones after
 which there is another: what not drafting takes is not learnt from drafting"""
+_URGENCY_EVERY = 8
+"""steps after which urgency is computed anew: a few tokens more do not change who is ahead"""
 _RATE = 0.1
 
 
@@ -60,6 +62,7 @@ class ArbiterDrafter(CompositeDrafter):
 
     name = "arbiter"
     needs = Needs.TARGET_LAYERS
+    hands_on = True
 
     class Options(Struct, kw_only=True, forbid_unknown_fields=True):
         """`drafters` to choose from, names or tables; `calibration_seconds` bounds measuring at the start, 0 leaves it
@@ -110,13 +113,17 @@ class ArbiterDrafter(CompositeDrafter):
         """read by every drafter, and last by the groups' progress"""
         self._own_seconds = 0.0
         """of deciding and observing, a step"""
+        self._urgencies: tuple[tuple[int, ...], np.ndarray, int] = (), np.ones(0), 0
+        """of which sequences, what they are, since which step"""
         self._price, self._idle, self._steps = 0.1, 0, 0
-        self._reasons = np.zeros(len(REASONS), np.int64)
+        self._reasons, self._unused = np.zeros(len(REASONS), np.int64), np.zeros(len(REASONS), np.int64)
         self._resting = self._not_asked = self._measuring = 0
         self._drafted_steps = 0
         """since the last step without drafts"""
         self._untimed = 0
         """steps in a row of which nobody said what they took"""
+        self._plain_known: set[int] = set()
+        """numbers of sequences for which what not drafting takes is known"""
         self._trial = False
         """whether this step is one to learn what drafting costs"""
         self._sampled: dict[int, np.ndarray] = {}
@@ -186,11 +193,16 @@ class ArbiterDrafter(CompositeDrafter):
         """Whether this step is to show what a step without drafts takes."""
         if not self.costs.learns or self._untimed >= _PLAIN_STEPS:
             return False
-        return self._drafted_steps >= _PLAIN_EVERY or self.costs.plain_steps(rows) < _PLAIN_STEPS
+        if rows not in self._plain_known:
+            if self.costs.plain_steps(rows) < _PLAIN_STEPS:
+                return True
+            self._plain_known.add(rows)
+        return self._drafted_steps >= _PLAIN_EVERY
 
     def _ask(self, index: int, request: DraftRequest) -> tuple[Proposal, float]:
         rows, standing = len(request.ids), self._standings[index]
-        whole = not standing.samples(rows, self.costs.seconds(rows, rows))
+        reads = standing.reads and rows > SAMPLE
+        whole = not (reads and standing.samples(self.costs.seconds(rows, rows)))
         if not whole:
             # By their ids: which sequences these are must not depend on what is drafted for them.
             newest = np.asarray(request.ids) >= np.partition(request.ids, -SAMPLE)[-SAMPLE]
@@ -210,27 +222,42 @@ class ArbiterDrafter(CompositeDrafter):
         if any(p.probabilities is not None for p in proposals):
             drawn = np.stack([_drawn(p) for p in proposals])
             width = max(width, int(request.budgets.max(initial=0)))
-        stack = Stack(len(proposals), rows, width)
-        for index in asked:
-            stack.put(index, proposals[index])
+        if len(proposals) == 1 and drawn is None:
+            stack = Stack.of_one(proposals[0])
+        else:
+            stack = Stack(len(proposals), rows, width)
+            for index in asked:
+                stack.put(index, proposals[index])
         assumed = stack.lengths
         if drawn is not None:
             assumed = assumed.copy()
             for index in asked:
                 usual = np.minimum(request.budgets, self._standings[index].widest)
                 _blind(drawn[index], usual, assumed[index], stack.confidences[index])
-        self._follow_groups()
-        urgency = self._progress.urgency(request.ids, self.options.urgency)
+        urgency = self._urgency(request.ids)
         seen = stack.matches, stack.confidences
-        choice, granted, tokens, seconds = self._allocated(*seen, assumed, request, urgency, self._reasons)
-        self._judge(asked, stack, assumed, request, urgency, tokens, seconds)
-        if drawn is None:
+        choice, granted, *found = self._allocated(*seen, assumed, request, urgency, self._reasons)
+        self._judge(asked, stack, assumed, request, urgency, *found)
+        if not granted.any():
+            proposal = Proposal.empty(rows)
+        elif drawn is None:
             proposal = stack.chosen(choice, granted, self._names)
         else:
             lengths = np.where(choice >= 0, np.minimum(granted, stack.lengths[choice, np.arange(rows)]), 0)
             proposal = joined(proposals, self._names, choice, lengths)
         self._step = _Step(request.ids, drawn, stack, choice, granted, int(proposal.lengths.sum()))
         return proposal if self._step.drafted else Proposal.empty(rows)
+
+    def _urgency(self, ids: Sequence[int]) -> np.ndarray:
+        """float64 [B]; that of some steps ago while the batch is the same."""
+        if len(ids) == 1 or self.options.urgency == 0:
+            return np.ones(len(ids))
+        known, values, step = self._urgencies
+        if known != tuple(ids) or self._steps - step >= _URGENCY_EVERY:
+            self._follow_groups()
+            values, step = self._progress.urgency(ids, self.options.urgency), self._steps
+            self._urgencies = tuple(ids), values, step
+        return values
 
     def observe(self, verified: Verified) -> None:
         rows, step = len(verified.ids), self._step
@@ -250,7 +277,7 @@ class ArbiterDrafter(CompositeDrafter):
         self._backlog.add(verified, told)
         if self._backlog.full:
             self._deliver()
-        if step is None or list(step.ids) != list(verified.ids):
+        if step is None or tuple(step.ids) != tuple(verified.ids):
             return
         self._step = None
         stack, lengths = step.stack, step.stack.lengths
@@ -264,22 +291,21 @@ class ArbiterDrafter(CompositeDrafter):
     def _allocated(
         self, matches: np.ndarray, confidences: np.ndarray, drafts: np.ndarray, request: DraftRequest,
         urgency: np.ndarray, reasons: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray, float, float]:  # fmt: skip
-        """Choice and lengths, int64 [B], expected tokens, and seconds without those of asking."""
-        choice, lengths, self._price, tokens, seconds = allocate(
+    ) -> tuple[np.ndarray, np.ndarray, float, float, float]:  # fmt: skip
+        """Choice and lengths, int64 [B], expected tokens, seconds without those of asking, and those of no draft."""
+        choice, lengths, self._price, tokens, seconds, plain = allocate(
             self._chances, matches, confidences, drafts, request.budgets, urgency, self.costs.table,
             self.costs.scale[0], self._own_seconds, self._price, self._trial, reasons,
         )  # fmt: skip
-        return choice, lengths, tokens, seconds
+        return choice, lengths, tokens, seconds, plain
 
     def _judge(
         self, asked: list[int], stack: Stack, drafts: np.ndarray, request: DraftRequest, urgency: np.ndarray,
-        tokens: float, seconds: float,
+        tokens: float, seconds: float, plain: float,
     ) -> None:  # fmt: skip
         """What asking a drafter brought, its time included, against deciding without it: of dear ones in every step, of
         the others by turns."""
-        plain, price = self.costs.seconds(len(request.ids), len(request.ids)), self._price
-        unused = np.zeros_like(self._reasons)
+        price = self._price
         for index in asked:
             standing = self._standings[index]
             dear = standing.part_of(plain) > DEAR
@@ -289,11 +315,13 @@ class ArbiterDrafter(CompositeDrafter):
                     matches, confidences, all_drafts = _as_if_all(
                         index, self._sampled[index], matches, confidences, drafts
                     )
-                    _, _, found, taken = self._allocated(matches, confidences, all_drafts, request, urgency, unused)
+                    _, _, found, taken, _ = self._allocated(
+                        matches, confidences, all_drafts, request, urgency, self._unused
+                    )
                 without = drafts.copy()
                 without[index] = 0
-                _, _, tokens_without, seconds_without = self._allocated(
-                    matches, confidences, without, request, urgency, unused
+                _, _, tokens_without, seconds_without, _ = self._allocated(
+                    matches, confidences, without, request, urgency, self._unused
                 )
                 rate = found / (taken + standing.seconds)
                 gain = rate * seconds_without / tokens_without - 1
@@ -311,8 +339,7 @@ class ArbiterDrafter(CompositeDrafter):
         self._follow_groups()
 
     def _follow_groups(self) -> None:
-        for verified in self._backlog.take(len(self.ensemble)):
-            self._progress.observe(verified)
+        self._progress.observe(self._backlog.take(len(self.ensemble)))
 
     def counters(self) -> dict[str, float]:
         """Sequence steps by what was decided and why, and what the drafters say."""
@@ -359,7 +386,7 @@ def _compile() -> None:
     costs, one, progress = CostModel(), np.ones(1, np.int64), GroupProgress()
     costs.observe(1, 2, 0.01)
     progress.begin([SequenceStart(i, one, 0, 1.0, 0) for i in range(2)])
-    progress.observe(Verified([0], [one], one))
+    progress.observe([Verified([0], [one], one)])
     progress.urgency([0, 1], 0.5)
     stack = Stack(1, 1, 1)
     stack.put(0, Proposal(np.ones((1, 1), np.int64), one))

@@ -155,6 +155,8 @@ class Verified(Struct, frozen=True, eq=False):
 
     def flat(self) -> tuple[np.ndarray, np.ndarray]:
         """All emitted tokens, int64 [N], and where each row's begin and end, int64 [B + 1]; the caller's own arrays."""
+        if len(self.emitted) == 1:
+            return self.emitted[0].copy(), np.array([0, len(self.emitted[0])])
         borders = np.array([0, *accumulate(map(len, self.emitted))], np.int64)
         return np.concatenate(self.emitted) if len(self.emitted) else np.zeros(0, np.int64), borders
 

@@ -99,6 +99,8 @@ class Ensemble:
 class CompositeDrafter(BaseDrafter):
     """Forwards everything but `propose` to its ensemble."""
 
+    hands_on = False
+
     def __init__(self, ensemble: Ensemble) -> None:
         """
         Raises:

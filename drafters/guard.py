@@ -34,6 +34,8 @@ class Host(Protocol):
     """of its drafters"""
     at_work: str | None
     """which of them is called at the moment"""
+    hands_on: bool
+    """whether it proposes nothing but what its drafters do, which has been checked then"""
 
     def host(self, vocab_size: int, on_event: Callable[[str], None], call_seconds: float) -> None:
         """What guarding them takes; before anything else."""
@@ -62,9 +64,11 @@ class Guard:
         self._vocab_size = vocab_size
         self._call_seconds = call_seconds
         self._failed = 0
+        self._hands_on = False
         _compile()
         if isinstance(drafter, Host):
             drafter.host(vocab_size, on_event, call_seconds)
+            self._hands_on = drafter.hands_on
 
     @property
     def active(self) -> bool:
@@ -107,11 +111,14 @@ class Guard:
     def propose(self, request: DraftRequest) -> Proposal:
         """A checked proposal, no wider than its longest draft; empty where nothing may or can be drafted."""
         rows = len(request.ids)
-        if self._drafter is None or not np.count_nonzero(request.budgets):
+        if self._drafter is None or not request.budgets.any():
             return Proposal.empty(rows)
-        # What it is held to must not be what it can write to.
-        own = DraftRequest([*request.ids], request.budgets.copy(), request.temperatures.copy())
-        proposal = self._call(lambda d: checked(d.propose(own), request, self._vocab_size), None)
+        if self._hands_on:
+            proposal = self._call(lambda d: d.propose(request), None)
+        else:
+            # What it is held to must not be what it can write to.
+            own = DraftRequest(tuple(request.ids), request.budgets.copy(), request.temperatures.copy())
+            proposal = self._call(lambda d: checked(d.propose(own), request, self._vocab_size), None)
         return Proposal.empty(rows) if proposal is None else proposal
 
     def observe(self, verified: Verified) -> None:
@@ -171,13 +178,14 @@ def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Propo
         raise BadProposal(f"token_ids are {ids.dtype} and lengths {lengths.dtype}, not signed integers")
     if proposal.parents is not None:
         raise BadProposal("parents are reserved for trees")
-    within, known, ids, lengths = _tidied(_int64(ids), _int64(lengths), _int64(request.budgets), vocab_size)
-    if not within:
-        raise BadProposal(f"lengths {proposal.lengths.tolist()} where budgets are {request.budgets.tolist()}")
-    if not known:
-        raise BadProposal(f"a token id is outside the vocabulary of {vocab_size}")
+    by, matches, confidences = _notes(proposal, rows)
+    fault, ids, lengths, confident = _tidied(
+        _int64(ids), _int64(lengths), _int64(request.budgets), vocab_size,
+        _NO_MATCHES if matches is None else matches, _NO_CONFIDENCES if confidences is None else confidences,
+    )  # fmt: skip
+    if fault:
+        raise BadProposal(_fault(fault, proposal, request, vocab_size))
     width = ids.shape[1]
-    drafted_by, matches, confidences = _checked_notes(proposal, lengths, width)
     q, sampled = proposal.probabilities if width else None, None
     if q is not None:
         sampled = _checked_mask(proposal.sampled, lengths)
@@ -185,7 +193,7 @@ def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Propo
             q = _checked_probabilities(q, ids, (np.arange(width) < lengths[:, None]) & sampled[:, None], vocab_size)
         else:
             q = sampled = None
-    return Proposal(ids, lengths, q, None, sampled, drafted_by, matches, confidences)
+    return Proposal(ids, lengths, q, None, sampled, by, matches, None if confidences is None else confident)
 
 
 def _check_types(proposal: Proposal) -> None:
@@ -207,75 +215,80 @@ def _int64(values: np.ndarray) -> np.ndarray:
     return np.array(values, np.int64, order="C")
 
 
-@njit(cache=True)
-def _tidied(
-    ids: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, vocab_size: int
-) -> tuple[bool, bool, np.ndarray, np.ndarray]:
-    """Whether all lengths are within bounds, and all ids; copies of both, ids [B, K] up to the longest draft and with
-    zeros for padding."""
-    width = 0
-    for b in range(len(lengths)):
-        if lengths[b] < 0 or lengths[b] > min(budgets[b], ids.shape[1]):
-            return False, True, ids, lengths
-        width = max(width, lengths[b])
-    tokens, known = np.zeros((len(lengths), width), np.int64), True
-    for b in range(len(lengths)):
-        for k in range(lengths[b]):
-            tokens[b, k] = ids[b, k]
-            known &= 0 <= ids[b, k] < vocab_size
-    return True, known, tokens, lengths.copy()
-
-
+_SOUND, _OVER_BUDGET, _UNKNOWN_ID, _TOO_FEW_CONFIDENCES, _NEGATIVE_MATCH, _NO_CHANCE = range(6)
 _NO_MATCHES, _NO_CONFIDENCES = np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
 
 
-def _checked_notes(
-    proposal: Proposal, lengths: np.ndarray, width: int
-) -> tuple[Sequence[str] | None, np.ndarray | None, np.ndarray | None]:
-    """What is said about the drafts beside the drafts."""
-    rows, by, matches, confidences = len(lengths), proposal.drafted_by, proposal.matches, proposal.confidences
+@njit(cache=True)
+def _tidied(
+    ids: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, vocab_size: int, matches: np.ndarray,
+    confidences: np.ndarray,
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """What is wrong, and copies: ids and confidences [B, K] up to the longest draft, with zeros for padding, and
+    lengths. Without matches or confidences these have no rows."""
+    rows, width = len(lengths), 0
+    for b in range(rows):
+        if lengths[b] < 0 or lengths[b] > min(budgets[b], ids.shape[1]):
+            return _OVER_BUDGET, ids, lengths, confidences
+        width = max(width, lengths[b])
+    tokens, confident = np.zeros((rows, width), np.int64), np.zeros((len(confidences), width), np.float32)
+    for b in range(rows):
+        for k in range(lengths[b]):
+            if not 0 <= ids[b, k] < vocab_size:
+                return _UNKNOWN_ID, ids, lengths, confidences
+            tokens[b, k] = ids[b, k]
+    if len(confidences) and confidences.shape[1] < width:
+        return _TOO_FEW_CONFIDENCES, ids, lengths, confidences
+    for b in range(len(matches)):
+        if matches[b] < 0:
+            return _NEGATIVE_MATCH, ids, lengths, confidences
+    for b in range(len(confidences)):
+        for k in range(lengths[b]):
+            if not 0 <= confidences[b, k] <= 1.001:  # up to rounding
+                return _NO_CHANCE, ids, lengths, confidences
+            confident[b, k] = confidences[b, k]
+    return _SOUND, tokens, lengths.copy(), confident
+
+
+def _fault(fault: int, proposal: Proposal, request: DraftRequest, vocab_size: int) -> str:
+    """In words."""
+    if fault == _OVER_BUDGET:
+        return f"lengths {proposal.lengths.tolist()} where budgets are {request.budgets.tolist()}"
+    if fault == _UNKNOWN_ID:
+        return f"a token id is outside the vocabulary of {vocab_size}"
+    if fault == _TOO_FEW_CONFIDENCES:
+        assert proposal.confidences is not None
+        return f"confidences {proposal.confidences.shape} for drafts of up to {proposal.lengths.max()} tokens"
+    if fault == _NEGATIVE_MATCH:
+        return "matches are negative; a draft without a match has 0"
+    return "a draft token's confidence is no number between 0 and 1"
+
+
+def _notes(proposal: Proposal, rows: int) -> tuple[Sequence[str] | None, np.ndarray | None, np.ndarray | None]:
+    """What is said about the drafts beside the drafts: names, int64 [B], float32 [B, K]."""
+    by, matches, confidences = proposal.drafted_by, proposal.matches, proposal.confidences
     if by is not None and (len(by) != rows or not all(isinstance(name, str) for name in by)):
         raise BadProposal(f"drafted_by has {len(by)} entries for {rows} rows, or some that are no names")
-    if matches is None and confidences is None:
-        return by, None, None
     if matches is not None:
         if matches.shape != (rows,) or matches.dtype.kind != "i":
             raise BadProposal(f"matches are {matches.dtype} {matches.shape} for {rows} rows, not one integer each")
         matches = _int64(matches)
     if confidences is not None:
-        if confidences.ndim != 2 or len(confidences) != rows or confidences.shape[1] < width:
-            raise BadProposal(f"confidences {confidences.shape} for {rows} drafts of up to {width} tokens")
+        if confidences.ndim != 2 or len(confidences) != rows:
+            raise BadProposal(f"confidences {confidences.shape} for {rows} drafts")
         if confidences.dtype.kind != "f":
             raise BadProposal(f"confidences are {confidences.dtype}, not floating-point numbers")
-        confidences = np.array(confidences[:, :width], np.float32, order="C")
-    counted, sure = _sound_notes(
-        _NO_MATCHES if matches is None else matches, _NO_CONFIDENCES if confidences is None else confidences, lengths
-    )
-    if not counted:
-        raise BadProposal("matches are negative; a draft without a match has 0")
-    if not sure:
-        raise BadProposal("a draft token's confidence is no number between 0 and 1")
+        confidences = np.ascontiguousarray(confidences, np.float32)
+        if not confidences.flags.writeable:
+            confidences = confidences.copy()  # for read-only arrays it would be compiled once more
     return by, matches, confidences
-
-
-@njit(cache=True)
-def _sound_notes(matches: np.ndarray, confidences: np.ndarray, lengths: np.ndarray) -> tuple[bool, bool]:
-    """Whether matches count something, and confidences of draft tokens are probabilities, up to rounding."""
-    counted, sure = True, True
-    for b in range(len(matches)):
-        counted &= matches[b] >= 0
-    for b in range(len(confidences)):
-        for k in range(lengths[b]):
-            sure &= 0 <= confidences[b, k] <= 1.001
-    return counted, sure
 
 
 @functools.cache
 def _compile() -> None:
     """The compiled checks, before the first call's time counts."""
     ints, one = np.ones(1, np.int64), np.ones((1, 1), np.int64)
-    _tidied(one, ints, ints, 2)
-    _sound_notes(ints, one.astype(np.float32), ints)
+    _tidied(one, ints, ints, 2, ints, one.astype(np.float32))
     _are_distributions(np.ones((1, 1, 1), np.float32), 0 * one, one > 0)
 
 

@@ -13,7 +13,7 @@ class Slots:
         """one more than the largest number given out so far"""
         self._of: dict[int, int] = {}
         self._free: list[int] = []
-        self._asked: list[int] = []
+        self._asked: tuple[int, ...] = ()
         self._answer = np.zeros(0, np.int64)
 
     def __contains__(self, sequence: int) -> bool:
@@ -34,13 +34,13 @@ class Slots:
         slot = self._of.pop(sequence, None)
         if slot is not None:
             self._free.append(slot)
-            self._asked = []
+            self._asked = ()
         return slot
 
     def of(self, ids: Sequence[int]) -> np.ndarray:
         """int64 [B]; not to be changed. A batch stays the same for many steps, and so does the answer."""
-        if ids != self._asked or not self._asked:
-            self._asked, self._answer = list(ids), np.array([self._of[i] for i in ids], np.int64)
+        if not self._asked or tuple(ids) != self._asked:
+            self._asked, self._answer = tuple(ids), np.array([self._of[i] for i in ids], np.int64)
         return self._answer
 
 

@@ -25,6 +25,16 @@ class Stack:
     def __init__(self, drafters: int, rows: int, width: int) -> None:
         self.tokens, self.lengths, self.matches, self.confidences = _blank(drafters, rows, width)
 
+    @classmethod
+    def of_one(cls, proposal: Proposal) -> "Stack":
+        """Of a single drafter, whose proposal a guard has checked; padding holds zeros."""
+        stack, (rows, width) = cls.__new__(cls), proposal.token_ids.shape
+        matches, confidences = proposal.matches, proposal.confidences
+        stack.tokens, stack.lengths = proposal.token_ids[None], proposal.lengths[None]
+        stack.matches = np.full((1, rows), -1, np.int64) if matches is None else matches[None]
+        stack.confidences = np.full((1, rows, width), -1, np.float32) if confidences is None else confidences[None]
+        return stack
+
     def put(self, index: int, proposal: Proposal) -> None:
         """A proposal that a guard has checked, of the drafter `index`."""
         if not proposal.token_ids.shape[1]:
@@ -32,8 +42,8 @@ class Stack:
         matches, confidences = proposal.matches, proposal.confidences
         _put(
             self.tokens, self.lengths, self.matches, self.confidences, index, proposal.token_ids, proposal.lengths,
-            _NO_MATCHES if matches is None else matches.astype(np.int64, copy=False),
-            _NO_CONFIDENCES if confidences is None else np.ascontiguousarray(confidences, np.float32),
+            _NO_MATCHES if matches is None else matches,
+            _NO_CONFIDENCES if confidences is None else confidences,
         )  # fmt: skip
 
     def chosen(self, choice: np.ndarray, granted: np.ndarray, names: Sequence[str]) -> Proposal:

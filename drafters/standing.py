@@ -65,11 +65,10 @@ class Standing:
             return True
         return not self.reads and step - self._asked >= _RETRY_AFTER and not 0.5 < rows / self._rows < 2
 
-    def samples(self, rows: int, plain: float) -> bool:
-        """Whether a few of so many sequences are enough to ask it for: it has slept, did not pay, and must read what it
-        missed of each sequence that it is asked for."""
-        slept = self._step - self._asked > 1
-        return self.reads and rows > SAMPLE and self.gain <= 0 and slept and self.part_of(plain) > DEAR
+    def samples(self, plain: float) -> bool:
+        """Whether a few sequences are enough to ask it for, if it must read what it missed of each: it has slept, and
+        did not pay."""
+        return self.gain <= 0 and self._step - self._asked > 1 and self.part_of(plain) > DEAR
 
     def was_asked(self, rows: int, seconds: float, width: int, whole: bool = True) -> None:
         """It proposed drafts of up to `width` tokens, for all sequences where it was asked as a whole."""

@@ -1,6 +1,7 @@
 """How far the members of each group are: what a token of which sequence is worth."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 from numba import njit
@@ -39,9 +40,11 @@ class GroupProgress:
             self._begun[group] += 1
             self._live[group] += 1
 
-    def observe(self, verified: Verified) -> None:
+    def observe(self, steps: Sequence[Verified]) -> None:
         """Sequences got longer."""
-        self._generated[self._slots.of(verified.ids)] += [len(tokens) for tokens in verified.emitted]
+        for ids, same in groupby(steps, key=lambda step: step.ids):
+            counts = [sum(map(len, tokens)) for tokens in zip(*(step.emitted for step in same), strict=True)]
+            self._generated[self._slots.of(ids)] += counts
 
     def end(self, ids: Sequence[int]) -> None:
         """Unknown ones are fine."""

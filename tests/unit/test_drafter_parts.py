@@ -193,9 +193,43 @@ def test_groups_are_forgotten_with_their_last_sequence():
     progress = GroupProgress()
     for round_ in range(3):
         progress.begin([SequenceStart(10 * round_ + i, np.array([1]), 4, 1.0, 0) for i in range(2)])
-        progress.observe(verified({10 * round_: [1, 2, 3], 10 * round_ + 1: [4]}))
+        progress.observe([verified({10 * round_: [1, 2, 3], 10 * round_ + 1: [4]})])
         progress.end([10 * round_])
         progress.begin([SequenceStart(10 * round_ + 5, np.array([1]), 9, 1.0, 0)])
         urgency = progress.urgency([10 * round_ + 1, 10 * round_ + 5], 0.4)
         assert urgency.tolist() == [1 + 0.4 * 0.5, 1.0]
         progress.end([10 * round_ + 1, 10 * round_ + 5, 999])
+
+
+def test_a_groups_progress_is_the_same_told_at_once():
+    starts = [SequenceStart(i, np.array([1]), i // 2, 1.0, 0) for i in range(4)]
+    steps = [
+        verified({0: [1], 1: [2, 3]}),
+        verified({0: [4, 4, 4], 1: [5]}),
+        verified({1: [6], 3: [7]}),
+        verified({3: [8]}),
+    ]
+    together, apart = GroupProgress(), GroupProgress()
+    for progress in (together, apart):
+        progress.begin(starts)
+    together.observe(steps)
+    for step in steps:
+        apart.observe([step])
+    assert together.urgency(range(4), 0.4).tolist() == apart.urgency(range(4), 0.4).tolist() == [1.24, 1.24, 1.0, 1.0]
+
+
+def test_one_drafter_alone_is_stacked_as_among_others():
+    confidences = np.linspace(0.1, 0.9, 12, dtype=np.float32).reshape(3, 4)
+    for proposal in (
+        Proposal(np.arange(12).reshape(3, 4), np.array([4, 1, 0])),
+        Proposal(
+            np.arange(12).reshape(3, 4), np.array([4, 1, 0]), matches=np.array([5, 6, 0]), confidences=confidences
+        ),
+    ):
+        stack, one = Stack(1, 3, 4), Stack.of_one(proposal)
+        stack.put(0, proposal)
+        for row, n in enumerate([4, 1, 0]):
+            assert one.tokens[0, row, :n].tolist() == stack.tokens[0, row, :n].tolist()
+        for name in ("lengths", "matches", "confidences"):
+            assert getattr(one, name).tolist() == getattr(stack, name).tolist()
+            assert getattr(one, name).dtype == getattr(stack, name).dtype

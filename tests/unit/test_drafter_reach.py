@@ -97,7 +97,7 @@ class Raising(BaseDrafter):
 
     def propose(self, request):
         request.budgets[:] = 8
-        request.ids.clear()
+        assert isinstance(request.ids, tuple)  # which cannot be changed
         return Proposal(np.full((len(request.budgets), 8), 5, np.int64), np.full(len(request.budgets), 8, np.int64))
 
 

@@ -19,6 +19,9 @@ class Batch:
         self._sequences: list[Sequence] = []
         self._tables = np.zeros((most, -(-length // PAGE)), np.int64)
         """row b: pages of live sequence b; what is behind them means nothing"""
+        self._ids: tuple[int, ...] | None = None
+        self._temperatures = np.zeros(0, np.float32)
+        """of the sequences while they stay the same, as long as there are `_ids`"""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -35,8 +38,16 @@ class Batch:
         return self._tables[: len(self._sequences)]
 
     @property
-    def ids(self) -> list[int]:
-        return [s.id for s in self._sequences]
+    def ids(self) -> tuple[int, ...]:
+        if self._ids is None:
+            self._ids = tuple(s.id for s in self._sequences)
+            self._temperatures = np.array([s.temperature for s in self._sequences], np.float32)
+        return self._ids
+
+    @property
+    def temperatures(self) -> np.ndarray:
+        """float32 [B]; not to be changed"""
+        return self._temperatures if self.ids else np.zeros(0, np.float32)
 
     @property
     def slots(self) -> np.ndarray:
@@ -65,6 +76,7 @@ class Batch:
 
     def add(self, sequence: Sequence) -> None:
         self._sequences.append(sequence)
+        self._ids = None
         self.set_pages(len(self._sequences) - 1)
 
     def set_pages(self, row: int, known: int = 0) -> None:
@@ -77,6 +89,7 @@ class Batch:
         gone, last = self._sequences[row], len(self._sequences) - 1
         self._sequences[row], self._tables[row] = self._sequences[last], self._tables[last]
         self._sequences.pop()
+        self._ids = None
         return gone
 
     def places(self, ids: Items[int], evicts: bool) -> Places:

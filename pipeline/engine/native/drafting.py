@@ -48,8 +48,7 @@ class Drafting(Guard):
 
     def draft(self, batch: Batch, budgets: np.ndarray) -> Proposal:
         """Of at most `budgets` [B] tokens a row."""
-        temperatures = np.array([s.temperature for s in batch], np.float32)
-        return self.propose(DraftRequest(batch.ids, budgets, temperatures))
+        return self.propose(DraftRequest(batch.ids, budgets, batch.temperatures))
 
     def follow(self, batch: Batch, emissions: Items[Emission], scores: Scores, seconds: float) -> None:
         """Shows what a verification of so many seconds emitted."""
