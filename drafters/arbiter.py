@@ -104,7 +104,7 @@ class ArbiterDrafter(CompositeDrafter):
         refresh(self._counts, self._chances)
         _compile()
         self._progress = GroupProgress()
-        self._all_standings = [Standings(bool(guard.needs & _READS)) for guard in self.ensemble]
+        self._standings_by_size = [Standings(bool(guard.needs & _READS)) for guard in self.ensemble]
         self._must_know = [bool(guard.needs & ~WAITS) for guard in self.ensemble]
         """who is told every step"""
         self._standings: list[Standing] = []
@@ -170,7 +170,7 @@ class ArbiterDrafter(CompositeDrafter):
         if self._measures_plain(rows):
             self._measuring += rows
             return Proposal.empty(rows)
-        self._standings = [standings.of(rows) for standings in self._all_standings]
+        self._standings = [standings.of(rows) for standings in self._standings_by_size]
         asked = [i for i, standing in enumerate(self._standings) if standing.begin_step(rows)]
         if not asked:
             self._resting += rows
@@ -266,7 +266,7 @@ class ArbiterDrafter(CompositeDrafter):
         self._drafted_steps = self._drafted_steps + 1 if drafted else 0
         self._untimed = 0 if verified.seconds > 0 else self._untimed + 1
         told = []
-        for index, (guard, standings) in enumerate(zip(self.ensemble, self._all_standings, strict=True)):
+        for index, (guard, standings) in enumerate(zip(self.ensemble, self._standings_by_size, strict=True)):
             standing = standings.of(rows)
             if self._must_know[index] or standing.awake(rows):
                 began = self._clock()
