@@ -81,7 +81,7 @@ def test_an_arbiter_keeps_sleepers_waiting_unless_they_read_the_layers_of_every_
     drafter = Noting(needs)
     arbiter = ArbiterDrafter(ArbiterDrafter.Options(measure=False), drafters=[drafter])
     arbiter.begin([SequenceStart(1, np.array([5]), 0, 1.0, 0)])
-    arbiter._all_standings[0].of(1)._wakes = 4
+    arbiter._standings_by_size[0].of(1)._wakes = 4
     for step, tokens in enumerate(([3], [4], [6])):
         proposal = arbiter.propose(DraftRequest([1], np.array([4]), np.ones(1, np.float32)))
         assert not proposal.lengths.any()
