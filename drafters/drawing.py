@@ -4,6 +4,10 @@ Whatever ends a draft looks at distributions and at tokens that are in it, never
 that stands in a draft only where it looks good is not drawn from the distribution that is stated for it.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +18,34 @@ from pipeline.sampling.plain import draw_plain
 from pipeline.sampling.uniforms import Stream, salted, uniforms
 
 _MAX_DRAFT_BITS = 16
+
+
+class Wanted(NamedTuple):
+    """Drafts that are drawn in one call, for A rows."""
+
+    temperatures: np.ndarray
+    """float32 [A], all above 0"""
+    sampled: np.ndarray
+    """bool [A], rows that draw; the others take the likeliest token"""
+    numbers: np.ndarray
+    """float64 [A, K] in (0, 1), what is drawn by"""
+    budgets: np.ndarray
+    """int64 [A], most tokens of each, 1 to K"""
+    stop_below: float
+    """a draft ends with the first token that was drawn from a distribution with a lower peak"""
+
+
+class Chained(NamedTuple):
+    """What was drawn."""
+
+    tokens: np.ndarray
+    """int64 [A, K]"""
+    lengths: np.ndarray
+    """int64 [A]"""
+    peaks: np.ndarray
+    """float32 [A, K], of the distributions"""
+    probabilities: Tensor
+    """float32 [A, K, V], the distributions; zeros behind a row's length"""
 
 
 class Drawing:
@@ -77,6 +109,25 @@ class Drawing:
         self._lengths[rows] = self.depth = depth + 1
         self.rows = rows[(self._budgets[rows] > self.depth) & (confidences >= self._stop_below)]
         return tokens
+
+    def whole(self, draw: Callable[[Wanted], Chained]) -> Proposal:
+        """All of it in one call, for `rows`."""
+        rows, depths = self.rows, np.arange(self._tokens.shape[1])
+        temperatures = np.where(self._temperatures > 0, self._temperatures, 1)[rows]
+        positions = (self._positions[rows, None] << _MAX_DRAFT_BITS) + depths
+        numbers = uniforms(self._seeds[rows, None], positions, Stream.DRAFT)
+        sampled = self._sampled[rows]
+        wanted = temperatures.astype(np.float32), sampled, numbers, self._budgets[rows], self._stop_below
+        found = draw(Wanted(*wanted))
+        self._tokens[rows], self._lengths[rows], self._confidences[rows] = found.tokens, found.lengths, found.peaks
+        self.depth, self.rows = int(found.lengths.max()), rows[:0]
+        proposal = self.proposal()
+        if not sampled.any():
+            return proposal
+        q = found.probabilities[:, : self.depth]
+        if len(rows) < len(self._lengths):
+            q = q.new_zeros(len(self._lengths), *q.shape[1:]).index_copy_(0, torch.from_numpy(rows), q)
+        return msgspec.structs.replace(proposal, probabilities=q, sampled=self._sampled)
 
     def proposal(self) -> Proposal:
         """What has been drawn."""

@@ -116,24 +116,42 @@ class MTPDrafter(BaseDrafter):
     @torch.no_grad()
     def propose(self, request: DraftRequest) -> Proposal:
         budgets = np.minimum(request.budgets, self.options.max_tokens)
-        self._texts.catch_up([i for i, budget in zip(request.ids, budgets.tolist(), strict=True) if budget])
+        texts = [self._texts[i] for i, budget in zip(request.ids, budgets.tolist(), strict=True) if budget]
+        self._texts.read_prompts(texts)
+        whole = self._head.chains(max(len(texts), sum(text.waiting for text in texts)))
+        if not whole:
+            self._texts.read(texts)
         # Nothing can be drafted after a prompt of a single token, whose successor no row predicts.
-        budgets = budgets * np.array([self._texts[i].last is not None for i in request.ids], np.int64)
+        budgets = budgets * np.array([self._texts[i].rows > 0 for i in request.ids], np.int64)
         if not budgets.any():
             return Proposal.empty(len(request.ids))
-        return self._drafts(request, budgets)
-
-    def _drafts(self, request: DraftRequest, budgets: np.ndarray) -> Proposal:
         known = [self._texts[i] for i in request.ids]
         drawing = Drawing(
             request, budgets, np.array([text.seed for text in known], np.int64),
-            np.array([text.cached + 1 for text in known], np.int64), vocab_size=self._target.config.vocab_size,
+            np.array([text.rows + 1 for text in known], np.int64), vocab_size=self._target.config.vocab_size,
             greedy=self.options.greedy, stop_below=self.options.stop_below,
         )  # fmt: skip
-        rows = drawing.rows
-        texts = [known[row] for row in rows]
+        texts = [known[row] for row in drawing.rows.tolist()]
+        if whole:
+            return self._in_one_call(drawing, texts, int(budgets.max()))
+        return self._one_by_one(drawing, texts, budgets[drawing.rows])
+
+    def _in_one_call(self, drawing: Drawing, texts: Sequence[Text], most: int) -> Proposal:
+        """What is left to read is read on the way; rows of shorter drafts are taken along to the end of the longest."""
         cached = np.array([text.cached for text in texts], np.int64)
-        tables = self._texts.tables(texts, (cached + budgets[rows] - 1).tolist())
+        tables = self._texts.tables(texts, [text.rows + most - 1 for text in texts])
+        nothing = self._target.embedding.new_zeros(self._target.config.hidden_size)
+        last = torch.stack([nothing if text.last is None else text.last for text in texts])
+        unread, chain, cache = self._texts.take_unread(texts), self._head.chain(), self._texts.cache
+        proposal = drawing.whole(lambda wanted: chain(wanted, last, unread, tables, cached, cache))
+        for text, state in zip(texts, last, strict=True):
+            text.last = state
+        return proposal
+
+    def _one_by_one(self, drawing: Drawing, texts: Sequence[Text], budgets: np.ndarray) -> Proposal:
+        rows = drawing.rows
+        cached = np.array([text.cached for text in texts], np.int64)
+        tables = self._texts.tables(texts, (cached + budgets - 1).tolist())
         hidden = torch.stack([_last(text) for text in texts])
         while True:
             drawn = drawing.draw(self._head.logits(hidden))

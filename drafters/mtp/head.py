@@ -17,6 +17,7 @@ read.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ from pipeline.models.checkpoint import MTP_LAYERS, files_with, holds, load_tenso
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Decoder, LayerWeights
 from pipeline.models.kv_cache import AttentionPlan, KVCache
+
+if TYPE_CHECKING:
+    from drafters.mtp.chain import HeadChain
+    from pipeline.models.cpu_layers import CompiledLayers
 
 PREFIX = "mtp."
 FILE = "mtp.safetensors"
@@ -50,6 +55,9 @@ class MTPHead(LayerWeights):
         self.layer = self._layer("mtp.layers.0.")
         self.final_norm = self._norm_weight("mtp.norm.weight", hidden)
         self._compiled_fc = False
+        self._chain: HeadChain | None = None
+        self._chained: tuple[CompiledLayers, CompiledLayers | None] | None = None
+        """the compiled layers of head and target that it was made of"""
         self.normed_goes_round = False
         """MiMo's: further tokens read norm(h') in place of h', the first the target's states before its final norm"""
 
@@ -88,6 +96,25 @@ class MTPHead(LayerWeights):
             return joined_product(embedded, hidden, norms, self.fc, self.config.rms_norm_eps)
         norm = self.attention.norm
         return self.fc(torch.cat([norm(embedded, self.norm_embedding), norm(hidden, self.norm_hidden)], 1))
+
+    def chains(self, rows: int) -> bool:
+        """Whether `chain` can read, or draft for, so many rows."""
+        fits = self._compiled_fc and self._target.has_compiled_head and not self.normed_goes_round
+        return fits and self.takes_compiled(rows)
+
+    def chain(self) -> "HeadChain":
+        """Whole drafts, for the weights as they are now."""
+        from drafters.mtp.chain import HeadChain
+
+        assert self._compiled is not None
+        made_of = self._compiled, self._target.compiled
+        if self._chain is None or self._chained != made_of:
+            self._chained = made_of
+            self._chain = HeadChain(
+                self._compiled, embedding=self._target.embedding, norms=(self.norm_embedding, self.norm_hidden),
+                fc=self.fc, final_norm=self.final_norm, head=self._target.head, epsilon=self.config.rms_norm_eps,
+            )  # fmt: skip
+        return self._chain
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [N, V] of h' [N, H]."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,11 @@ class Text:
     def waiting(self) -> int:
         return sum(map(len, self.tokens))
 
+    @property
+    def rows(self) -> int:
+        """Read and to be read."""
+        return self.cached + self.waiting
+
     def take(self, count: int) -> tuple[np.ndarray, Tensor]:
         """The first `count` of the rows to read."""
         if len(self.tokens) == 1 and len(self.tokens[0]) == count:
@@ -45,6 +51,17 @@ class Text:
         rest = count < len(tokens)
         self.tokens, self.hidden = [tokens[count:]] if rest else [], [hidden[count:]] if rest else []
         return tokens[:count], hidden[:count]
+
+
+class Unread(NamedTuple):
+    """Rows that B sequences have still to read: a token, and the target's state before it."""
+
+    tokens: np.ndarray
+    """int64 [N], packed"""
+    hidden: Tensor
+    """[N, H]"""
+    counts: np.ndarray
+    """int64 [B], of each sequence"""
 
 
 @dataclass(slots=True)
@@ -107,9 +124,8 @@ class Texts:
             self.cache.release(prompt.pages)
             self._prompts[group] = _Prompt(prompt.members)
 
-    def catch_up(self, ids: Sequence[int]) -> None:
-        """Reads all rows that sequences have still to read; each group's prompt once."""
-        texts = [self._texts[i] for i in ids]
+    def read_prompts(self, texts: Sequence[Text]) -> None:
+        """Each group's prompt once."""
         leaders: dict[int, Text] = {}
         for text in texts:
             if not text.cached and text.prompt_rows and not self._prompts[text.group].rows:
@@ -120,6 +136,20 @@ class Texts:
                 self._keep_prompt(text)
         for text in texts:
             self._adopt_prompt(text)
+
+    def take_unread(self, texts: Sequence[Text]) -> Unread:
+        """All rows that they have still to read, which count as read from now on."""
+        counts = [text.waiting for text in texts]
+        taken = [text.take(count) for text, count in zip(texts, counts, strict=True) if count]
+        for text, count in zip(texts, counts, strict=True):
+            text.cached += count
+        if not taken:
+            none = torch.zeros(0, self.head.config.hidden_size, dtype=self.head.dtype, device=self.head.device)
+            return Unread(np.zeros(0, np.int64), none, np.array(counts))
+        return Unread(np.concatenate([t for t, _ in taken]), torch.cat([h for _, h in taken]), np.array(counts))
+
+    def read(self, texts: Sequence[Text]) -> None:
+        """All rows that they have still to read."""
         self._read(texts)
 
     def tables(self, texts: Sequence[Text], tokens: Sequence[int]) -> np.ndarray:

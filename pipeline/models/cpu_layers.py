@@ -31,7 +31,7 @@ gate, up, down, keys, values; and its window. 0: there is none."""
 
 
 @njit(fastmath=FAST, inline="always")
-def _project(
+def project(
     x: np.ndarray, weight: int, bias: np.ndarray, out: np.ndarray, adding: bool, first: int, last: int, sums: np.ndarray
 ) -> None:
     """Blocks `first` to `last` of x W^T + bias into int16 `out` [N, outputs], or added to it."""
@@ -79,13 +79,13 @@ def _gated(
 _X, _TABLE, _LAYERS, _ROWS, _HIDDEN, _HEADS, _KV_HEADS, _DIMENSION, _INNER, _PAGES = range(10)
 _POSITION, _PLACE, _TOKEN_PAGE, _TABLES, _COLUMNS, _CACHED, _STARTS, _SEQUENCES = range(10, 18)
 _COS, _SIN, _ANGLES, _WORK, _SUMS, _COUNTERS, _NORM, _REALS = range(18, 26)
-_ARGUMENTS = 27
+ARGUMENTS = 27
 """int64 addresses and sizes in this order; the last two are float64: epsilon of the norms, scale of the scores."""
 
 
 @njit(fastmath=FAST, cache=True)
 def through_layers(a: np.ndarray, thread: int, threads: int) -> None:
-    """What one thread of several does of a pass; `a` int64 [_ARGUMENTS]."""
+    """What one thread of several does of a pass; `a` int64 [ARGUMENTS]."""
     n, hidden, inner, counters = a[_ROWS], a[_HIDDEN], a[_INNER], a[_COUNTERS]
     heads, kv_heads, dimension = a[_HEADS], a[_KV_HEADS], a[_DIMENSION]
     reals = a[_REALS : _REALS + 2].view(np.float64)
@@ -125,7 +125,7 @@ def through_layers(a: np.ndarray, thread: int, threads: int) -> None:
         rms_norm(x, norm, epsilon, normed)
         blocks = wide // BLOCK
         bias = carray(pointer(row[2]), (wide if row[2] else 0,), np.int16)
-        _project(normed, row[1], bias, flat, False, blocks * thread // threads, blocks * (thread + 1) // threads, sums)
+        project(normed, row[1], bias, flat, False, blocks * thread // threads, blocks * (thread + 1) // threads, sums)
         met += threads
         if threads > 1:
             meet(counters, met)
@@ -147,7 +147,7 @@ def through_layers(a: np.ndarray, thread: int, threads: int) -> None:
         blocks = hidden // BLOCK
         mine, end = blocks * thread // threads, blocks * (thread + 1) // threads
         bias = carray(pointer(row[5]), (hidden if row[5] else 0,), np.int16)
-        _project(flat_attended, row[4], bias, x, True, mine, end, sums)
+        project(flat_attended, row[4], bias, x, True, mine, end, sums)
         met += threads
         if threads > 1:
             meet(counters, met)
@@ -160,7 +160,7 @@ def through_layers(a: np.ndarray, thread: int, threads: int) -> None:
         if threads > 1:
             meet(counters, met)
 
-        _project(gated, row[9], carray(pointer(row[9]), (0,), np.int16), x, True, mine, end, sums)
+        project(gated, row[9], carray(pointer(row[9]), (0,), np.int16), x, True, mine, end, sums)
         met += threads
         if threads > 1:
             meet(counters, met)
@@ -175,42 +175,49 @@ def _layers_part() -> int:
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def part(address: Any) -> None:
-        through_layers(carray(address, (_ARGUMENTS,)), thread_number(), thread_count())
+        through_layers(carray(address, (ARGUMENTS,)), thread_number(), thread_count())
 
     return _address(part)
 
 
-_FACTS = 9
+FACTS = 9
 """int64: address of x, its rows and inputs; of the weight, its outputs and whether they are in blocks; of float32
 [rows, outputs]; of a norm's weight for x, or 0; and the bits of its epsilon, float64."""
 
 
 @njit(fastmath=FAST, cache=True)
 def product_part(a: np.ndarray, thread: int, threads: int) -> None:
-    """What one thread of several does of x W^T, or norm(x) W^T, in float32; `a` as `_FACTS` says."""
-    x, rows, inputs, weights, outputs, packed, out = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
-    normed = np.empty((rows if a[7] else 0, inputs), np.int16)
+    """What one thread of several does of x W^T, or norm(x) W^T, in float32; `a` as `FACTS` says."""
+    x = carray(pointer(a[0]), (a[1], a[2]), np.int16)
     if a[7]:
-        norm = carray(pointer(a[7]), (inputs,), np.float32)
-        rms_norm(carray(pointer(x), (rows, inputs), np.int16), norm, a[8:].view(np.float64)[0], normed)
-        x = normed.ctypes.data
+        normed = np.empty_like(x)
+        rms_norm(x, carray(pointer(a[7]), (a[2],), np.float32), a[8:].view(np.float64)[0], normed)
+        _product_of(normed, a, thread, threads)
+    else:
+        _product_of(x, a, thread, threads)
+
+
+@njit(fastmath=FAST, cache=True)
+def _product_of(x: np.ndarray, a: np.ndarray, thread: int, threads: int) -> None:
+    """`x` is an argument, not an address: an array that nothing but its address is used of any more is freed."""
+    (rows, inputs), weights, outputs, packed, out = x.shape, a[3], a[4], a[5], a[6]
     if packed:
         blocks = outputs // BLOCK
         into = carray(pointer(out), (rows, outputs), np.float32)
         sums = np.empty((rows, BLOCK), np.float32)
         for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
             here = weights + block * inputs * 2 * BLOCK
-            block_products(x, 2 * inputs, rows, here, inputs // 2, sums.ctypes.data, here)
+            block_products(x.ctypes.data, 2 * inputs, rows, here, inputs // 2, sums.ctypes.data, here)
             for r in range(rows):
                 into[r, block * BLOCK : (block + 1) * BLOCK] = sums[r]
         return
     fours = outputs // 4
     first, last = 4 * (fours * thread // threads), 4 * (fours * (thread + 1) // threads)
-    row_products(x, 2 * inputs, rows, weights, inputs, first, last, out, 4 * outputs)
+    row_products(x.ctypes.data, 2 * inputs, rows, weights, inputs, first, last, out, 4 * outputs)
     if thread == threads - 1 and last < outputs:
         # what is left of four: together with some that are done
         end = weights + 2 * inputs * (outputs - 4)
-        row_products(x, 2 * inputs, rows, end, inputs, 0, 4, out + 4 * (outputs - 4), 4 * outputs)
+        row_products(x.ctypes.data, 2 * inputs, rows, end, inputs, 0, 4, out + 4 * (outputs - 4), 4 * outputs)
 
 
 @cache
@@ -219,7 +226,7 @@ def _product_part() -> int:
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def part(address: Any) -> None:
-        product_part(carray(address, (_FACTS,)), thread_number(), thread_count())
+        product_part(carray(address, (FACTS,)), thread_number(), thread_count())
 
     return _address(part)
 
@@ -281,37 +288,39 @@ class CompiledLayers:
             first, last: None: to the end.
             norm: weight float32 [H] of a norm behind them, if there is one.
         """
-        c, n, threads = self._config, len(x), torch.get_num_threads()
-        table, store = self._table[first:last], cache.store
-        step = store.stride(0) * 2
-        table[:, 10] = store.data_ptr() + step * np.arange(first, first + len(table))
-        table[:, 11] = table[:, 10] + store.stride(1) * 2
-        cos, sin = self._rope.halves(plan.positions_end)
+        threads = torch.get_num_threads()
         run = team() if threads > 1 else None
-        wide = (c.heads + 2 * c.kv_heads) * c.head_dim
-        numbers = n * (wide + 2 * c.heads * c.head_dim + c.intermediate_size + (threads + 1) * c.hidden_size)
-        work, sums = np.empty(numbers, np.int16), np.empty(2 * threads * n * BLOCK, np.float32)
-        counters, arguments = np.zeros(1 + len(table), np.int64), np.empty(_ARGUMENTS, np.int64)
-        kept = _pack(
-            arguments, x.data_ptr(), 0 if norm is None else norm.data_ptr(), table, self._shape, cache.pages,
-            plan.tables, plan.cached, plan.starts, plan.position, plan.place, plan.page, cos, sin, work, sums, counters,
-            self._real,
+        table, *rest = self.parts(cache, len(x), plan.positions_end, threads, first, last)
+        counters, arguments = np.zeros(1 + len(table), np.int64), np.empty(ARGUMENTS, np.int64)
+        kept = pack(
+            arguments, x.data_ptr(), 0 if norm is None else norm.data_ptr(), cache.pages, plan.tables, plan.cached,
+            plan.starts, plan.position, plan.place, plan.page, counters, table, *rest,
         )  # fmt: skip
         if run is None:
             through_layers(arguments, 0, 1)
         else:
             run(_layers_part(), arguments.ctypes.data)
-        del kept  # what the addresses are of has lived until here
+        del kept, rest  # what the addresses are of has lived until here
         return x
+
+    def parts(
+        self, cache: KVCache, rows: int, end: int, threads: int, first: int = 0, last: int | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """The last seven arguments of `pack`, for passes of up to `rows` tokens at positions before `end`."""
+        c, table, store = self._config, self._table[first:last], cache.store
+        table[:, 10] = store.data_ptr() + store.stride(0) * 2 * np.arange(first, first + len(table))
+        table[:, 11] = table[:, 10] + store.stride(1) * 2
+        wide = (c.heads + 2 * c.kv_heads) * c.head_dim
+        numbers = rows * (wide + 2 * c.heads * c.head_dim + c.intermediate_size + (threads + 1) * c.hidden_size)
+        work, sums = np.empty(numbers, np.int16), np.empty(2 * threads * rows * BLOCK, np.float32)
+        return table, self._shape, self._real, *self._rope.halves(end), work, sums
 
 
 @njit(cache=True)
-def _pack(
+def pack(
     a: np.ndarray,
     x: int,
     norm: int,
-    table: np.ndarray,
-    shape: np.ndarray,
     pages: int,
     tables: np.ndarray,
     cached: np.ndarray,
@@ -319,14 +328,16 @@ def _pack(
     position: np.ndarray,
     place: np.ndarray,
     page: np.ndarray,
+    counters: np.ndarray,
+    table: np.ndarray,
+    shape: np.ndarray,
+    real: np.ndarray,
     cos: np.ndarray,
     sin: np.ndarray,
     work: np.ndarray,
     sums: np.ndarray,
-    counters: np.ndarray,
-    real: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fills the arguments `a`; copies that some of them are the addresses of."""
+    """Fills the arguments `a` of `through_layers`; arrays, perhaps copies, that some of them are the addresses of."""
     tables, cached, starts = np.ascontiguousarray(tables), np.ascontiguousarray(cached), np.ascontiguousarray(starts)
     a[_X], a[_NORM], a[_TABLE], a[_LAYERS], a[_ROWS] = x, norm, table.ctypes.data, len(table), len(position)
     a[_HIDDEN : _INNER + 1] = shape
@@ -349,20 +360,26 @@ def takes_product(linear: Linear) -> bool:
 
 def product(x: Tensor, linear: Linear, norm: Tensor | None = None, epsilon: float = 0.0) -> Tensor:
     """float32 [N, outputs] of bfloat16 rows [N, inputs], which a norm (weight float32 [inputs]) may come before."""
-    weight, x, threads = linear.weight, x.contiguous(), torch.get_num_threads()
-    out = torch.empty(len(x), len(weight))
+    x, threads = x.contiguous(), torch.get_num_threads()
+    out = torch.empty(len(x), len(linear.weight))
     run = team() if threads > 1 else None
-    address = packed_address(weight) or weight.data_ptr()
-    arguments = np.array([
-        x.data_ptr(), len(x), weight.shape[1], address, len(weight), weight.is_mkldnn, out.data_ptr(),
-        0 if norm is None else norm.data_ptr(), 0,
-    ])  # fmt: skip
-    arguments[8:].view(np.float64)[0] = epsilon
+    arguments = product_facts(x.data_ptr(), len(x), linear, out.data_ptr(), norm, epsilon)
     if run is None:
         product_part(arguments, 0, 1)
     else:
         run(_product_part(), arguments.ctypes.data)
     return out
+
+
+def product_facts(x: int, rows: int, linear: Linear, out: int, norm: Tensor | None, epsilon: float) -> np.ndarray:
+    """int64 [FACTS], what `product_part` reads; `x` and `out` are addresses."""
+    weight = linear.weight
+    facts = np.array([
+        x, rows, weight.shape[1], packed_address(weight) or weight.data_ptr(), len(weight), weight.is_mkldnn, out,
+        0 if norm is None else norm.data_ptr(), 0,
+    ])  # fmt: skip
+    facts[8:].view(np.float64)[0] = epsilon
+    return facts
 
 
 def joined_product(
@@ -393,4 +410,4 @@ def _join(
         rms_norm(second if half else first, second_norm if half else first_norm, epsilon, part)
         joined[:, half * width : (half + 1) * width] = part
     sums, no_bias = np.empty((rows, BLOCK), np.float32), np.zeros(0, np.int16)
-    _project(joined, weight, no_bias, out, False, 0, out.shape[1] // BLOCK, sums)
+    project(joined, weight, no_bias, out, False, 0, out.shape[1] // BLOCK, sums)

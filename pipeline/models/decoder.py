@@ -105,6 +105,11 @@ class LayerWeights:
 
             self._compiled = CompiledLayers.of(self.config, self.layers, self.attention.rope)
 
+    @property
+    def compiled(self) -> "CompiledLayers | None":
+        """The layers as one compiled call; another one after every `load`."""
+        return self._compiled
+
     def takes_compiled(self, rows: int) -> bool:
         """Whether the compiled pass is faster for so many rows."""
         if self._compiled is None:
@@ -200,6 +205,11 @@ class Decoder(LayerWeights):
     def block(self, index: int, x: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
         """[N, H] of [N, H]: one layer; its keys and values are cached."""
         return self.through(index, self.layers[index], x, plan, cache, self.attention)
+
+    @property
+    def has_compiled_head(self) -> bool:
+        """Whether compiled passes can compute logits."""
+        return self._compiled_head
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""Whole drafts in one compiled call are bit for bit what the parts give one by one."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from drafters.base import DraftRequest, SequenceStart, Verified
+from drafters.mtp.drafter import MTPDrafter
+from pipeline.models import cpu_products
+from pipeline.models.checkpoint import load_decoder
+from pipeline.models.kv_cache import KVCache
+from tests.unit.test_mtp import module_for
+from tests.unit.tiny_models import save_tiny
+
+pytestmark = pytest.mark.skipif(
+    not cpu_products.supported(), reason="this processor does not multiply pairs of bfloat16"
+)
+VOCABULARY = 384
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "a head of its own"])
+def decoder(request, tmp_path):
+    shape = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": VOCABULARY}
+    folder = save_tiny(tmp_path, "Qwen3", num_hidden_layers=2, tie_word_embeddings=request.param, **shape)
+    decoder = load_decoder(folder, dtype="bfloat16")
+    decoder.most_compiled_rows = 1000
+    return decoder
+
+
+class Follower:
+    """A drafter, fed with the same texts whatever it drafts."""
+
+    PROMPTS = ([5, 9, 5, 9, 3], [1], [7, 8] * 20, [7, 8] * 20)
+    GROUPS = (0, 1, 2, 2)
+
+    def __init__(self, decoder, whole, options):
+        self.decoder, self.texts = decoder, [list(prompt) for prompt in self.PROMPTS]
+        self.drafter = MTPDrafter(MTPDrafter.Options(**options), module_for(decoder.config).weights())
+        self.drafter.attach(SimpleNamespace(decoder=decoder))
+        head = self.drafter._head
+        head.most_compiled_rows = 1000
+        assert head.chains(4)
+        if not whole:
+            head.chains = lambda rows: False
+        self.drafter.begin([
+            SequenceStart(i, np.array(text), self.GROUPS[i], 1.0, i, hidden=self.states(text)[:-1])
+            for i, text in enumerate(self.texts)
+        ])  # fmt: skip
+
+    def states(self, tokens):
+        """[T, H]"""
+        cache = KVCache(self.decoder.config, self.decoder.dtype, self.decoder.device, 8)
+        plan = cache.plan(np.array([cache.take(8)]), np.array([0]), np.array([len(tokens)]))
+        return self.decoder.forward(torch.tensor(tokens), plan, cache)
+
+    def steps(self):
+        rng = np.random.default_rng(3)
+        for budgets in ([4, 4, 4, 4], [4, 1, 0, 3], [0, 2, 4, 1], [1, 1, 1, 1], [4, 3, 2, 1]):
+            temperatures = np.array([1.0, 0.5, 0.0, 2.0], np.float32)
+            yield self.drafter.propose(DraftRequest([0, 1, 2, 3], np.array(budgets), temperatures))
+            counts = rng.integers(1, 6, 4)
+            emitted = [rng.integers(0, VOCABULARY, n) for n in counts]
+            hidden = []
+            for text, tokens in zip(self.texts, emitted, strict=True):
+                text += tokens.tolist()
+                hidden.append(self.states(text)[-len(tokens) - 1 : -1])
+            starts = np.cumsum([0, *counts[:-1]])
+            self.drafter.observe(Verified([0, 1, 2, 3], emitted, counts - 1, torch.cat(hidden), None, starts))
+
+
+@pytest.mark.parametrize("options", [{}, {"greedy": True}, {"stop_below": 0.02}, {"max_tokens": 1}], ids=str)
+def test_whole_drafts_are_those_of_the_parts(decoder, threads, options):
+    whole, parts = (Follower(decoder, way, options) for way in (True, False))
+    lengths = []
+    for found, expected in zip(whole.steps(), parts.steps(), strict=True):
+        assert found.lengths.tolist() == expected.lengths.tolist()
+        inside = np.arange(found.token_ids.shape[1]) < found.lengths[:, None]
+        np.testing.assert_array_equal(found.token_ids[inside], expected.token_ids[inside])
+        np.testing.assert_array_equal(found.confidences[inside], expected.confidences[inside])
+        assert (found.probabilities is None) == (expected.probabilities is None)
+        if found.probabilities is not None:
+            np.testing.assert_array_equal(found.sampled, expected.sampled)
+            drawn = torch.from_numpy(inside & found.sampled[:, None])
+            torch.testing.assert_close(found.probabilities[drawn], expected.probabilities[drawn], rtol=0, atol=0)
+        lengths += found.lengths.tolist()
+    assert max(lengths) == (1 if options.get("max_tokens") else 4) and len({*lengths}) > 1
+
+
+def test_new_weights_of_the_target_are_drafted_with(decoder):
+    follower = Follower(decoder, True, {})
+    next(follower.steps())
+    before = follower.drafter._head.chain()
+    tensors = decoder.tensors()
+    decoder.load(lambda name: 1.5 * tensors[name])
+    assert follower.drafter._head.chain() is not before
