@@ -10,6 +10,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_configure() -> None:
+    """Forgets compiled functions once any source of theirs is newer: numba looks at the file a function stands in,
+    not at those of the functions it has inlined."""
+    root = Path(__file__).resolve().parents[1]
+    folders = [root / part for part in ("benchmarks", "drafters", "learner", "pipeline")]
+    sources = [path for folder in folders for path in folder.rglob("*.py") if "njit" in path.read_text()]
+    newest = max(path.stat().st_mtime for path in sources)
+    indices = [path for folder in folders for path in folder.rglob("*.nbi")]
+    if any(path.stat().st_mtime < newest for path in indices):
+        for path in indices:
+            path.unlink(missing_ok=True)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run what takes many minutes")
 
