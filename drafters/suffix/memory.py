@@ -30,6 +30,8 @@ _TAIL = 8
 """tokens of the prompt that a sequence's text begins with outside its prompt's own automaton"""
 _FULL = 3 / 8
 """the recent automaton, and that of one prompt, is full at this part of the bytes"""
+_LARGEST, _SHORT = 1 / 2, 7 / 8
+"""the recent one only at this part, as long as all there is takes less than that part"""
 
 
 @dataclass(slots=True)
@@ -108,7 +110,7 @@ class SuffixMemory:
     def observe(self, ids: Sequence[int], tokens: np.ndarray, borders: np.ndarray) -> None:
         """Tokens int64 [N] that continue sequences, those of the b-th at `borders[b]:borders[b + 1]`."""
         self._observe(self.rows(ids), tokens, borders, None)
-        if self._recent >= 0 and self.pool.size(self._recent) > _FULL * self._max_bytes:
+        if self._recent >= 0 and self.pool.size(self._recent) > _FULL * self._max_bytes and self._is_full():
             self._turn()
 
     def end(self, ids: Sequence[int]) -> None:
@@ -152,11 +154,17 @@ class SuffixMemory:
                 return
             self.pool.grow(full)
 
+    def _is_full(self) -> bool:
+        """The recent automaton, which has its part: whether others need room."""
+        large = self.pool.size(self._recent) > _LARGEST * self._max_bytes
+        return large or self.pool.bytes > _SHORT * self._max_bytes
+
     def _turn(self) -> None:
         """The recent automaton is full: it becomes the one before."""
         if self._before >= 0:
             self._forget(self._before)
         self._before, self._recent = self._recent, self.pool.new()
+        self.pool.trim(self._before)
         self._fit()
 
     def _forget(self, automaton: int) -> None:

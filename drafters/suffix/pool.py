@@ -1,4 +1,5 @@
-"""The memory of suffix automata: a block of states and a table of transitions each, growing by half or double."""
+"""The memory of suffix automata: a block of states and a table of transitions each; a block grows by half, or by an
+eighth where it is large, a table to its double."""
 
 from dataclasses import dataclass, field
 
@@ -7,6 +8,8 @@ import numpy as np
 from drafters.suffix import kernels as k
 
 _FIRST_STATES, _FIRST_SLOTS = 64, 32
+_MANY_STATES = 1 << 17
+"""4 MiB: room for half as many more, unused, would be worth other texts"""
 _LEAST_SLOTS = 8
 """a quarter of the table stays free, so that every probe ends"""
 
@@ -75,7 +78,9 @@ class AutomatonPool:
         head, blocks = self.heads[number], self._blocks[number]
         before = _size(blocks)
         if head[k.STATES] + 2 > head[k.STATE_ROOM]:
-            states = np.empty((max(_FIRST_STATES, len(blocks.states) * 3 // 2), k.STATE_WIDTH), np.int32)
+            room = len(blocks.states)
+            room = room * 3 // 2 if room < _MANY_STATES else room * 9 // 8
+            states = np.empty((max(_FIRST_STATES, room), k.STATE_WIDTH), np.int32)
             states[: head[k.STATES]] = blocks.states[: head[k.STATES]]
             blocks.states = states
             self._point(number)
