@@ -111,8 +111,8 @@ class ArbiterDrafter(CompositeDrafter):
         """of each drafter, with as many sequences as in the current step"""
         self._backlog = Backlog(count + 1)
         """read by every drafter, and last by the groups' progress"""
-        self._own_seconds = 0.0
-        """of deciding and observing, a step"""
+        self._deciding = self._learning = 0.0
+        """seconds of its own of a step in which it asks: of propose and of observe"""
         self._urgencies: tuple[tuple[int, ...], np.ndarray, int] = (), np.ones(0), 0
         """of which sequences, what they are, since which step"""
         self._price, self._idle, self._steps = 0.1, 0, 0
@@ -185,8 +185,7 @@ class ArbiterDrafter(CompositeDrafter):
             asking += seconds
         proposal = self._decided(request, proposals, asked)
         self._idle = 0 if self._step and self._step.drafted and not self._trial else self._idle + 1
-        spent = self._clock() - began - asking
-        self._own_seconds += _RATE * (min(spent, 2 * self._own_seconds + 1e-4) - self._own_seconds)
+        self._deciding = _smoothed(self._deciding, self._clock() - began - asking)
         return proposal
 
     def _measures_plain(self, rows: int) -> bool:
@@ -260,6 +259,7 @@ class ArbiterDrafter(CompositeDrafter):
         return values
 
     def observe(self, verified: Verified) -> None:
+        entered, telling = self._clock(), 0.0
         rows, step = len(verified.ids), self._step
         drafted = step.drafted if step else 0
         self.costs.observe(rows, rows + drafted, verified.seconds)
@@ -272,7 +272,9 @@ class ArbiterDrafter(CompositeDrafter):
                 began = self._clock()
                 self._tell(index)
                 guard.observe(verified)
-                standing.was_told(self._clock() - began)
+                seconds = self._clock() - began
+                standing.was_told(seconds)
+                telling += seconds
                 told.append(index)
         self._backlog.add(verified, told)
         if self._backlog.full:
@@ -287,6 +289,7 @@ class ArbiterDrafter(CompositeDrafter):
             for index, drawn in enumerate(step.drawn):
                 lengths[index, drawn] = np.where(step.choice == index, step.granted, 0)[drawn]
         learn(self._counts, self._chances, stack.tokens, lengths, stack.matches, stack.confidences, *verified.flat())
+        self._learning = _smoothed(self._learning, self._clock() - entered - telling)
 
     def _allocated(
         self, matches: np.ndarray, confidences: np.ndarray, drafts: np.ndarray, request: DraftRequest,
@@ -295,7 +298,7 @@ class ArbiterDrafter(CompositeDrafter):
         """Choice and lengths, int64 [B], expected tokens, seconds without those of asking, and those of no draft."""
         choice, lengths, self._price, tokens, seconds, plain = allocate(
             self._chances, matches, confidences, drafts, request.budgets, urgency, self.costs.table,
-            self.costs.scale[0], self._own_seconds, self._price, self._trial, reasons,
+            self.costs.scale[0], self._deciding + self._learning, self._price, self._trial, reasons,
         )  # fmt: skip
         return choice, lengths, tokens, seconds, plain
 
@@ -303,9 +306,9 @@ class ArbiterDrafter(CompositeDrafter):
         self, asked: list[int], stack: Stack, drafts: np.ndarray, request: DraftRequest, urgency: np.ndarray,
         tokens: float, seconds: float, plain: float,
     ) -> None:  # fmt: skip
-        """What asking a drafter brought, its time included, against deciding without it: of dear ones in every step, of
-        the others by turns."""
-        price = self._price
+        """What asking a drafter brought, its time included, against deciding without it, or where nobody else is asked
+        against deciding nothing: of dear ones in every step, of the others by turns."""
+        price, spared = self._price, self._deciding + self._learning if len(asked) == 1 else 0.0
         for index in asked:
             standing = self._standings[index]
             dear = standing.part_of(plain) > DEAR
@@ -324,7 +327,7 @@ class ArbiterDrafter(CompositeDrafter):
                     matches, confidences, without, request, urgency, self._unused
                 )
                 rate = found / (taken + standing.seconds)
-                gain = rate * seconds_without / tokens_without - 1
+                gain = rate * (seconds_without - spared) / tokens_without - 1
                 standing.judged(gain, plain, 1 if dear else 2 * len(asked))
         self._price = price
 
@@ -346,6 +349,11 @@ class ArbiterDrafter(CompositeDrafter):
         decisions = {reason: int(count) for reason, count in zip(REASONS, self._reasons, strict=True)}
         own = {"resting": self._resting, "not asked": self._not_asked, "measuring": self._measuring}
         return decisions | own | super().counters()
+
+
+def _smoothed(seconds: float, spent: float) -> float:
+    """A pause of the machine is no cost."""
+    return seconds + _RATE * (min(spent, 2 * seconds + 1e-4) - seconds)
 
 
 def _drawn(proposal: Proposal) -> np.ndarray:

@@ -367,6 +367,28 @@ def test_a_dear_drafter_is_asked_where_it_pays_and_now_and_then_otherwise(second
     assert (dear.calls > 0.9 * totals.steps) if often else (2 <= dear.calls < 0.2 * totals.steps)
 
 
+@pytest.mark.parametrize(
+    ("part", "seconds", "often"), [("allocate", 0.0, True), ("allocate", 0.02, False), ("learn", 0.04, False)]
+)
+def test_where_deciding_takes_more_than_drafts_bring_the_only_drafter_sleeps(monkeypatch, part, seconds, often):
+    """Its own time, of proposing and of observing, is spared where nobody is asked."""
+    clock, stock = Clock(), getattr(arbiter_module, part)
+
+    def slow(*arguments):
+        clock.now += seconds
+        return stock(*arguments)
+
+    monkeypatch.setattr(arbiter_module, part, slow)
+    recorded, quick = [RecordedText(np.array([1]), np.full(4000, 7), 0)], Dear(clock, 1e-5, True)
+
+    def cost(rows, tokens):
+        return 0.004 + 1e-3 * tokens
+
+    drafter = ArbiterDrafter(costs=CostModel.of(cost), clock=clock, drafters=[quick])
+    totals = replay(drafter, recorded, slots=1, max_draft_tokens=4, costs=cost)
+    assert (quick.calls > 0.9 * totals.steps) if often else (2 <= quick.calls < 0.3 * totals.steps)
+
+
 @pytest.mark.parametrize("needs", [Needs.HIDDEN_STATES, Needs.NOTHING])
 def test_a_drafter_that_reads_and_did_not_pay_is_tried_on_a_few_sequences_until_it_does(needs):
     class Turning(Dear):
