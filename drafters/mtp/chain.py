@@ -14,23 +14,22 @@ from torch import Tensor
 
 from drafters.drawing import Chained, Wanted
 from drafters.mtp.texts import Unread
-from pipeline.models.cpu_kernels import FAST, rms_norm
+from pipeline.models.cpu_kernels import FAST
 from pipeline.models.cpu_layers import (
     ARGUMENTS,
     FACTS,
     CompiledLayers,
+    join,
     pack,
     product_facts,
     product_part,
-    project,
     through_layers,
 )
-from pipeline.models.cpu_products import BLOCK, packed_address
+from pipeline.models.cpu_products import packed_address
 from pipeline.models.kv_cache import PAGE, KVCache
 from pipeline.models.linear import Linear
 from pipeline.models.openmp import meet, pointer, team, thread_count, thread_number
-from pipeline.sampling.plain import BLOCK as TOKENS
-from pipeline.sampling.plain import choose, weigh
+from pipeline.sampling.plain import draw_row
 
 
 class HeadChain:
@@ -259,16 +258,11 @@ def _chain(a: np.ndarray, thread: int, threads: int) -> None:
 @njit(fastmath=FAST, cache=True)
 def _join(a: np.ndarray, embedded: np.ndarray, before: np.ndarray, out: np.ndarray, thread: int, threads: int) -> None:
     """This thread's part of the layer's input int16 [N, H] of embeddings and the states before them."""
-    rows, hidden = embedded.shape
+    hidden = embedded.shape[1]
     epsilon = a[_REAL:].view(np.float64)[0]
-    joined, half = np.empty((rows, 2 * hidden), np.int16), np.empty((rows, hidden), np.int16)
-    rms_norm(embedded, carray(pointer(a[_FIRST]), (hidden,), np.float32), epsilon, half)
-    joined[:, :hidden] = half
-    rms_norm(before, carray(pointer(a[_SECOND]), (hidden,), np.float32), epsilon, half)
-    joined[:, hidden:] = half
-    blocks = hidden // BLOCK
-    mine, end = blocks * thread // threads, blocks * (thread + 1) // threads
-    project(joined, a[_FC], np.zeros(0, np.int16), out, False, mine, end, np.empty((rows, BLOCK), np.float32))
+    first = carray(pointer(a[_FIRST]), (hidden,), np.float32)
+    second = carray(pointer(a[_SECOND]), (hidden,), np.float32)
+    join(embedded, before, first, second, epsilon, a[_FC], out, thread, threads)
 
 
 @njit(cache=True)
@@ -281,12 +275,7 @@ def _drawn(a: np.ndarray, n: int, depth: int) -> tuple[int, bool]:
     sampled = carray(pointer(a[_SAMPLED]), (rows,), np.bool_)[n]
     number = carray(pointer(a[_NUMBERS]), (rows, depths), np.float64)[n, depth]
     budget = carray(pointer(a[_BUDGETS]), (rows,), np.int64)[n]
-    sums = np.empty((size + TOKENS - 1) // TOKENS)
-    greatest, total, _ = weigh(row, np.float32(1) / temperature, q, sums)
-    token = choose(row, np.float32(sampled), greatest, q, sums, number * total)
-    peak = np.float32(1 / total)
-    for v in range(size):
-        q[v] *= peak
+    token, peak = draw_row(row, temperature, sampled, number, q)
     carray(pointer(a[_TOKENS]), (rows, depths), np.int64)[n, depth] = token
     carray(pointer(a[_PEAKS]), (rows, depths), np.float32)[n, depth] = peak
     carray(pointer(a[_LENGTHS]), (rows,), np.int64)[n] = depth + 1

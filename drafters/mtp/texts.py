@@ -131,7 +131,7 @@ class Texts:
             if not text.cached and text.prompt_rows and not self._prompts[text.group].rows:
                 leaders.setdefault(text.group, text)
         if leaders:
-            self._read(list(leaders.values()), prompts=True)
+            self.read(list(leaders.values()), prompts=True)
             for text in leaders.values():
                 self._keep_prompt(text)
         for text in texts:
@@ -147,10 +147,6 @@ class Texts:
             none = torch.zeros(0, self.head.config.hidden_size, dtype=self.head.dtype, device=self.head.device)
             return Unread(np.zeros(0, np.int64), none, np.array(counts))
         return Unread(np.concatenate([t for t, _ in taken]), torch.cat([h for _, h in taken]), np.array(counts))
-
-    def read(self, texts: Sequence[Text]) -> None:
-        """All rows that they have still to read."""
-        self._read(texts)
 
     def tables(self, texts: Sequence[Text], tokens: Sequence[int]) -> np.ndarray:
         """Page tables int64 [B, most pages] that hold `tokens[b]` rows of text b."""
@@ -168,8 +164,8 @@ class Texts:
             self.cache.extend(max(count, self.cache.store.shape[2]))
         return self.cache.take(count)
 
-    def _read(self, texts: Sequence[Text], prompts: bool = False) -> None:
-        """Rows in passes of bounded size: of the prompts alone, or all."""
+    def read(self, texts: Sequence[Text], prompts: bool = False) -> None:
+        """What they have still to read, of the prompts alone or all of it, in passes of bounded size."""
         while True:
             chunks: list[tuple[Text, int]] = []
             widest = 0

@@ -387,15 +387,15 @@ def joined_product(
 ) -> Tensor:
     """bfloat16 [N, outputs] of [norm(first), norm(second)] W^T, rows bfloat16 [N, inputs / 2] each; W is packed."""
     out = first.new_empty(len(first), len(linear.weight))
-    _join(
+    join(
         first.view(torch.int16).numpy(), second.contiguous().view(torch.int16).numpy(), norms[0].numpy(),
-        norms[1].numpy(), epsilon, packed_address(linear.weight), out.view(torch.int16).numpy(),
+        norms[1].numpy(), epsilon, packed_address(linear.weight), out.view(torch.int16).numpy(), 0, 1,
     )  # fmt: skip
     return out
 
 
 @njit(fastmath=FAST, cache=True)
-def _join(
+def join(
     first: np.ndarray,
     second: np.ndarray,
     first_norm: np.ndarray,
@@ -403,11 +403,15 @@ def _join(
     epsilon: float,
     weight: int,
     out: np.ndarray,
+    thread: int,
+    threads: int,
 ) -> None:
+    """What one thread of several does of `joined_product`."""
     rows, width = first.shape
     joined, part = np.empty((rows, 2 * width), np.int16), np.empty((rows, width), np.int16)
     for half in range(2):
         rms_norm(second if half else first, second_norm if half else first_norm, epsilon, part)
         joined[:, half * width : (half + 1) * width] = part
-    sums, no_bias = np.empty((rows, BLOCK), np.float32), np.zeros(0, np.int16)
-    project(joined, weight, no_bias, out, False, 0, out.shape[1] // BLOCK, sums)
+    sums, no_bias, blocks = np.empty((rows, BLOCK), np.float32), np.zeros(0, np.int16), out.shape[1] // BLOCK
+    mine, end = blocks * thread // threads, blocks * (thread + 1) // threads
+    project(joined, weight, no_bias, out, False, mine, end, sums)

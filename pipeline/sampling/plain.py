@@ -16,7 +16,7 @@ from pipeline.sampling.verification import VerifiedTokens, packed_rows
 
 _LEAST = np.float32(-87.0)
 """e to less than this is no float32 any more, and taken to be 0"""
-BLOCK = 256
+_BLOCK = 256
 """tokens whose weights are summed before a draw looks for its own among them"""
 _NO_DRAFTS = np.zeros((0, 0, 0), np.float32)
 
@@ -105,7 +105,7 @@ def _verify(
 ) -> None:
     """Fills the last four; what follows a row's last token stays as it is."""
     size = logits.shape[1]
-    first, sums = 0, np.empty((size + BLOCK - 1) // BLOCK)
+    first, sums = 0, np.empty((size + _BLOCK - 1) // _BLOCK)
     weights, rest = np.empty(size, np.float32), np.empty(size, np.float32)
     for b in range(len(lengths)):
         temperature = temperatures[b]
@@ -113,10 +113,10 @@ def _verify(
         for k in range(lengths[b] + 1):
             n = first + k
             row = logits[n]
-            greatest, total, mean = weigh(row, inverse, weights, sums)
+            greatest, total, mean = _weigh(row, inverse, weights, sums)
             last, good = k == lengths[b], False
             if last or not drawn[b]:
-                token = choose(row, temperature, greatest, weights, sums, numbers[n] * total)
+                token = _choose(row, temperature, greatest, weights, sums, numbers[n] * total)
                 good = not last and token == token_ids[b, k]
             else:
                 token = token_ids[b, k]
@@ -125,7 +125,7 @@ def _verify(
                     share = 1.0 if token == _first_equal(row, greatest) else 0.0
                 good = accepts[n] * q[b, k, token] < share
                 if not good:
-                    token = choose(row, temperature, greatest, weights, sums, residuals[n] * total)
+                    token = _choose(row, temperature, greatest, weights, sums, residuals[n] * total)
                     left = _subtract(weights, total, q[b, k], rest, sums) if temperature > 0 else 0.0
                     if left > 0:  # p = q leaves nothing: rejected by rounding alone, p is the law to fall back on
                         token = _first_past(rest, sums, residuals[n] * left)
@@ -149,19 +149,26 @@ def _draw_rows(
     q: np.ndarray,
 ) -> None:
     """Fills the last three."""
-    rows, size = logits.shape
-    sums = np.empty((size + BLOCK - 1) // BLOCK)
-    for n in range(rows):
-        greatest, total, _ = weigh(logits[n], np.float32(1) / temperatures[n], q[n], sums)
-        tokens[n] = choose(logits[n], np.float32(sampled[n]), greatest, q[n], sums, numbers[n] * total)
-        peaks[n] = 1 / total
-        share = np.float32(1 / total)
-        for v in range(size):
-            q[n, v] *= share
+    for n in range(len(logits)):
+        tokens[n], peaks[n] = draw_row(logits[n], temperatures[n], sampled[n], numbers[n], q[n])
+
+
+@njit(cache=True)
+def draw_row(
+    row: np.ndarray, temperature: float, sampled: bool, number: float, q: np.ndarray
+) -> tuple[int, np.float32]:
+    """Token and peak of one row of `draw_plain`; fills its distribution `q` [V]."""
+    sums = np.empty((len(row) + _BLOCK - 1) // _BLOCK)
+    greatest, total, _ = _weigh(row, np.float32(1) / temperature, q, sums)
+    token = _choose(row, np.float32(sampled), greatest, q, sums, number * total)
+    peak = np.float32(1 / total)
+    for v in range(len(row)):
+        q[v] *= peak
+    return token, peak
 
 
 @njit(fastmath=FAST, cache=True)
-def weigh(row: np.ndarray, inverse: float, weights: np.ndarray, sums: np.ndarray) -> tuple[np.float32, float, float]:
+def _weigh(row: np.ndarray, inverse: float, weights: np.ndarray, sums: np.ndarray) -> tuple[np.float32, float, float]:
     """The greatest logit, the sum of the weights e^((logit - greatest) / T), and that of weight times exponent; fills
     `weights` [V] and their sums by block, float64."""
     greatest = np.float32(-np.inf)
@@ -171,7 +178,7 @@ def weigh(row: np.ndarray, inverse: float, weights: np.ndarray, sums: np.ndarray
     for block in range(len(sums)):
         part, moment = 0.0, 0.0
         # slices: loops over parts of an array by its own indices become no vector instructions
-        some, filled = row[block * BLOCK : (block + 1) * BLOCK], weights[block * BLOCK : (block + 1) * BLOCK]
+        some, filled = row[block * _BLOCK : (block + 1) * _BLOCK], weights[block * _BLOCK : (block + 1) * _BLOCK]
         for v in range(len(some)):
             z = (some[v] - greatest) * inverse
             low = z if z > _LEAST else _LEAST
@@ -190,7 +197,7 @@ def _subtract(weights: np.ndarray, total: float, q: np.ndarray, rest: np.ndarray
     """The sum of max(p - q, 0) for p = weights / total; fills `rest` [V] and its sums by block."""
     share, left = np.float32(1 / total), 0.0
     for block in range(len(sums)):
-        begin, end, part = block * BLOCK, (block + 1) * BLOCK, 0.0
+        begin, end, part = block * _BLOCK, (block + 1) * _BLOCK, 0.0
         some, without, filled = weights[begin:end], q[begin:end], rest[begin:end]
         for v in range(len(some)):
             difference = some[v] * share - without[v]
@@ -202,7 +209,7 @@ def _subtract(weights: np.ndarray, total: float, q: np.ndarray, rest: np.ndarray
 
 
 @njit(cache=True)
-def choose(
+def _choose(
     row: np.ndarray, temperature: float, greatest: float, weights: np.ndarray, sums: np.ndarray, wanted: float
 ) -> int:
     """The token at which the running sum of weights passes `wanted`; at temperature 0 the likeliest."""
@@ -217,7 +224,7 @@ def _first_past(weights: np.ndarray, sums: np.ndarray, wanted: float) -> int:
         before += sums[block]
         block += 1
     last = 0
-    for v in range(block * BLOCK, min((block + 1) * BLOCK, len(weights))):
+    for v in range(block * _BLOCK, min((block + 1) * _BLOCK, len(weights))):
         if weights[v] > 0:
             before += weights[v]
             last = v

@@ -32,14 +32,6 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def saved(folder, name, seed=0):
     family, shape = SHAPES[name]
     shape = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": 384, **shape}

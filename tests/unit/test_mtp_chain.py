@@ -20,14 +20,6 @@ pytestmark = pytest.mark.skipif(
 VOCABULARY = 384
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=[True, False], ids=["tied", "a head of its own"])
 def decoder(request, tmp_path):
     shape = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": VOCABULARY}
