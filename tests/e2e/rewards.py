@@ -21,11 +21,6 @@ def fails_on_some(prompts, completions, **columns):
     return [1.0] * len(completions)
 
 
-def digits(prompts, completions, **columns):
-    """The share of digits: differs between any two samples, however little the policy can do."""
-    return [sum(map(str.isdigit, completion)) / (1 + len(completion)) for completion in completions]
-
-
 def checksum(prompts, completions, **columns):
     """Differs between any two texts, also those of a policy that can do nothing yet."""
     return [sum(i * ord(c) for i, c in enumerate(completion, 1)) % 97 / 97 for completion in completions]
