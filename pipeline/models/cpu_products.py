@@ -15,18 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
+
+from pipeline.models.openmp import pointer
 
 BLOCK = 64
 """outputs"""
 INPUTS = 32
 """what the number of inputs must be a multiple of"""
 _LANES, _STREAMS = 16, 4
-"""Floats of a vector; rows of a plain weight at once. Six rows of x at once: their sums and a block fill 28 of 32
-registers."""
+"""Floats of a vector; rows of a plain weight at once."""
+_TOGETHER = 6
+"""Rows of x at once: their sums and four vectors of a block fill 28 of 32 registers."""
+_AHEAD = 32
+"""Pairs, 8 KiB of a block: as far ahead weights are asked for."""
 _INDEX, _WORD = ir.IntType(64), ir.IntType(32)
 _FLOATS, _PAIRS = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(_WORD, _LANES)
 
@@ -98,11 +103,11 @@ def _fetch(builder: Any, address: Any) -> None:
     builder.call(prefetch, [builder.inttoptr(address, byte), read, near, data])
 
 
-def _block_product(rows: int, fetches: bool = False) -> Callable:
-    """An intrinsic: out[r, :BLOCK] = x[r] W^T for one packed block W.
+def _block_product(rows: int, fetches: bool) -> Callable:
+    """An intrinsic: out[r, :BLOCK] += x[r] W^T for some inputs of one packed block W.
 
-    Its arguments: addresses of x, of the block, of out float32 [rows, BLOCK]; bytes between rows of x; input pairs; and
-    address of a block that is brought near meanwhile, with `fetches`.
+    Its arguments: addresses of x, of the block's part, of out float32 [rows, BLOCK]; bytes between rows of x; input
+    pairs; and address of as many bytes as the part has that are brought near meanwhile, with `fetches`.
     """
 
     @intrinsic
@@ -110,7 +115,13 @@ def _block_product(rows: int, fetches: bool = False) -> Callable:
         def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, weights, out, x_step, pairs, ahead = arguments
             vectors = BLOCK // _LANES
-            sums = _zeros(builder, rows * vectors)
+            sums = [cgutils.alloca_once(builder, _FLOATS) for _ in range(rows * vectors)]
+            targets = [
+                builder.inttoptr(_at(builder, out, ir.Constant(_INDEX, i), 64), _FLOATS.as_pointer())
+                for i in range(rows * vectors)
+            ]
+            for target, place in zip(targets, sums, strict=True):
+                builder.store(builder.load(target, align=4), place)
             starts = [builder.add(x, builder.mul(x_step, ir.Constant(_INDEX, r))) for r in range(rows)]
             with cgutils.for_range(builder, pairs) as loop:
                 here = _at(builder, weights, loop.index, 4 * BLOCK)
@@ -126,8 +137,7 @@ def _block_product(rows: int, fetches: bool = False) -> Callable:
                     for v in range(vectors):
                         place = sums[r * vectors + v]
                         builder.store(_multiply_add(builder, builder.load(place), pair, columns[v]), place)
-            for i, place in enumerate(sums):
-                target = builder.inttoptr(_at(builder, out, ir.Constant(_INDEX, i), 64), _FLOATS.as_pointer())
+            for target, place in zip(targets, sums, strict=True):
                 builder.store(builder.load(place), target, align=4)
             return context.get_dummy_value()
 
@@ -177,16 +187,51 @@ def _row_product(rows: int) -> Callable:
     return product
 
 
-_block_6, _block_5, _block_4, _block_3, _block_2, _block_1 = (_block_product(rows) for rows in (6, 5, 4, 3, 2, 1))
-_more_6, _more_5, _more_4, _more_3, _more_2, _more_1 = (_block_product(rows, True) for rows in (6, 5, 4, 3, 2, 1))
+_first_6, _first_5, _first_4, _first_3, _first_2, _first_1 = (_block_product(rows, True) for rows in (6, 5, 4, 3, 2, 1))
+_more_6, _more_5, _more_4, _more_3, _more_2, _more_1 = (_block_product(rows, False) for rows in (6, 5, 4, 3, 2, 1))
 _rows_6, _rows_5, _rows_4, _rows_3, _rows_2, _rows_1 = (_row_product(rows) for rows in (6, 5, 4, 3, 2, 1))
+
+
+@njit(cache=True)
+def _first(rows: int, x: int, weights: int, out: int, x_step: int, pairs: int, ahead: int) -> None:
+    """Up to six rows times a part of a block, which comes from memory; another part is brought near."""
+    if rows == 6:
+        _first_6(x, weights, out, x_step, pairs, ahead)
+    elif rows == 5:
+        _first_5(x, weights, out, x_step, pairs, ahead)
+    elif rows == 4:
+        _first_4(x, weights, out, x_step, pairs, ahead)
+    elif rows == 3:
+        _first_3(x, weights, out, x_step, pairs, ahead)
+    elif rows == 2:
+        _first_2(x, weights, out, x_step, pairs, ahead)
+    else:
+        _first_1(x, weights, out, x_step, pairs, ahead)
+
+
+@njit(cache=True)
+def _more(rows: int, x: int, weights: int, out: int, x_step: int, pairs: int) -> None:
+    """Up to six rows times a part of a block, which is near."""
+    if rows == 6:
+        _more_6(x, weights, out, x_step, pairs, weights)
+    elif rows == 5:
+        _more_5(x, weights, out, x_step, pairs, weights)
+    elif rows == 4:
+        _more_4(x, weights, out, x_step, pairs, weights)
+    elif rows == 3:
+        _more_3(x, weights, out, x_step, pairs, weights)
+    elif rows == 2:
+        _more_2(x, weights, out, x_step, pairs, weights)
+    else:
+        _more_1(x, weights, out, x_step, pairs, weights)
 
 
 @njit(cache=True)
 def block_products(x: int, x_step: int, rows: int, weights: int, pairs: int, out: int, ahead: int) -> None:
     """Rows times one packed block.
 
-    The first six rows wait for the block to come from memory; while the others are multiplied the next one comes.
+    Up to six rows are multiplied at once, which takes no longer than the block takes to come from memory. More take
+    turns at parts of it that the nearest cache holds, so that memory goes on delivering meanwhile.
 
     Args:
         x: address of bfloat16 rows.
@@ -197,33 +242,23 @@ def block_products(x: int, x_step: int, rows: int, weights: int, pairs: int, out
         out: address of float32 [rows, BLOCK].
         ahead: address of the block that is wanted next.
     """
-    if rows == 5:
-        _block_5(x, weights, out, x_step, pairs, ahead)
-    elif rows == 4:
-        _block_4(x, weights, out, x_step, pairs, ahead)
-    elif rows == 3:
-        _block_3(x, weights, out, x_step, pairs, ahead)
-    elif rows == 2:
-        _block_2(x, weights, out, x_step, pairs, ahead)
-    elif rows == 1:
-        _block_1(x, weights, out, x_step, pairs, ahead)
-    if rows < 6:
-        return
-    _block_6(x, weights, out, x_step, pairs, ahead)
-    rows, x, out = rows - 6, x + 6 * x_step, out + 24 * 64
-    while rows >= 6:
-        _more_6(x, weights, out, x_step, pairs, ahead)
-        rows, x, out, ahead = rows - 6, x + 6 * x_step, out + 24 * 64, weights
-    if rows == 5:
-        _more_5(x, weights, out, x_step, pairs, ahead)
-    elif rows == 4:
-        _more_4(x, weights, out, x_step, pairs, ahead)
-    elif rows == 3:
-        _more_3(x, weights, out, x_step, pairs, ahead)
-    elif rows == 2:
-        _more_2(x, weights, out, x_step, pairs, ahead)
-    elif rows == 1:
-        _more_1(x, weights, out, x_step, pairs, ahead)
+    carray(pointer(out), (rows, BLOCK), np.float32)[:] = 0
+    turns = (rows + _TOGETHER - 1) // _TOGETHER
+    some, rest = rows // turns, rows % turns
+    near = pairs - _AHEAD
+    done = 0
+    while done < pairs:
+        count = min(near if turns == 1 and done < near else _AHEAD, pairs - done)
+        here, a, b = weights + 4 * BLOCK * done, x + 4 * done, out
+        next_part = here + 4 * BLOCK * _AHEAD if done < near else ahead + 4 * BLOCK * (done - near)
+        for turn in range(turns):
+            now = some + (turn < rest)
+            if turn:
+                _more(now, a, here, b, x_step, count)
+            else:
+                _first(now, a, here, b, x_step, count, next_part)
+            a, b = a + now * x_step, b + now * 4 * BLOCK
+        done += count
 
 
 @njit(cache=True)

@@ -16,7 +16,7 @@ SYNCHRONOUS = SMALL | {
     "engine__threads": 1,
     "learner__threads": 1,
     "transport__lease_seconds": 3,
-    # How far the warm start came depends on the machine: hot enough that a group's samples, and so their rewards, differ.
+    # How far the warm start came depends on the machine: hot enough that samples of a group, and so rewards, differ.
     "task__reward": "tests.e2e.rewards:checksum",
     "sampling__temperature": 1.5,
     # Batches of other shapes round differently; a drafter that neither measures nor remembers drafts the same again.
