@@ -122,6 +122,10 @@ class ArbiterDrafter(CompositeDrafter):
         """since the last step without drafts"""
         self._untimed = 0
         """steps in a row of which nobody said what they took"""
+        self._rests = False
+        """whether everybody sleeps in this step"""
+        self._plain_steps: list[tuple[int, float]] = []
+        """sequences and seconds of steps in which everybody slept, of which the costs have not learnt yet"""
         self._plain_known: set[int] = set()
         """numbers of sequences for which what not drafting takes is known"""
         self._trial = False
@@ -166,15 +170,17 @@ class ArbiterDrafter(CompositeDrafter):
         began = self._clock()
         self._steps += 1
         rows = len(request.ids)
-        self._step = None
+        self._step, self._rests = None, False
         if self._measures_plain(rows):
             self._measuring += rows
             return Proposal.empty(rows)
         self._standings = [standings.of(rows) for standings in self._standings_by_size]
         asked = [i for i, standing in enumerate(self._standings) if standing.begin_step(rows)]
-        if not asked:
+        self._rests = not asked
+        if self._rests:
             self._resting += rows
             return Proposal.empty(rows)
+        self._learn_plain_steps()
         self._not_asked += rows * (len(self._standings) - len(asked))
         self._trial = self.costs.learns and self._idle > 0 and self._idle % _TRIAL_EVERY == 0
         proposals = [Proposal.empty(rows)] * len(self._standings)
@@ -248,8 +254,8 @@ class ArbiterDrafter(CompositeDrafter):
         return proposal if self._step.drafted else Proposal.empty(rows)
 
     def _urgency(self, ids: Sequence[int]) -> np.ndarray:
-        """float64 [B]; that of some steps ago while the batch is the same."""
-        if len(ids) == 1 or self.options.urgency == 0:
+        """float64 [B]; of some steps ago while the batch is the same, and alike for all while nothing is drafted."""
+        if len(ids) == 1 or self.options.urgency == 0 or self._idle > 0:
             return np.ones(len(ids))
         known, values, step = self._urgencies
         if known != tuple(ids) or self._steps - step >= _URGENCY_EVERY:
@@ -259,8 +265,17 @@ class ArbiterDrafter(CompositeDrafter):
         return values
 
     def observe(self, verified: Verified) -> None:
-        entered, telling = self._clock(), 0.0
         rows, step = len(verified.ids), self._step
+        if self._rests and not any(self._must_know):
+            self._plain_steps.append((rows, verified.seconds))
+            self._drafted_steps = 0
+            self._untimed = 0 if verified.seconds > 0 else self._untimed + 1
+            self._backlog.add(verified)
+            if self._backlog.full:
+                self._deliver()
+            return
+        entered, telling = self._clock(), 0.0
+        self._learn_plain_steps()
         drafted = step.drafted if step else 0
         self.costs.observe(rows, rows + drafted, verified.seconds)
         self._drafted_steps = self._drafted_steps + 1 if drafted else 0
@@ -308,7 +323,7 @@ class ArbiterDrafter(CompositeDrafter):
     ) -> None:  # fmt: skip
         """What asking a drafter brought, its time included, against deciding without it, or where nobody else is asked
         against deciding nothing: of dear ones in every step, of the others by turns."""
-        price, spared = self._price, self._deciding + self._learning if len(asked) == 1 else 0.0
+        price, deciding = self._price, self._deciding + self._learning if len(asked) == 1 else 0.0
         for index in asked:
             standing = self._standings[index]
             dear = standing.part_of(plain) > DEAR
@@ -321,15 +336,22 @@ class ArbiterDrafter(CompositeDrafter):
                     _, _, found, taken, _ = self._allocated(
                         matches, confidences, all_drafts, request, urgency, self._unused
                     )
-                without = drafts.copy()
-                without[index] = 0
-                _, _, tokens_without, seconds_without, _ = self._allocated(
-                    matches, confidences, without, request, urgency, self._unused
-                )
+                tokens_without, seconds_without = float(urgency.sum()), plain
+                if len(asked) > 1:
+                    without = drafts.copy()
+                    without[index] = 0
+                    _, _, tokens_without, seconds_without, _ = self._allocated(
+                        matches, confidences, without, request, urgency, self._unused
+                    )
                 rate = found / (taken + standing.seconds)
-                gain = rate * (seconds_without - spared) / tokens_without - 1
-                standing.judged(gain, plain, 1 if dear else 2 * len(asked))
+                gain = rate * seconds_without / tokens_without - 1
+                standing.judged(gain, plain, 1 if dear else 2 * len(asked), deciding)
         self._price = price
+
+    def _learn_plain_steps(self) -> None:
+        if self._plain_steps:
+            self.costs.observe_plain(self._plain_steps)
+            self._plain_steps.clear()
 
     def _tell(self, index: int) -> None:
         if missed := self._backlog.take(index):

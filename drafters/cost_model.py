@@ -5,7 +5,7 @@ logarithmic in B. A step's measured time moves the whole table, quickly, and the
 machine does to all steps alike does not bend the curve, and what one size really costs does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numba import njit
@@ -57,6 +57,11 @@ class CostModel:
         """A verification took so long."""
         if self.learns and seconds > 0:
             _correct(self.table, self._met, self.scale, self._steps, rows, tokens, seconds)
+
+    def observe_plain(self, steps: Sequence[tuple[int, float]]) -> None:
+        """Verifications without drafts, in order: sequences, and how long it took."""
+        if self.learns and steps:
+            _correct_plain(self.table, self._met, self.scale, self._steps, np.array(steps, np.float64))
 
     def plain_steps(self, rows: int) -> float:
         """How many steps without drafts of about so many sequences its knowledge of them rests on."""
@@ -128,6 +133,14 @@ def _correct(
             table[a, b] *= np.exp(max(_PLACE_RATE, 1.0 / (met[a, b] + 1.0)) * weight * left)
         if weight_a > 0:
             _level(table[a], met[a])
+
+
+@njit(cache=True)
+def _correct_plain(table: np.ndarray, met: np.ndarray, scale: np.ndarray, steps: np.ndarray, seen: np.ndarray) -> None:
+    for k in range(len(seen)):
+        rows = int(seen[k, 0])
+        if seen[k, 1] > 0:
+            _correct(table, met, scale, steps, rows, rows, seen[k, 1])
 
 
 @njit(cache=True)

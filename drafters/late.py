@@ -1,6 +1,7 @@
 """What was emitted, kept for drafters that are not asked for a while: they are told many steps together."""
 
 from collections.abc import Collection, Sequence
+from itertools import chain
 
 import msgspec
 import numpy as np
@@ -29,7 +30,9 @@ class Backlog:
 
     def add(self, verified: Verified, told: Collection[int] = ()) -> None:
         """A step, and who has been told of it, and of all before it; its logits and layer states are not kept."""
-        self._behind = [0 if reader in told else count + 1 for reader, count in enumerate(self._behind)]
+        self._behind = [count + 1 for count in self._behind]
+        for reader in told:
+            self._behind[reader] = 0
         if not any(self._behind):
             return
         if verified.logits is not None or verified.layers is not None:
@@ -52,6 +55,8 @@ def merged(steps: Sequence[Verified], hidden_states: bool = False) -> Verified:
     they are asked for and all steps have them."""
     if len(steps) == 1:
         return steps[0]
+    if not hidden_states and (plain := _merged_plain(steps)):
+        return plain
     rows: dict[int, int] = {}
     row_of = np.array([rows.setdefault(i, len(rows)) for step in steps for i in step.ids], np.int64)
     emitted = [tokens for step in steps for tokens in step.emitted]
@@ -77,3 +82,14 @@ def merged(steps: Sequence[Verified], hidden_states: bool = False) -> Verified:
         starts=starts,
         seconds=sum(step.seconds for step in steps),
     )
+
+
+def _merged_plain(steps: Sequence[Verified]) -> Verified | None:
+    """`merged` of steps that emitted one token of each of the same sequences, as those without drafts do, else None."""
+    ids = steps[0].ids
+    emitted = list(chain.from_iterable(step.emitted for step in steps))
+    if any(step.ids is not ids and step.ids != ids for step in steps) or set(map(len, emitted)) != {1}:
+        return None
+    by_row = np.concatenate(emitted).reshape(len(steps), len(ids)).T.copy()
+    accepted = np.array([step.accepted for step in steps], np.int64).sum(axis=0)
+    return Verified(list(ids), list(by_row), accepted, seconds=sum(step.seconds for step in steps))

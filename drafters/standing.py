@@ -82,9 +82,9 @@ class Standing:
         """It observed a step."""
         self._telling = _least_of_late(self._telling, seconds)
 
-    def judged(self, gain: float, plain: float, steps: int = 1) -> None:
+    def judged(self, gain: float, plain: float, steps: int = 1, deciding: float = 0.0) -> None:
         """Asking it raised tokens a second by `gain`, where a step without drafts takes `plain` seconds; a sample of
-        so many steps."""
+        so many steps. To wake it alone took `deciding` seconds beside its own."""
         self.gain = gain if math.isnan(self.gain) else self.gain + _RATE * (gain - self.gain)
         if self.gain > 0:
             self._idle = 0
@@ -93,7 +93,8 @@ class Standing:
         cost = self.part_of(plain)
         over = self._idle - (_DEAR_PATIENCE if cost > DEAR else _PATIENCE)
         if over > 0:
-            longest = max((self._latest / plain if self.reads else cost) / _EXPLORATION, _SHORTEST)
+            taken = self._latest if self.reads else self.seconds
+            longest = max((taken + deciding) / plain / _EXPLORATION, _SHORTEST)
             longest = min(longest, _LONGEST_OF_READERS if self.reads else _LONGEST)
             self._wakes = self._step + 1 + int(longest if cost > DEAR else min(longest, 1 + over / 2))
 

@@ -43,8 +43,8 @@ class GroupProgress:
     def observe(self, steps: Sequence[Verified]) -> None:
         """Sequences got longer."""
         for ids, same in groupby(steps, key=lambda step: step.ids):
-            counts = [sum(map(len, tokens)) for tokens in zip(*(step.emitted for step in same), strict=True)]
-            self._generated[self._slots.of(ids)] += counts
+            lengths = np.array([len(tokens) for step in same for tokens in step.emitted], np.int64)
+            self._generated[self._slots.of(ids)] += lengths.reshape(-1, len(ids)).sum(axis=0)
 
     def end(self, ids: Sequence[int]) -> None:
         """Unknown ones are fine."""

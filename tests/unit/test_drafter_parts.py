@@ -9,6 +9,7 @@ import torch
 
 from drafters.arbiter import ArbiterDrafter
 from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
+from drafters.cost_model import CostModel
 from drafters.late import Backlog, merged
 from drafters.slots import Slots, with_room
 from drafters.stack import Stack
@@ -68,6 +69,20 @@ def test_a_sleeper_is_told_all_at_once_in_order():
     assert both.accepted.tolist() == [3] and both.seconds == 2.0
 
 
+@pytest.mark.parametrize("longest", [1, 3])
+def test_many_steps_together_are_what_each_was(longest):
+    """Also where every step emitted one token of each sequence, which goes a shorter way."""
+    generator = np.random.default_rng(0)
+    steps = [
+        verified({i: generator.integers(0, 9, generator.integers(1, longest + 1)).tolist() for i in (4, 2, 7)}, n % 2)
+        for n in range(5)
+    ]
+    told = merged(steps)
+    assert list(told.ids) == [4, 2, 7] and told.seconds == 5.0 and told.accepted.tolist() == [2, 2, 2]
+    for row, tokens in enumerate(told.emitted):
+        assert tokens.tolist() == np.concatenate([step.emitted[row] for step in steps]).tolist()
+
+
 def test_what_waits_holds_no_logits():
     backlog, logits = Backlog(1), torch.zeros(1, 10)
     gone = weakref.ref(logits)
@@ -89,8 +104,24 @@ def test_an_arbiter_keeps_sleepers_waiting_unless_they_read_the_layers_of_every_
         if step == 0:
             assert drafter.told == ([] if needs == Needs.NOTHING else [{1: [3]}])
     arbiter.end([1])
-    together = [{1: [3, 4]}, {1: [6]}] if needs == Needs.NOTHING else [{1: [3]}, {1: [4]}, {1: [6]}]
+    together = [{1: [3, 4, 6]}] if needs == Needs.NOTHING else [{1: [3]}, {1: [4]}, {1: [6]}]
     assert drafter.told == together
+
+
+def test_steps_in_which_all_sleep_teach_what_not_drafting_takes():
+    arbiter = ArbiterDrafter(drafters=[Noting()], costs=CostModel())
+    arbiter.begin([SequenceStart(1, np.array([5]), 0, 1.0, 0)])
+    for _ in range(4):  # that a decision to draft rests on
+        arbiter.propose(DraftRequest([1], np.array([4]), np.ones(1, np.float32)))
+        arbiter.observe(verified({1: [3]}))
+    arbiter._standings_by_size[0].of(1)._wakes = 40
+    known = arbiter.costs.plain_steps(1)
+    for _ in range(39):
+        arbiter.propose(DraftRequest([1], np.array([4]), np.ones(1, np.float32)))
+        arbiter.observe(Verified([1], [np.array([3])], np.zeros(1, np.int64), seconds=0.25))
+    arbiter.propose(DraftRequest([1], np.array([4]), np.ones(1, np.float32)))
+    assert arbiter.costs.plain_steps(1) >= known + 38
+    assert arbiter.costs.seconds(1, 1) == pytest.approx(0.25, rel=0.05)
 
 
 def test_token_recycling_follows_without_logits_and_learns_with_them():
