@@ -322,12 +322,12 @@ class ArbiterDrafter(CompositeDrafter):
         tokens: float, seconds: float, plain: float,
     ) -> None:  # fmt: skip
         """What asking a drafter brought, its time included, against deciding without it, or where nobody else is asked
-        against deciding nothing: of dear ones in every step, of the others by turns."""
+        against deciding nothing: of dear ones, and those that have slept, in every step, of the others by turns."""
         price, deciding = self._price, self._deciding + self._learning if len(asked) == 1 else 0.0
         for index in asked:
             standing = self._standings[index]
             dear = standing.part_of(plain) > DEAR
-            if dear or self._steps % (2 * len(asked)) == 2 * asked.index(index):
+            if dear or standing.doubted or self._steps % (2 * len(asked)) == 2 * asked.index(index):
                 matches, confidences, found, taken = stack.matches, stack.confidences, tokens, seconds
                 if index in self._sampled:
                     matches, confidences, all_drafts = _as_if_all(
@@ -345,7 +345,7 @@ class ArbiterDrafter(CompositeDrafter):
                     )
                 rate = found / (taken + standing.seconds)
                 gain = rate * seconds_without / tokens_without - 1
-                standing.judged(gain, plain, 1 if dear else 2 * len(asked), deciding)
+                standing.judged(gain, plain, 1 if dear else 2 * len(asked), deciding, len(self._standings))
         self._price = price
 
     def _learn_plain_steps(self) -> None:

@@ -8,8 +8,8 @@ DEAR = 0.03
 _PATIENCE, _DEAR_PATIENCE = 12, 2
 """steps in a row in which it did not pay, after which it sleeps"""
 _EXPLORATION = 0.01
-"""part of the time that asking drafters which do not pay may take"""
-_SHORTEST, _LONGEST, _LONGEST_OF_READERS = 16, 64, 512
+"""part of the time that asking drafters which do not pay may take, all of them together"""
+_SHORTEST, _LONGEST, _LONGEST_OF_READERS = 16, 256, 512
 """steps of a sleep when it is longest: at least, for drafters that cost next to nothing, at most, and at most for those
 that have to read what they missed"""
 _RETRY_AFTER = 8
@@ -42,6 +42,8 @@ class Standing:
     _idle: int = 0
     _wakes: int = 0
     """step"""
+    doubted: bool = False
+    """whether it has slept, and goes back to sleep unless it pays now"""
 
     @property
     def seconds(self) -> float:
@@ -82,20 +84,21 @@ class Standing:
         """It observed a step."""
         self._telling = _least_of_late(self._telling, seconds)
 
-    def judged(self, gain: float, plain: float, steps: int = 1, deciding: float = 0.0) -> None:
+    def judged(self, gain: float, plain: float, steps: int = 1, deciding: float = 0.0, drafters: int = 1) -> None:
         """Asking it raised tokens a second by `gain`, where a step without drafts takes `plain` seconds; a sample of
-        so many steps. To wake it alone took `deciding` seconds beside its own."""
+        so many steps. To wake it alone took `deciding` seconds beside its own; it is one of so many drafters."""
         self.gain = gain if math.isnan(self.gain) else self.gain + _RATE * (gain - self.gain)
         if self.gain > 0:
-            self._idle = 0
+            self._idle, self.doubted = 0, False
             return
         self._idle += steps
         cost = self.part_of(plain)
         over = self._idle - (_DEAR_PATIENCE if cost > DEAR else _PATIENCE)
         if over > 0:
             taken = self._latest if self.reads else self.seconds
-            longest = max((taken + deciding) / plain / _EXPLORATION, _SHORTEST)
+            longest = max((taken + deciding) / plain / _EXPLORATION * drafters, _SHORTEST)
             longest = min(longest, _LONGEST_OF_READERS if self.reads else _LONGEST)
+            self.doubted = True
             self._wakes = self._step + 1 + int(longest if cost > DEAR else min(longest, 1 + over / 2))
 
 

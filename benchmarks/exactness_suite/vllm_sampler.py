@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.engine.vllm import rejection
-from pipeline.engine.vllm.install import installed_version
+from pipeline.engine.vllm.install import installed_version, needs_correction
 
 
 def main(rows: int) -> None:
@@ -21,7 +21,7 @@ def main(rows: int) -> None:
     device = torch.device(current_platform.device_type)
     rejection.prepare()
     tested = {}
-    if rejection.needs_correction(installed_version() or "", device.type):
+    if needs_correction(installed_version() or "", device.type):
         tested["stock"] = rejection.check(device, rows)
         rejection.correct(rejection_sampler)
     tested["unlikely drafts"] = rejection.check(device, rows)

@@ -28,7 +28,7 @@ from pipeline.models.cpu_layers import (
 from pipeline.models.cpu_products import packed_address
 from pipeline.models.kv_cache import PAGE, KVCache
 from pipeline.models.linear import Linear
-from pipeline.models.openmp import meet, pointer, team, thread_count, thread_number
+from pipeline.models.openmp import meet, on_all_threads, pointer, thread_count, thread_number
 from pipeline.sampling.plain import draw_row
 
 
@@ -79,11 +79,9 @@ class HeadChain:
             cache: of the head.
         """
         rows, depths = wanted.numbers.shape
-        threads = torch.get_num_threads()
-        run = team() if threads > 1 else None
         hidden, new = last.shape[1], len(unread.tokens)
         most, end = max(rows, new), int((cached + unread.counts).max()) + depths
-        parts = self._layers.parts(cache, most, end, threads)
+        parts = self._layers.parts(cache, most, end, torch.get_num_threads())
         # The last states, then two by turns: a thread that is ahead must not overwrite what others still read.
         states = np.empty((2, rows, hidden), np.int16)
         work = np.empty((most, hidden), np.int16), np.zeros((rows, hidden), np.int16), np.ones(rows, np.bool_)
@@ -101,10 +99,7 @@ class HeadChain:
             counter, *wanted[:4], found.tokens, found.lengths, found.peaks, found.probabilities.numpy(),
             *parts,
         )  # fmt: skip
-        if run is None:
-            _chain(arguments, 0, 1)
-        else:
-            run(_part(), arguments.ctypes.data)
+        on_all_threads(_chain, _part, arguments)
         del kept, parts  # what the addresses are of has lived until here
         return found
 

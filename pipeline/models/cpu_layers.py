@@ -19,7 +19,7 @@ from pipeline.models.cpu_kernels import FAST, attend_one, exponential, narrow, p
 from pipeline.models.cpu_products import BLOCK, INPUTS, block_products, packed_address, row_products, supported
 from pipeline.models.kv_cache import PAGE, AttentionPlan, KVCache
 from pipeline.models.linear import Linear
-from pipeline.models.openmp import meet, pointer, take_number, team, thread_count, thread_number
+from pipeline.models.openmp import meet, on_all_threads, pointer, take_number, thread_count, thread_number
 from pipeline.models.rope import RopeTable
 
 if TYPE_CHECKING:
@@ -288,18 +288,13 @@ class CompiledLayers:
             first, last: None: to the end.
             norm: weight float32 [H] of a norm behind them, if there is one.
         """
-        threads = torch.get_num_threads()
-        run = team() if threads > 1 else None
-        table, *rest = self.parts(cache, len(x), plan.positions_end, threads, first, last)
+        table, *rest = self.parts(cache, len(x), plan.positions_end, torch.get_num_threads(), first, last)
         counters, arguments = np.zeros(1 + len(table), np.int64), np.empty(ARGUMENTS, np.int64)
         kept = pack(
             arguments, x.data_ptr(), 0 if norm is None else norm.data_ptr(), cache.pages, plan.tables, plan.cached,
             plan.starts, plan.position, plan.place, plan.page, counters, table, *rest,
         )  # fmt: skip
-        if run is None:
-            through_layers(arguments, 0, 1)
-        else:
-            run(_layers_part(), arguments.ctypes.data)
+        on_all_threads(through_layers, _layers_part, arguments)
         del kept, rest  # what the addresses are of has lived until here
         return x
 
@@ -360,14 +355,10 @@ def takes_product(linear: Linear) -> bool:
 
 def product(x: Tensor, linear: Linear, norm: Tensor | None = None, epsilon: float = 0.0) -> Tensor:
     """float32 [N, outputs] of bfloat16 rows [N, inputs], which a norm (weight float32 [inputs]) may come before."""
-    x, threads = x.contiguous(), torch.get_num_threads()
+    x = x.contiguous()
     out = torch.empty(len(x), len(linear.weight))
-    run = team() if threads > 1 else None
     arguments = product_facts(x.data_ptr(), len(x), linear, out.data_ptr(), norm, epsilon)
-    if run is None:
-        product_part(arguments, 0, 1)
-    else:
-        run(_product_part(), arguments.ctypes.data)
+    on_all_threads(product_part, _product_part, arguments)
     return out
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
@@ -33,6 +34,23 @@ def team() -> Kernel | None:
         parallel(function, data, torch.get_num_threads(), 0)
 
     return run
+
+
+def on_all_threads(
+    kernel: Callable[[np.ndarray, int, int], None], part: Callable[[], int], arguments: np.ndarray
+) -> None:
+    """`kernel(arguments, thread, threads)` in every thread of a team; what its addresses are of must outlive the call.
+
+    Args:
+        kernel: compiled; called as it is where there is one thread.
+        part: gives the address of a C function that calls it with its thread.
+        arguments: int64, contiguous.
+    """
+    run = team() if torch.get_num_threads() > 1 else None
+    if run is None:
+        kernel(arguments, 0, 1)
+    else:
+        run(part(), arguments.ctypes.data)
 
 
 @intrinsic

@@ -93,8 +93,8 @@ def test_expanding_rows_is_repeating_them():
     expected = [0.0, 0.0, 2.0, 2.0, 2.0]
     assert rejection.expand_batch_to_tokens(x, cumulative, 5).tolist() == expected
     assert rejection.expand_batch_to_tokens(x, cumulative, 5, 0, 1).tolist() == [1.0, 1.0, 2.0, 2.0, 2.0]
-    assert rejection.needs_correction("0.32.0", "cpu") and not rejection.needs_correction("0.32.0", "cuda")
-    assert not rejection.needs_correction("0.33.1", "cpu")
+    assert install.needs_correction("0.32.0", "cpu") and not install.needs_correction("0.32.0", "cuda")
+    assert not install.needs_correction("0.33.1", "cpu")
 
 
 def test_of_vllms_own_refusals_option_value_and_reason_are_said_and_no_lists():

@@ -10,9 +10,9 @@ from benchmarks.exactness_suite.generators import generate
 from benchmarks.exactness_suite.model import random_checkpoint
 from benchmarks.exactness_suite.vllm import HEAD
 from pipeline.engine.generator import GeneratorLost, GroupRequest
-from pipeline.engine.vllm import chunked_seeds, rejection
+from pipeline.engine.vllm import rejection
 from pipeline.engine.vllm.generator import VllmGenerator
-from pipeline.engine.vllm.install import installed_version
+from pipeline.engine.vllm.install import installed_version, needs_correction
 from pipeline.messages import SamplingParams
 
 VOCABULARY, PASS = 12, 32
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_seeds_text_does_not_depend_on_how_its_prompt_was_cut(folder):
-    assert chunked_seeds.needs_correction(installed_version(), "cpu")
+    assert needs_correction(installed_version(), "cpu")
     whole, cut = texts(folder, 1024), texts(folder, PASS)
     assert len(whole) == 6 and len({tuple(text) for text in whole}) == 6
     assert cut == whole

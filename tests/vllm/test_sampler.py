@@ -5,13 +5,13 @@ import pytest
 from benchmarks.exactness_suite.model import random_checkpoint
 from benchmarks.exactness_suite.vllm import HEAD, make, sampler_p_values
 from pipeline.engine.vllm import rejection
-from pipeline.engine.vllm.install import installed_version
+from pipeline.engine.vllm.install import installed_version, needs_correction
 from pipeline.errors import RunFailed
 
 
 def test_the_stock_sampler_is_wrong_and_the_corrected_one_is_not():
     found = sampler_p_values(50_000)
-    assert rejection.needs_correction(installed_version(), "cpu")
+    assert needs_correction(installed_version(), "cpu")
     assert min(found["stock"].values()) < rejection.CHECK_LEVEL
     assert min(found["wrong probabilities"].values()) < rejection.CHECK_LEVEL
     for drafts in ("unlikely drafts", "missing drafts", "drawn drafts"):

@@ -11,14 +11,6 @@ from typing import Any
 
 import numpy as np
 
-KNOWN_TO_NEED_IT = ("0.32.",)
-"""beginnings of versions whose CPU model runner needs the correction"""
-
-
-def needs_correction(found: str, device: str) -> bool:
-    """Whether vLLM `found` on a device of this type is known to end at such a prompt."""
-    return device == "cpu" and found.startswith(KNOWN_TO_NEED_IT)
-
 
 def correct(runner: type) -> None:
     """Puts the correction into `CPUModelRunner`; twice is as good as once."""

@@ -7,6 +7,9 @@ from pipeline.errors import UsageError
 
 DRIVEN = "0.32."
 """beginning of the versions whose plug points this generator uses"""
+CORRECTED = ("0.32.",)
+"""beginnings of versions whose CPU worker samples wrongly where it drafts (`pipeline.engine.vllm.rejection`), ends at
+prompts in several passes with seeds (`pipeline.engine.vllm.chunked_seeds`), or both"""
 
 
 def installed_version() -> str | None:
@@ -17,6 +20,11 @@ def installed_version() -> str | None:
         except PackageNotFoundError:
             pass
     return None
+
+
+def needs_correction(found: str, device: str) -> bool:
+    """Whether vLLM `found` on a device of this type is known to be wrong."""
+    return device == "cpu" and found.startswith(CORRECTED)
 
 
 def require_vllm() -> str:

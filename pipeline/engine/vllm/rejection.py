@@ -15,17 +15,10 @@ from torch import Tensor
 from pipeline.messages import SamplingParams
 from pipeline.sampling.exactness import chi_square_p_value, processed_law
 
-KNOWN_TO_NEED_IT = ("0.32.",)
-"""beginnings of versions whose CPU sampler needs the correction"""
 STOCK = "ROLLAHEAD_VLLM_STOCK_SAMPLER"
 """environment variable that leaves the sampler as it is, and what `chunked_seeds` corrects, to show what is wrong"""
 CHECK_LEVEL = 1e-7
 """p-value below which a sampler is refused; a right one is, once in ten million starts and setting"""
-
-
-def needs_correction(found: str, device: str) -> bool:
-    """Whether vLLM `found` on a device of this type is known to sample wrongly where it drafts."""
-    return device == "cpu" and found.startswith(KNOWN_TO_NEED_IT)
 
 
 def correct(sampler: Any) -> None:

@@ -16,25 +16,19 @@ from msgspec.structs import asdict
 from drafters.mtp.head import head_files, is_mimos
 from drafters.mtp.vllm_form import ARCHITECTURE, head_tensors
 from pipeline.engine.vllm import chunked_seeds, head_config, rejection
-from pipeline.engine.vllm.install import installed_version
+from pipeline.engine.vllm.install import installed_version, needs_correction
 from pipeline.engine.vllm.proposer import DrafterProposer
 from pipeline.errors import RunFailed
 
 
 def _correct() -> None:
     from vllm.platforms import current_platform
-    from vllm.v1.sample import rejection_sampler
 
-    if rejection.needs_correction(installed_version() or "", current_platform.device_type):
-        rejection.correct(rejection_sampler)
-
-
-def _correct_seeds() -> None:
-    from vllm.platforms import current_platform
-
-    if chunked_seeds.needs_correction(installed_version() or "", current_platform.device_type):
+    if needs_correction(installed_version() or "", current_platform.device_type):
+        from vllm.v1.sample import rejection_sampler
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+        rejection.correct(rejection_sampler)
         chunked_seeds.correct(CPUModelRunner)
 
 
@@ -46,7 +40,6 @@ def _prepare() -> None:
 _prepare()
 if not os.environ.get(rejection.STOCK):
     _correct()
-    _correct_seeds()
 
 
 def refresh_tied_head(model: torch.nn.Module, tied: bool) -> None:
