@@ -4,14 +4,20 @@ import random
 
 from pipeline.tasks.rewards import numeric_answer
 
-_random = random.Random(0)
+
+def _shuffling(seed):
+    generator = random.Random(seed)
+
+    def shuffled(prompts, completions, **columns):
+        """The right rewards of a group, given to the wrong samples: there is nothing to learn."""
+        rewards = list(numeric_answer(prompts, completions, **columns))
+        generator.shuffle(rewards)
+        return rewards
+
+    return shuffled
 
 
-def shuffled(prompts, completions, **columns):
-    """The right rewards of a group, given to the wrong samples: there is nothing to learn."""
-    rewards = list(numeric_answer(prompts, completions, **columns))
-    _random.shuffle(rewards)
-    return rewards
+shuffled_0, shuffled_1, shuffled_2 = map(_shuffling, range(3))
 
 
 def fails_on_some(prompts, completions, **columns):
