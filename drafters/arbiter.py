@@ -266,20 +266,16 @@ class ArbiterDrafter(CompositeDrafter):
 
     def observe(self, verified: Verified) -> None:
         rows, step = len(verified.ids), self._step
+        drafted = step.drafted if step else 0
+        self._drafted_steps = self._drafted_steps + 1 if drafted else 0
+        self._untimed = 0 if verified.seconds > 0 else self._untimed + 1
         if self._rests and not any(self._must_know):
             self._plain_steps.append((rows, verified.seconds))
-            self._drafted_steps = 0
-            self._untimed = 0 if verified.seconds > 0 else self._untimed + 1
-            self._backlog.add(verified)
-            if self._backlog.full:
-                self._deliver()
+            self._keep(verified)
             return
         entered, telling = self._clock(), 0.0
         self._learn_plain_steps()
-        drafted = step.drafted if step else 0
         self.costs.observe(rows, rows + drafted, verified.seconds)
-        self._drafted_steps = self._drafted_steps + 1 if drafted else 0
-        self._untimed = 0 if verified.seconds > 0 else self._untimed + 1
         told = []
         for index, (guard, standings) in enumerate(zip(self.ensemble, self._standings_by_size, strict=True)):
             standing = standings.of(rows)
@@ -291,9 +287,7 @@ class ArbiterDrafter(CompositeDrafter):
                 standing.was_told(seconds)
                 telling += seconds
                 told.append(index)
-        self._backlog.add(verified, told)
-        if self._backlog.full:
-            self._deliver()
+        self._keep(verified, told)
         if step is None or tuple(step.ids) != tuple(verified.ids):
             return
         self._step = None
@@ -347,6 +341,12 @@ class ArbiterDrafter(CompositeDrafter):
                 gain = rate * seconds_without / tokens_without - 1
                 standing.judged(gain, plain, 1 if dear else 2 * len(asked), deciding, len(self._standings))
         self._price = price
+
+    def _keep(self, verified: Verified, told: Sequence[int] = ()) -> None:
+        """For those who have not been told."""
+        self._backlog.add(verified, told)
+        if self._backlog.full:
+            self._deliver()
 
     def _learn_plain_steps(self) -> None:
         if self._plain_steps:

@@ -8,7 +8,7 @@ DEAR = 0.03
 _PATIENCE, _DEAR_PATIENCE = 12, 2
 """steps in a row in which it did not pay, after which it sleeps"""
 _EXPLORATION = 0.01
-"""part of the time that asking drafters which do not pay may take, all of them together"""
+"""part of the time that asking drafters which do not pay is to take, all of them together; shorter sleeps take more"""
 _SHORTEST, _LONGEST, _LONGEST_OF_READERS = 16, 64, 512
 """steps of a sleep when it is longest: at least, for drafters that cost next to nothing, at most, and at most for those
 that have to read what they missed"""

@@ -242,6 +242,8 @@ def block_products(x: int, x_step: int, rows: int, weights: int, pairs: int, out
         out: address of float32 [rows, BLOCK].
         ahead: address of the block that is wanted next.
     """
+    if rows == 0:
+        return
     carray(pointer(out), (rows, BLOCK), np.float32)[:] = 0
     turns = (rows + _TOGETHER - 1) // _TOGETHER
     some, rest = rows // turns, rows % turns
