@@ -40,14 +40,16 @@ _RATE = 0.1
 
 @dataclass(slots=True)
 class _Step:
-    """What was proposed and chosen, until the step is observed."""
+    """What was proposed and chosen, until the step is observed; of the D drafters from the first to the last that was
+    asked."""
 
     ids: Sequence[int]
+    drafters: slice
     drawn: np.ndarray | None
     """bool [D, B], drafts drawn from probabilities; None: there are none"""
     stack: Stack
     choice: np.ndarray
-    """int64 [B], drafter; -1: none"""
+    """int64 [B], drafter, counted from the first of them; -1: none"""
     granted: np.ndarray
     """int64 [B], tokens of the choice that were to be verified, if it has as many"""
     drafted: int = 0
@@ -183,13 +185,15 @@ class ArbiterDrafter(CompositeDrafter):
         self._learn_plain_steps()
         self._not_asked += rows * (len(self._standings) - len(asked))
         self._trial = self.costs.learns and self._idle > 0 and self._idle % _TRIAL_EVERY == 0
-        proposals = [Proposal.empty(rows)] * len(self._standings)
+        # Side by side are those from the first to the last that is asked: mostly one.
+        drafters = slice(asked[0], asked[-1] + 1)
+        proposals = [Proposal.empty(rows)] * (drafters.stop - drafters.start)
         self._sampled.clear()
         asking = 0.0
         for index in asked:
-            proposals[index], seconds = self._ask(index, request)
+            proposals[index - drafters.start], seconds = self._ask(index, request)
             asking += seconds
-        proposal = self._decided(request, proposals, asked)
+        proposal = self._decided(request, proposals, asked, drafters)
         self._idle = 0 if self._step and self._step.drafted and not self._trial else self._idle + 1
         self._deciding = _smoothed(self._deciding, self._clock() - began - asking)
         return proposal
@@ -220,8 +224,8 @@ class ArbiterDrafter(CompositeDrafter):
         standing.was_asked(rows, seconds, proposal.token_ids.shape[1], whole)
         return proposal, seconds
 
-    def _decided(self, request: DraftRequest, proposals: list[Proposal], asked: list[int]) -> Proposal:
-        """The proposals side by side, and what of them is to be verified."""
+    def _decided(self, request: DraftRequest, proposals: list[Proposal], asked: list[int], drafters: slice) -> Proposal:
+        """What is to be verified of the proposals of these drafters."""
         rows, width = len(request.ids), max(p.token_ids.shape[1] for p in proposals)
         drawn = None
         if any(p.probabilities is not None for p in proposals):
@@ -231,26 +235,26 @@ class ArbiterDrafter(CompositeDrafter):
             stack = Stack.of_one(proposals[0])
         else:
             stack = Stack(len(proposals), rows, width)
-            for index in asked:
-                stack.put(index, proposals[index])
+            for place, proposal in enumerate(proposals):
+                stack.put(place, proposal)
         assumed = stack.lengths
         if drawn is not None:
             assumed = assumed.copy()
             for index in asked:
-                usual = np.minimum(request.budgets, self._standings[index].widest)
-                _blind(drawn[index], usual, assumed[index], stack.confidences[index])
+                place, usual = index - drafters.start, np.minimum(request.budgets, self._standings[index].widest)
+                _blind(drawn[place], usual, assumed[place], stack.confidences[place])
         urgency = self._urgency(request.ids)
-        seen = stack.matches, stack.confidences
+        seen = drafters, stack.matches, stack.confidences
         choice, granted, *found = self._allocated(*seen, assumed, request, urgency, self._reasons)
-        self._judge(asked, stack, assumed, request, urgency, *found)
+        self._judge(asked, drafters, stack, assumed, request, urgency, *found)
         if not granted.any():
             proposal = Proposal.empty(rows)
         elif drawn is None:
-            proposal = stack.chosen(choice, granted, self._names)
+            proposal = stack.chosen(choice, granted, self._names[drafters])
         else:
             lengths = np.where(choice >= 0, np.minimum(granted, stack.lengths[choice, np.arange(rows)]), 0)
-            proposal = joined(proposals, self._names, choice, lengths)
-        self._step = _Step(request.ids, drawn, stack, choice, granted, int(proposal.lengths.sum()))
+            proposal = joined(proposals, self._names[drafters], choice, lengths)
+        self._step = _Step(request.ids, drafters, drawn, stack, choice, granted, int(proposal.lengths.sum()))
         return proposal if self._step.drafted else Proposal.empty(rows)
 
     def _urgency(self, ids: Sequence[int]) -> np.ndarray:
@@ -297,23 +301,26 @@ class ArbiterDrafter(CompositeDrafter):
             # it does: its missing tokens count as rejected.
             for index, drawn in enumerate(step.drawn):
                 lengths[index, drawn] = np.where(step.choice == index, step.granted, 0)[drawn]
-        learn(self._counts, self._chances, stack.tokens, lengths, stack.matches, stack.confidences, *verified.flat())
+        learn(
+            self._counts[step.drafters], self._chances[step.drafters], stack.tokens, lengths, stack.matches,
+            stack.confidences, *verified.flat(),
+        )  # fmt: skip
         self._learning = _smoothed(self._learning, self._clock() - entered - telling)
 
     def _allocated(
-        self, matches: np.ndarray, confidences: np.ndarray, drafts: np.ndarray, request: DraftRequest,
+        self, drafters: slice, matches: np.ndarray, confidences: np.ndarray, drafts: np.ndarray, request: DraftRequest,
         urgency: np.ndarray, reasons: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, float, float, float]:  # fmt: skip
         """Choice and lengths, int64 [B], expected tokens, seconds without those of asking, and those of no draft."""
         choice, lengths, self._price, tokens, seconds, plain = allocate(
-            self._chances, matches, confidences, drafts, request.budgets, urgency, self.costs.table,
+            self._chances[drafters], matches, confidences, drafts, request.budgets, urgency, self.costs.table,
             self.costs.scale[0], self._deciding + self._learning, self._price, self._trial, reasons,
         )  # fmt: skip
         return choice, lengths, tokens, seconds, plain
 
     def _judge(
-        self, asked: list[int], stack: Stack, drafts: np.ndarray, request: DraftRequest, urgency: np.ndarray,
-        tokens: float, seconds: float, plain: float,
+        self, asked: list[int], drafters: slice, stack: Stack, drafts: np.ndarray, request: DraftRequest,
+        urgency: np.ndarray, tokens: float, seconds: float, plain: float,
     ) -> None:  # fmt: skip
         """What asking a drafter brought, its time included, against deciding without it, or where nobody else is asked
         against deciding nothing: of dear ones, and those that have slept, in every step, of the others by turns."""
@@ -325,17 +332,17 @@ class ArbiterDrafter(CompositeDrafter):
                 matches, confidences, found, taken = stack.matches, stack.confidences, tokens, seconds
                 if index in self._sampled:
                     matches, confidences, all_drafts = _as_if_all(
-                        index, self._sampled[index], matches, confidences, drafts
+                        index - drafters.start, self._sampled[index], matches, confidences, drafts
                     )
                     _, _, found, taken, _ = self._allocated(
-                        matches, confidences, all_drafts, request, urgency, self._unused
+                        drafters, matches, confidences, all_drafts, request, urgency, self._unused
                     )
                 tokens_without, seconds_without = float(urgency.sum()), plain
                 if len(asked) > 1:
                     without = drafts.copy()
-                    without[index] = 0
+                    without[index - drafters.start] = 0
                     _, _, tokens_without, seconds_without, _ = self._allocated(
-                        matches, confidences, without, request, urgency, self._unused
+                        drafters, matches, confidences, without, request, urgency, self._unused
                     )
                 rate = found / (taken + standing.seconds)
                 gain = rate * seconds_without / tokens_without - 1

@@ -55,7 +55,7 @@ def merged(steps: Sequence[Verified], hidden_states: bool = False) -> Verified:
     they are asked for and all steps have them."""
     if len(steps) == 1:
         return steps[0]
-    if not hidden_states and (plain := _merged_plain(steps)):
+    if not hidden_states and (plain := _merged_simply(steps)):
         return plain
     rows: dict[int, int] = {}
     row_of = np.array([rows.setdefault(i, len(rows)) for step in steps for i in step.ids], np.int64)
@@ -84,12 +84,15 @@ def merged(steps: Sequence[Verified], hidden_states: bool = False) -> Verified:
     )
 
 
-def _merged_plain(steps: Sequence[Verified]) -> Verified | None:
-    """`merged` of steps that emitted one token of each of the same sequences, as those without drafts do, else None."""
+def _merged_simply(steps: Sequence[Verified]) -> Verified | None:
+    """`merged` of steps of one sequence, or that emitted one token of each of the same sequences, as those without
+    drafts do, else None."""
     ids = steps[0].ids
-    emitted = list(chain.from_iterable(step.emitted for step in steps))
-    if any(step.ids is not ids and step.ids != ids for step in steps) or set(map(len, emitted)) != {1}:
+    if any(step.ids is not ids and step.ids != ids for step in steps):
         return None
-    by_row = np.concatenate(emitted).reshape(len(steps), len(ids)).T.copy()
+    emitted = list(chain.from_iterable(step.emitted for step in steps))
+    if len(ids) > 1 and set(map(len, emitted)) != {1}:
+        return None
+    by_row = np.concatenate(emitted).reshape(-1, len(ids)).T.copy()
     accepted = np.array([step.accepted for step in steps], np.int64).sum(axis=0)
     return Verified(list(ids), list(by_row), accepted, seconds=sum(step.seconds for step in steps))
