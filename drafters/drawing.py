@@ -7,17 +7,19 @@ that stands in a draft only where it looks good is not drawn from the distributi
 from collections.abc import Callable
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from drafters.base import DraftRequest, Proposal
 from pipeline.sampling.distribution import inverse_cdf
 from pipeline.sampling.plain import draw_plain
-from pipeline.sampling.uniforms import Stream, salted, uniforms
+from pipeline.sampling.splitmix import one_salted_seed, one_uniform
+from pipeline.sampling.uniforms import Stream, salted, stream_offset, uniforms
 
 _MAX_DRAFT_BITS = 16
+_OFFSET = stream_offset(Stream.DRAFT)
 
 
 class Wanted(NamedTuple):
@@ -45,7 +47,68 @@ class Chained(NamedTuple):
     peaks: np.ndarray
     """float32 [A, K], of the distributions"""
     probabilities: Tensor
-    """float32 [A, K, V], the distributions; zeros behind a row's length"""
+    """float32 [A, K, V], the distributions; nothing of meaning behind a row's length"""
+
+
+def draw_whole(
+    draw: Callable[[Wanted], Chained],
+    request: DraftRequest,
+    budgets: np.ndarray,
+    seeds: np.ndarray,
+    positions: np.ndarray,
+    *,
+    greedy: bool,
+    stop_below: float,
+) -> Proposal:
+    """What `Drawing` draws token by token, from one call for all rows that want a draft; at least one must.
+
+    Args:
+        draw: gives the drafts of these rows.
+        request, budgets, seeds, positions, greedy, stop_below: as `Drawing` takes them.
+    """
+    rows = len(budgets)
+    ids = np.asarray(request.ids, np.int64)
+    wanting, warm, sampled, numbers, most = _wanted(seeds, ids, positions, request.temperatures, budgets, greedy)
+    found = draw(Wanted(warm, sampled, numbers, most, stop_below))
+    depth = int(found.lengths.max())
+    tokens, lengths, peaks, q = found.tokens, found.lengths, found.peaks, found.probabilities
+    if depth < tokens.shape[1]:
+        tokens, peaks, q = tokens[:, :depth], peaks[:, :depth], q[:, :depth]
+    if len(wanting) < rows:
+        tokens, lengths, peaks, sampled = (_spread(part, wanting, rows) for part in (tokens, lengths, peaks, sampled))
+        q = q.new_zeros(rows, *q.shape[1:]).index_copy_(0, torch.from_numpy(wanting), q)
+    if not sampled.any():
+        return Proposal(tokens, lengths, confidences=peaks)
+    return Proposal(tokens, lengths, q, None, sampled, confidences=peaks)
+
+
+def _spread(part: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """[count, ...] with the part [A, ...] in these rows and zeros elsewhere."""
+    whole = np.zeros((count, *part.shape[1:]), part.dtype)
+    whole[rows] = part
+    return whole
+
+
+@njit(cache=True)
+def _wanted(
+    seeds: np.ndarray,
+    ids: np.ndarray,
+    positions: np.ndarray,
+    temperatures: np.ndarray,
+    budgets: np.ndarray,
+    greedy: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows int64 [A] with a budget, then the first four fields of `Wanted`."""
+    rows = np.flatnonzero(budgets > 0)
+    sampled, warm = np.empty(len(rows), np.bool_), np.empty(len(rows), np.float32)
+    numbers = np.empty((len(rows), budgets.max()))
+    for n, row in enumerate(rows):
+        sampled[n] = temperatures[row] > 0 and not greedy
+        warm[n] = temperatures[row] if temperatures[row] > 0 else np.float32(1)
+        seed = one_salted_seed(np.uint64(seeds[row]), np.uint64(ids[row] + 1))
+        for k in range(numbers.shape[1]):
+            numbers[n, k] = one_uniform(seed, np.uint64((positions[row] << _MAX_DRAFT_BITS) + k), _OFFSET)
+    return rows, warm, sampled, numbers, budgets[rows]
 
 
 class Drawing:
@@ -109,25 +172,6 @@ class Drawing:
         self._lengths[rows] = self.depth = depth + 1
         self.rows = rows[(self._budgets[rows] > self.depth) & (confidences >= self._stop_below)]
         return tokens
-
-    def whole(self, draw: Callable[[Wanted], Chained]) -> Proposal:
-        """All of it in one call, for `rows`."""
-        rows, depths = self.rows, np.arange(self._tokens.shape[1])
-        temperatures = np.where(self._temperatures > 0, self._temperatures, 1)[rows]
-        positions = (self._positions[rows, None] << _MAX_DRAFT_BITS) + depths
-        numbers = uniforms(self._seeds[rows, None], positions, Stream.DRAFT)
-        sampled = self._sampled[rows]
-        wanted = temperatures.astype(np.float32), sampled, numbers, self._budgets[rows], self._stop_below
-        found = draw(Wanted(*wanted))
-        self._tokens[rows], self._lengths[rows], self._confidences[rows] = found.tokens, found.lengths, found.peaks
-        self.depth, self.rows = int(found.lengths.max()), rows[:0]
-        proposal = self.proposal()
-        if not sampled.any():
-            return proposal
-        q = found.probabilities[:, : self.depth]
-        if len(rows) < len(self._lengths):
-            q = q.new_zeros(len(self._lengths), *q.shape[1:]).index_copy_(0, torch.from_numpy(rows), q)
-        return msgspec.structs.replace(proposal, probabilities=q, sampled=self._sampled)
 
     def proposal(self) -> Proposal:
         """What has been drawn."""

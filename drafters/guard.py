@@ -190,7 +190,7 @@ def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Propo
     if q is not None:
         sampled = _checked_mask(proposal.sampled, lengths)
         if sampled.any():
-            q = _checked_probabilities(q, ids, (np.arange(width) < lengths[:, None]) & sampled[:, None], vocab_size)
+            q = _checked_probabilities(q, ids, lengths, sampled, vocab_size)
         else:
             q = sampled = None
     return Proposal(ids, lengths, q, None, sampled, by, matches, None if confidences is None else confident)
@@ -289,7 +289,7 @@ def _compile() -> None:
     """The compiled checks, before the first call's time counts."""
     ints, one = np.ones(1, np.int64), np.ones((1, 1), np.int64)
     _tidied(one, ints, ints, 2, ints, one.astype(np.float32))
-    _are_distributions(np.ones((1, 1, 1), np.float32), 0 * one, one > 0)
+    _are_distributions(np.ones((1, 1, 1), np.float32), 0 * one, ints, ints > 0)
 
 
 def _checked_mask(sampled: np.ndarray | None, lengths: np.ndarray) -> np.ndarray:
@@ -301,16 +301,22 @@ def _checked_mask(sampled: np.ndarray | None, lengths: np.ndarray) -> np.ndarray
     return sampled & (lengths > 0)
 
 
-def _checked_probabilities(q: torch.Tensor, ids: np.ndarray, inside: np.ndarray, vocab_size: int) -> torch.Tensor:
+def _checked_probabilities(
+    q: torch.Tensor, ids: np.ndarray, lengths: np.ndarray, sampled: np.ndarray, vocab_size: int
+) -> torch.Tensor:
     """Verification is exact only for the distribution the token was drawn from, so q must at least be one with it."""
-    rows, width = ids.shape
-    if q.ndim != 3 or q.shape[0] != rows or q.shape[1] < width or q.shape[2] != vocab_size:
-        raise BadProposal(f"probabilities {tuple(q.shape)} for {rows} drafts of up to {width} tokens")
-    q = q[:, :width].float()
-    if q.device.type == "cpu":
-        if not _are_distributions(q.contiguous().numpy(), ids, inside):
+    (rows, width), shape = ids.shape, q.shape
+    if len(shape) != 3 or shape[0] != rows or shape[1] < width or shape[2] != vocab_size:
+        raise BadProposal(f"probabilities {tuple(shape)} for {rows} drafts of up to {width} tokens")
+    if shape[1] > width:
+        q = q[:, :width]
+    if q.dtype != torch.float32:
+        q = q.float()
+    if q.is_cpu:
+        if not _are_distributions(q.contiguous().numpy(), ids, lengths, sampled):
             raise BadProposal(_NO_DISTRIBUTION)
         return q
+    inside = (np.arange(width) < lengths[:, None]) & sampled[:, None]
     drawn = q.gather(2, torch.from_numpy(ids).to(q.device).unsqueeze(2)).squeeze(2)
     good = (q.min(-1).values >= 0) & ((q.sum(-1) - 1).abs() < 1e-3) & (drawn > 0)
     if not bool(good[torch.from_numpy(inside).to(q.device)].all()):
@@ -322,11 +328,12 @@ _NO_DISTRIBUTION = "probabilities of a draft token are negative, do not sum to 1
 
 
 @njit(fastmath={"contract", "reassoc", "nsz"}, cache=True)
-def _are_distributions(q: np.ndarray, ids: np.ndarray, inside: np.ndarray) -> bool:
-    """Whether q [B, K, V] are distributions that give the tokens ids [B, K] something, where `inside` [B, K]."""
+def _are_distributions(q: np.ndarray, ids: np.ndarray, lengths: np.ndarray, sampled: np.ndarray) -> bool:
+    """Whether q [B, K, V] are distributions that give the tokens ids [B, K] something, for the first `lengths` [B] of
+    the rows that were `sampled` [B]."""
     for b in range(q.shape[0]):
-        for k in range(q.shape[1]):
-            if inside[b, k]:
+        if sampled[b]:
+            for k in range(lengths[b]):
                 row, total, least = q[b, k], np.float32(0), np.float32(0)
                 for v in range(len(row)):
                     total += row[v]

@@ -63,6 +63,7 @@ class HeadChain:
         self._fc, self._epsilon = packed_address(fc.weight), epsilon
         self._final_norm = final_norm
         """whose address is among the facts"""
+        self._room: _Room | None = None
 
     def __call__(
         self, wanted: Wanted, last: Tensor, unread: Unread, tables: np.ndarray, cached: np.ndarray, cache: KVCache
@@ -79,29 +80,38 @@ class HeadChain:
             cache: of the head.
         """
         rows, depths = wanted.numbers.shape
-        hidden, new = last.shape[1], len(unread.tokens)
-        most, end = max(rows, new), int((cached + unread.counts).max()) + depths
-        parts = self._layers.parts(cache, most, end, torch.get_num_threads())
-        # The last states, then two by turns: a thread that is ahead must not overwrite what others still read.
-        states = np.empty((2, rows, hidden), np.int16)
-        work = np.empty((most, hidden), np.int16), np.zeros((rows, hidden), np.int16), np.ones(rows, np.bool_)
-        logits, counters = np.empty((rows, self._vocab_size), np.float32), np.zeros((depths, 2), np.int64)
-        tables, counter = np.ascontiguousarray(tables), np.zeros(1, np.int64)
+        most, threads = max(rows, len(unread.tokens)), torch.get_num_threads()
+        room = self._room
+        if room is None or room.most < most or (room.rows, room.depths) != (rows, depths):
+            room = self._room = _Room(rows, depths, most, last.shape[1], self._vocab_size)
+        parts = self._layers.parts(cache, most, tables.shape[1] * PAGE, threads)
         found = Chained(
             np.zeros((rows, depths), np.int64), np.zeros(rows, np.int64), np.zeros((rows, depths), np.float32),
-            torch.zeros(rows, depths, self._vocab_size),
+            torch.empty(rows, depths, self._vocab_size),
         )  # fmt: skip
-        arguments, passes = np.empty(_COUNT, np.int64), np.empty((depths, ARGUMENTS), np.int64)
         kept = _pack(
-            arguments, passes, self._facts.copy(), np.array([self._epsilon, wanted.stop_below]), *self._weights,
-            self._fc, last.view(torch.int16).numpy(), unread.tokens, unread.hidden.view(torch.int16).numpy(),
-            unread.counts, tables, cached, cache.pages, states, *work, logits, counters,
-            counter, *wanted[:4], found.tokens, found.lengths, found.peaks, found.probabilities.numpy(),
-            *parts,
+            room.arguments, room.passes, self._facts.copy(), np.array([self._epsilon, wanted.stop_below]),
+            *self._weights, self._fc, last.view(torch.int16).numpy(), unread.tokens,
+            unread.hidden.view(torch.int16).numpy(), unread.counts, tables, cached, cache.pages, room.states, room.x,
+            room.read, room.live, room.logits, room.counters, room.counter, *wanted[:4], found.tokens, found.lengths,
+            found.peaks, found.probabilities.numpy(), *parts,
         )  # fmt: skip
-        on_all_threads(_chain, _part, arguments)
+        on_all_threads(_chain, _part, room.arguments)
         del kept, parts  # what the addresses are of has lived until here
         return found
+
+
+class _Room:
+    """Arrays that a call works in, for the next one of as many rows and depths."""
+
+    def __init__(self, rows: int, depths: int, most: int, hidden: int, vocab_size: int) -> None:
+        self.rows, self.depths, self.most = rows, depths, most
+        # The last states, then two by turns: a thread that is ahead must not overwrite what others still read.
+        self.states = np.empty((2, rows, hidden), np.int16)
+        self.x, self.read = np.empty((most, hidden), np.int16), np.zeros((rows, hidden), np.int16)
+        self.live, self.logits = np.empty(rows, np.bool_), np.empty((rows, vocab_size), np.float32)
+        self.counters, self.counter = np.empty((depths, 2), np.int64), np.empty(1, np.int64)
+        self.arguments, self.passes = np.empty(_COUNT, np.int64), np.empty((depths, ARGUMENTS), np.int64)
 
 
 _EMBEDDING, _VOCABULARY, _FIRST, _SECOND, _FC, _HEAD, _PASSES, _LAST, _STATES, _X, _READ, _LIVE = range(12)
@@ -154,6 +164,7 @@ def _pack(
     """Fills the arguments of the whole and of the passes through the layer, of unread rows and of each further token;
     arrays that some of them are the addresses of."""
     (rows, depths), new = numbers.shape, len(tokens)
+    live[:], counters[:], counter[:] = True, 0, 0
     starts = np.zeros(rows + 1, np.int64)
     for b in range(rows):
         starts[b + 1] = starts[b] + counts[b]

@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from torch import Tensor
 
 from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
-from drafters.drawing import Drawing
+from drafters.drawing import Chained, Drawing, Wanted, draw_whole
 from drafters.mtp.fitting import check_fits
 from drafters.mtp.head import MTPHead, head_files, load_head
 from drafters.mtp.texts import Text, Texts
@@ -79,6 +79,8 @@ class MTPDrafter(BaseDrafter):
         else:
             raise UsageError("drafter mtp needs a head: give its folder as option path, or a model that holds one")
         self._texts = Texts(self._head)
+        self._nothing = self._target.embedding.new_zeros(self._target.config.hidden_size)
+        """in place of the state of a text of which no row has been read"""
 
     def weights_changed(self, version: int) -> None:
         """Embedding and output head are the target's own; a publication may bring a head beside them."""
@@ -115,38 +117,42 @@ class MTPDrafter(BaseDrafter):
 
     @torch.no_grad()
     def propose(self, request: DraftRequest) -> Proposal:
+        known = [self._texts[i] for i in request.ids]
         budgets = np.minimum(request.budgets, self.options.max_tokens)
-        texts = [self._texts[i] for i, budget in zip(request.ids, budgets.tolist(), strict=True) if budget]
+        texts = [text for text, budget in zip(known, budgets.tolist(), strict=True) if budget]
         self._texts.read_prompts(texts)
         whole = self._head.chains(max(len(texts), sum(text.waiting for text in texts)))
         if not whole:
             self._texts.read(texts)
+        facts = np.array([(text.seed, text.rows) for text in known], np.int64).reshape(-1, 2)
+        seeds, rows = facts[:, 0].copy(), facts[:, 1].copy()
         # Nothing can be drafted after a prompt of a single token, whose successor no row predicts.
-        budgets = budgets * np.array([self._texts[i].rows > 0 for i in request.ids], np.int64)
+        budgets[rows == 0] = 0
         if not budgets.any():
-            return Proposal.empty(len(request.ids))
-        known = [self._texts[i] for i in request.ids]
-        drawing = Drawing(
-            request, budgets, np.array([text.seed for text in known], np.int64),
-            np.array([text.rows + 1 for text in known], np.int64), vocab_size=self._target.config.vocab_size,
-            greedy=self.options.greedy, stop_below=self.options.stop_below,
-        )  # fmt: skip
-        texts = [known[row] for row in drawing.rows.tolist()]
+            return Proposal.empty(len(known))
+        texts = [text for text, budget in zip(known, budgets.tolist(), strict=True) if budget]
+        options = self.options
         if whole:
-            return self._in_one_call(drawing, texts, int(budgets.max()))
+            return draw_whole(
+                lambda wanted: self._chained(wanted, texts), request, budgets, seeds, rows + 1, greedy=options.greedy,
+                stop_below=options.stop_below,
+            )  # fmt: skip
+        drawing = Drawing(
+            request, budgets, seeds, rows + 1, vocab_size=self._target.config.vocab_size, greedy=options.greedy,
+            stop_below=options.stop_below,
+        )  # fmt: skip
         return self._one_by_one(drawing, texts, budgets[drawing.rows])
 
-    def _in_one_call(self, drawing: Drawing, texts: Sequence[Text], most: int) -> Proposal:
+    def _chained(self, wanted: Wanted, texts: Sequence[Text]) -> Chained:
         """What is left to read is read on the way; rows of shorter drafts are taken along to the end of the longest."""
+        depths = wanted.numbers.shape[1]
         cached = np.array([text.cached for text in texts], np.int64)
-        tables = self._texts.tables(texts, [text.rows + most - 1 for text in texts])
-        nothing = self._target.embedding.new_zeros(self._target.config.hidden_size)
-        last = torch.stack([nothing if text.last is None else text.last for text in texts])
-        unread, chain, cache = self._texts.take_unread(texts), self._head.chain(), self._texts.cache
-        proposal = drawing.whole(lambda wanted: chain(wanted, last, unread, tables, cached, cache))
-        for text, state in zip(texts, last, strict=True):
+        tables = self._texts.tables(texts, [text.rows + depths - 1 for text in texts])
+        last = torch.stack([self._nothing if text.last is None else text.last for text in texts])
+        found = self._head.chain()(wanted, last, self._texts.take_unread(texts), tables, cached, self._texts.cache)
+        for text, state in zip(texts, last.unbind(), strict=True):
             text.last = state
-        return proposal
+        return found
 
     def _one_by_one(self, drawing: Drawing, texts: Sequence[Text], budgets: np.ndarray) -> Proposal:
         rows = drawing.rows

@@ -143,6 +143,9 @@ class Texts:
         taken = [text.take(count) for text, count in zip(texts, counts, strict=True) if count]
         for text, count in zip(texts, counts, strict=True):
             text.cached += count
+        if len(taken) == 1:
+            tokens, hidden = taken[0]
+            return Unread(tokens.copy(), hidden.contiguous(), np.array(counts))
         if not taken:
             none = torch.zeros(0, self.head.config.hidden_size, dtype=self.head.dtype, device=self.head.device)
             return Unread(np.zeros(0, np.int64), none, np.array(counts))

@@ -252,6 +252,8 @@ class CompiledLayers:
         c = config
         self._shape = np.array([c.hidden_size, c.heads, c.kv_heads, c.head_dim, c.intermediate_size])
         self._real = np.array([c.rms_norm_eps, c.head_dim**-0.5])
+        self._place: tuple[int, ...] = ()
+        """address and strides of the cache that the table is filled in for"""
 
     @classmethod
     def of(cls, config: ModelConfig, layers: Sequence["Layer"], rope: RopeTable) -> "CompiledLayers | None":
@@ -303,8 +305,11 @@ class CompiledLayers:
     ) -> tuple[np.ndarray, ...]:
         """The last seven arguments of `pack`, for passes of up to `rows` tokens at positions before `end`."""
         c, table, store = self._config, self._table[first:last], cache.store
-        table[:, 10] = store.data_ptr() + store.stride(0) * 2 * np.arange(first, first + len(table))
-        table[:, 11] = table[:, 10] + store.stride(1) * 2
+        place = store.data_ptr(), *store.stride()[:2]
+        if place != self._place:
+            self._place, (address, layer, values) = place, place
+            self._table[:, 10] = address + 2 * layer * np.arange(len(self._table))
+            self._table[:, 11] = self._table[:, 10] + 2 * values
         wide = (c.heads + 2 * c.kv_heads) * c.head_dim
         numbers = rows * (wide + 2 * c.heads * c.head_dim + c.intermediate_size + (threads + 1) * c.hidden_size)
         work, sums = np.empty(numbers, np.int16), np.empty(2 * threads * rows * BLOCK, np.float32)

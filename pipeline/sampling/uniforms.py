@@ -27,11 +27,16 @@ class Stream(IntEnum):
     """draw of a draft token; counted from where its draft starts"""
 
 
+def stream_offset(stream: Stream) -> np.uint64:
+    """What the numbers of a stream are told apart by."""
+    return np.uint64((stream + 1) * _INCREMENT % 2**64)
+
+
 def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> np.ndarray:
     """float64 in the open interval (0, 1), of the broadcast shape of integer `seeds` and `positions`."""
     from pipeline.sampling.splitmix import uniform  # numba: not for whoever imports this module for its types
 
-    offset = np.uint64((stream + 1) * _INCREMENT % 2**64)
+    offset = stream_offset(stream)
     found: np.ndarray = uniform(np.atleast_1d(seeds).astype(np.uint64), np.asarray(positions).astype(np.uint64), offset)
     return found
 
