@@ -242,7 +242,7 @@ class ArbiterDrafter(CompositeDrafter):
             assumed = assumed.copy()
             for index in asked:
                 place, usual = index - drafters.start, np.minimum(request.budgets, self._standings[index].widest)
-                _blind(drawn[place], usual, assumed[place], stack.confidences[place])
+                _blind(drawn[place], usual, assumed[place], stack.matches[place], stack.confidences[place])
         urgency = self._urgency(request.ids)
         seen = drafters, stack.matches, stack.confidences
         choice, granted, *found = self._allocated(*seen, assumed, request, urgency, self._reasons)
@@ -402,17 +402,20 @@ def _as_if_all(index: int, asked: np.ndarray, *arrays: np.ndarray) -> list[np.nd
     return copies
 
 
-def _blind(drawn: np.ndarray, usual: np.ndarray, lengths: np.ndarray, confidences: np.ndarray) -> None:
-    """Hides what depends on drawn tokens: how long a draft became, and every confidence but the first, which was known
-    before anything was drawn.
+def _blind(
+    drawn: np.ndarray, usual: np.ndarray, lengths: np.ndarray, matches: np.ndarray, confidences: np.ndarray
+) -> None:
+    """Hides what may depend on drawn tokens: how long a draft became, what it was found by, and every confidence but the
+    first, which the guard takes from the stated distribution.
 
     Args:
         drawn: bool [B].
         usual: int64 [B], the length to assume instead.
         lengths: int64 [B], changed.
+        matches: int64 [B], changed.
         confidences: float32 [B, K], changed.
     """
-    lengths[drawn] = usual[drawn]
+    lengths[drawn], matches[drawn] = usual[drawn], -1
     confidences[drawn] = confidences[drawn, :1]
 
 

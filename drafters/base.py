@@ -125,7 +125,8 @@ class Proposal(Struct, frozen=True, eq=False):
     matches: np.ndarray | None = None
     """int64 [B], tokens of context each draft was found with; None: the drafter has no such notion"""
     confidences: np.ndarray | None = None
-    """float32 [B, K], the drafter's own guess that each token is accepted if those before it are"""
+    """float32 [B, K], the drafter's own guess that each token is accepted if those before it are. Of a draft that was
+    drawn the peak of the first distribution stands for the first: who chooses must not see what was drawn"""
 
     @staticmethod
     def empty(rows: int) -> "Proposal":

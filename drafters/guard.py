@@ -2,8 +2,9 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -64,6 +65,8 @@ class Guard:
         self._vocab_size = vocab_size
         self._call_seconds = call_seconds
         self._failed = 0
+        self._hosts = isinstance(drafter, Host)
+        """whether it guards the calls of others, each with its own limit"""
         self._hands_on = False
         _compile()
         if isinstance(drafter, Host):
@@ -140,8 +143,12 @@ class Guard:
             self._call(lambda d: d.end(ids), None)
 
     def counters(self) -> dict[str, float]:
-        """The drafter's own figures, none of one that keeps none."""
-        return self._call(lambda d: d.counters() if hasattr(d, "counters") else {}, {})
+        """The drafter's own figures, none of one that keeps none, and how many drafters are switched off, if any is;
+        what is no figure is left out."""
+        found: Any = self._call(lambda d: d.counters() if hasattr(d, "counters") else {}, {})
+        figures = found.items() if isinstance(found, Mapping) else ()
+        off = {"switched off": self.failures} if self.failures else {}
+        return off | {str(name): figure for name, figure in figures if isinstance(figure, Real)}
 
     def _call(self, action: Callable[[Drafter], T], otherwise: T, limited: bool = True) -> T:
         if self._drafter is None:
@@ -150,7 +157,7 @@ class Guard:
         try:
             result = action(self._drafter)
             seconds = time.monotonic() - began
-            if limited and seconds > self._call_seconds:
+            if limited and not self._hosts and seconds > self._call_seconds:
                 raise TooSlow(f"a call took {seconds:.1f} s, more than {self._call_seconds:g}")
             return result
         except (Exception, SystemExit) as error:  # a stranger's code may raise anything; generation goes on without it
@@ -190,7 +197,10 @@ def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Propo
     if q is not None:
         sampled = _checked_mask(proposal.sampled, lengths)
         if sampled.any():
-            q = _checked_probabilities(q, ids, lengths, sampled, vocab_size)
+            q, peaks = _checked_probabilities(q, ids, lengths, sampled, vocab_size)
+            if confidences is not None:
+                # Who chooses among drafts looks at it: it must not depend on the token that was drawn.
+                confident[sampled, 0] = peaks[sampled]
         else:
             q = sampled = None
     return Proposal(ids, lengths, q, None, sampled, by, matches, None if confidences is None else confident)
@@ -289,7 +299,7 @@ def _compile() -> None:
     """The compiled checks, before the first call's time counts."""
     ints, one = np.ones(1, np.int64), np.ones((1, 1), np.int64)
     _tidied(one, ints, ints, 2, ints, one.astype(np.float32))
-    _are_distributions(np.ones((1, 1, 1), np.float32), 0 * one, ints, ints > 0)
+    _are_distributions(np.ones((1, 1, 1), np.float32), 0 * one, ints, ints > 0, np.zeros(1, np.float32))
 
 
 def _checked_mask(sampled: np.ndarray | None, lengths: np.ndarray) -> np.ndarray:
@@ -303,8 +313,9 @@ def _checked_mask(sampled: np.ndarray | None, lengths: np.ndarray) -> np.ndarray
 
 def _checked_probabilities(
     q: torch.Tensor, ids: np.ndarray, lengths: np.ndarray, sampled: np.ndarray, vocab_size: int
-) -> torch.Tensor:
-    """Verification is exact only for the distribution the token was drawn from, so q must at least be one with it."""
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Verification is exact only for the distribution the token was drawn from, so q must at least be one with it; with
+    the peaks float32 [B] of the first ones."""
     (rows, width), shape = ids.shape, q.shape
     if len(shape) != 3 or shape[0] != rows or shape[1] < width or shape[2] != vocab_size:
         raise BadProposal(f"probabilities {tuple(shape)} for {rows} drafts of up to {width} tokens")
@@ -312,32 +323,39 @@ def _checked_probabilities(
         q = q[:, :width]
     if q.dtype != torch.float32:
         q = q.float()
+    peaks = np.zeros(rows, np.float32)
     if q.is_cpu:
-        if not _are_distributions(q.contiguous().numpy(), ids, lengths, sampled):
+        if not _are_distributions(q.contiguous().numpy(), ids, lengths, sampled, peaks):
             raise BadProposal(_NO_DISTRIBUTION)
-        return q
+        return q, peaks
     inside = (np.arange(width) < lengths[:, None]) & sampled[:, None]
     drawn = q.gather(2, torch.from_numpy(ids).to(q.device).unsqueeze(2)).squeeze(2)
     good = (q.min(-1).values >= 0) & ((q.sum(-1) - 1).abs() < 1e-3) & (drawn > 0)
     if not bool(good[torch.from_numpy(inside).to(q.device)].all()):
         raise BadProposal(_NO_DISTRIBUTION)
-    return q
+    peaks[sampled] = q[:, 0].max(-1).values.cpu().numpy()[sampled]
+    return q, peaks
 
 
 _NO_DISTRIBUTION = "probabilities of a draft token are negative, do not sum to 1, or give the token itself none"
 
 
 @njit(fastmath={"contract", "reassoc", "nsz"}, cache=True)
-def _are_distributions(q: np.ndarray, ids: np.ndarray, lengths: np.ndarray, sampled: np.ndarray) -> bool:
+def _are_distributions(
+    q: np.ndarray, ids: np.ndarray, lengths: np.ndarray, sampled: np.ndarray, peaks: np.ndarray
+) -> bool:
     """Whether q [B, K, V] are distributions that give the tokens ids [B, K] something, for the first `lengths` [B] of
-    the rows that were `sampled` [B]."""
+    the rows that were `sampled` [B]; fills the `peaks` [B] of their first ones."""
     for b in range(q.shape[0]):
         if sampled[b]:
             for k in range(lengths[b]):
-                row, total, least = q[b, k], np.float32(0), np.float32(0)
+                row, total, least, most = q[b, k], np.float32(0), np.float32(0), np.float32(0)
                 for v in range(len(row)):
                     total += row[v]
                     least = min(least, row[v])
+                    most = max(most, row[v])
                 if not (least >= 0 and abs(total - np.float32(1)) < np.float32(1e-3) and row[ids[b, k]] > 0):
                     return False
+                if k == 0:
+                    peaks[b] = most
     return True

@@ -27,7 +27,9 @@ class Standing:
     reads: bool = False
     """whether it computes a model over what it missed: to ask it again costs as much as if it had never slept"""
     widest: int = _UNKNOWN
-    """longest draft it has made"""
+    """longest draft it has made before this step: the step's own may be as long as it is because of what was drawn"""
+    _width: int = 0
+    """longest draft of the last step in which it was asked"""
     gain: float = math.nan
     """by how much asking it raises tokens a second, its own time included; not a number before it is known"""
     _asking: float = math.nan
@@ -58,6 +60,8 @@ class Standing:
         """Whether to ask it in this step, with so many sequences."""
         awake = self.awake(rows)
         self._step += 1
+        if self._width:
+            self.widest = self._width if self.widest == _UNKNOWN else max(self.widest, self._width)
         return awake
 
     def awake(self, rows: int) -> bool:
@@ -77,8 +81,7 @@ class Standing:
         if whole:
             self._asking = _least_of_late(self._asking, seconds)
         self._latest, self._asked, self._rows = seconds, self._step, rows
-        if width:
-            self.widest = width if self.widest == _UNKNOWN else max(self.widest, width)
+        self._width = width
 
     def was_told(self, seconds: float) -> None:
         """It observed a step."""

@@ -13,6 +13,7 @@ from drafters import arbiter as arbiter_module
 from drafters.arbiter import ArbiterDrafter
 from drafters.base import BaseDrafter, Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
 from drafters.cost_model import PER_ROW, ROWS, CostModel
+from drafters.guard import Guard
 from drafters.none import NoDrafter
 from drafters.prompt_lookup import PromptLookupDrafter
 from drafters.replay import RecordedText, replay
@@ -480,8 +481,11 @@ class Telling(BaseDrafter):
 
     class Options(Struct):
         seed: int = 0
+        surer: bool = False
+        """whether it is the surer of a first token, too, the better it is"""
 
     def __init__(self, options):
+        self.surer = options.surer
         self.generator = torch.Generator().manual_seed(options.seed)
         self.law = torch.full((VOCABULARY,), 0.1 / (VOCABULARY - 2))
         self.law[[8, 15]] = 0.45  # what the target of the kit likes, too
@@ -491,7 +495,8 @@ class Telling(BaseDrafter):
         drawn = torch.multinomial(self.law.expand(rows, -1), 3, replacement=True, generator=self.generator).numpy()
         good = drawn[:, 0] == 8
         lengths = np.minimum(request.budgets, np.where(good, 3, 1))
-        confidences = np.where(good[:, None] | (np.arange(3) == 0), 0.7, 0.1).astype(np.float32)
+        first = np.arange(3) == (-1 if self.surer else 0)
+        confidences = np.where(good[:, None] | first, 0.7, 0.1).astype(np.float32)
         return Proposal(drawn, lengths, self.law.expand(rows, 3, -1), confidences=confidences)
 
 
@@ -509,6 +514,36 @@ def test_choosing_among_drawn_drafts_leaves_the_distribution_as_it_is(monkeypatc
     monkeypatch.setattr(arbiter_module, "_blind", lambda *arguments: None)
     with pytest.raises(AssertionError, match="do not follow the target"):
         check_distribution(make, 2000)
+
+
+def remembering(propose, proposals):
+    def remembered(request):
+        proposals.append(propose(request))
+        return proposals[-1]
+
+    return remembered
+
+
+@pytest.mark.parametrize("surer", [False, True])
+def test_whether_a_drawn_draft_is_verified_does_not_depend_on_what_was_drawn(surer):
+    """Of a single sequence in its first step, where nothing is known of how long drafts are."""
+    verified = {8: [], 15: []}
+    for seed in range(120):
+        drafter = ArbiterDrafter(
+            costs=CostModel.of(lambda rows, tokens: 1.0 if tokens <= rows else 1.75),
+            drafters=[Telling(Telling.Options(seed, surer))],
+        )
+        guard = Guard(drafter, VOCABULARY, pytest.fail)
+        guard.begin([SequenceStart(0, np.array([1, 5, 9]), 0, 1.0, 0)])
+        proposals: list[Proposal] = []
+        telling = drafter.ensemble.drafters[0]
+        telling.propose = remembering(telling.propose, proposals)
+        proposal = guard.propose(DraftRequest([0], np.array([3]), np.ones(1, np.float32)))
+        token = int(proposals[0].token_ids[0, 0])
+        if token in verified:
+            verified[token].append(bool(proposal.lengths[0]))
+    assert len(verified[8]) > 30 and len(verified[15]) > 30
+    assert {*verified[8]} == {*verified[15]} and len({*verified[8]}) == 1
 
 
 def test_an_arbiter_without_drafters_is_refused():

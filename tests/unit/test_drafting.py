@@ -1,5 +1,6 @@
 """The guard around a drafter, and the watchdog that names one that does not return."""
 
+import functools
 import threading
 import time
 
@@ -12,6 +13,7 @@ from drafters.composite import CompositeDrafter, Ensemble, joined
 from drafters.guard import Guard, checked
 from drafters.suffix_automaton import SuffixAutomatonDrafter
 from drafters.testing import VOCABULARY, Rehearsal, tiny_target
+from pipeline.engine.native import generator as generator_module
 from pipeline.engine.native.drafting import Drafting
 from pipeline.engine.native.generator import NativeGenerator
 from tests.unit.generation import Sampled, Scripted, finish, group, texts
@@ -88,6 +90,13 @@ class Broken(BaseDrafter):
         raise KeyError("lost")
 
 
+class Secretive(BaseDrafter):
+    name = "secretive"
+
+    def counters(self):
+        return None
+
+
 class Both(CompositeDrafter):
     """Every other row from each of two."""
 
@@ -103,18 +112,29 @@ class Both(CompositeDrafter):
         return joined(proposals, [guard.name for guard in self.ensemble], choice, lengths)
 
 
-def test_one_of_several_drafters_fails_alone(folder):
+@pytest.mark.parametrize(
+    ("bad", "why"), [(Broken(), "KeyError: 'lost'"), (Slow(0.3), "TooSlow: a call took 0.3 s, more than 0.2")]
+)
+def test_one_of_several_drafters_fails_alone(folder, monkeypatch, bad, why):
     plain, events = NativeGenerator(folder, max_sequences=8), []
+    monkeypatch.setattr(generator_module, "Drafting", functools.partial(Drafting, call_seconds=0.2))
     generator = NativeGenerator(
-        folder, drafter=Both(SuffixAutomatonDrafter(), Broken()), max_sequences=8, on_event=events.append
+        folder, drafter=Both(SuffixAutomatonDrafter(), bad), max_sequences=8, on_event=events.append
     )
     for g in (plain, generator):
         g.add(group(samples=8, max_new_tokens=30))
     done = finish(generator)
     assert texts(done) == texts(finish(plain))
-    assert events == ["drafter broken is switched off after KeyError: 'lost'"]
+    assert events == [f"drafter {bad.name} is switched off after {why}"]
     stats = generator.stats()
     assert stats.drafter_failures == 1 and stats.drafted > 0
+    assert generator.drafter_counters()["switched off"] == 1
+
+
+def test_a_drafter_whose_counters_are_none_costs_the_others_nothing(folder):
+    generator = NativeGenerator(folder, drafter=Both(SuffixAutomatonDrafter(), Secretive()), on_event=pytest.fail)
+    counters = generator.drafter_counters()
+    assert counters["suffix-automaton.memory_tokens"] == 0 and "switched off" not in counters
 
 
 def test_every_accepted_token_is_told_with_who_drafted_it(folder):
