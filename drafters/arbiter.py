@@ -405,8 +405,8 @@ def _as_if_all(index: int, asked: np.ndarray, *arrays: np.ndarray) -> list[np.nd
 def _blind(
     drawn: np.ndarray, usual: np.ndarray, lengths: np.ndarray, matches: np.ndarray, confidences: np.ndarray
 ) -> None:
-    """Hides what may depend on drawn tokens: how long a draft became, what it was found by, and every confidence but the
-    first, which the guard takes from the stated distribution.
+    """Hides what may depend on drawn tokens: how long a draft became, what it was found by, and every confidence but
+    the first, which the guard takes from the stated distribution.
 
     Args:
         drawn: bool [B].

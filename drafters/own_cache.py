@@ -173,7 +173,9 @@ class OwnCache:
         for row, text in enumerate(texts):
             tables[row, : len(text.pages)] = text.pages
         cached = np.array([text.cached + len(text.ahead) for text in texts], np.int64)
-        packed = torch.from_numpy(np.asarray(tokens, np.int64)).to(self.decoder.device)
+        # The policy may have more rows of padding, and sample one; ours stand for it: what is drafted is verified.
+        known = np.minimum(np.asarray(tokens, np.int64), len(self.decoder.embedding) - 1)
+        packed = torch.from_numpy(known).to(self.decoder.device)
         hidden = self.decoder.forward(packed, self.cache.plan(tables, cached, counts), self.cache)
         for text, count in zip(texts, counts.tolist(), strict=True):
             text.cached += count

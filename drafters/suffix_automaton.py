@@ -19,6 +19,8 @@ from drafters.composite import CompositeDrafter, Ensemble, joined, restricted
 from drafters.suffix import kernels
 from drafters.suffix.corpus import load_corpus
 from drafters.suffix.memory import CORPORA, SuffixMemory
+from pipeline.errors import UsageError
+from pipeline.models.tokenizer import Tokenizer
 
 Count = Annotated[int, Meta(ge=0)]
 
@@ -56,14 +58,28 @@ class SuffixAutomatonDrafter(CompositeDrafter):
         self.options = options or self.Options()
         auxiliary = self.options.auxiliary
         super().__init__(Ensemble.build([] if auxiliary is None else [auxiliary]))
+        self._corpora = [load_corpus(Path(folder)) for folder in self.options.corpora]
         self.memory = SuffixMemory(
-            int(self.options.memory_mb * 2**20),
-            [load_corpus(Path(folder)) for folder in self.options.corpora],
-            latest=self.options.prefer == "latest",
+            int(self.options.memory_mb * 2**20), self._corpora, latest=self.options.prefer == "latest"
         )
         _compile()
         self._biases = np.zeros(CORPORA + len(self.options.corpora), np.int64)
         self._biases[CORPORA:] = self.options.corpus_bias
+
+    def check_policy(self, folder: Path | None, brings_head: bool) -> None:
+        super().check_policy(folder, brings_head)
+        known = {
+            path: c.vocabulary for path, c in zip(self.options.corpora, self._corpora, strict=True) if c.vocabulary
+        }
+        if not known or folder is None:
+            return
+        vocabulary = Tokenizer(folder).vocabulary_digest()
+        for path, theirs in known.items():
+            if theirs != vocabulary:
+                raise UsageError(
+                    f"corpus {path} was built with another tokenizer than that of the policy {folder}; build it again "
+                    f"with rollahead corpus build --tokenizer {folder}"
+                )
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
         super().begin(sequences)

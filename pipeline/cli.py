@@ -359,7 +359,8 @@ def _corpus(options: argparse.Namespace) -> int:
 
     began = time.perf_counter()
     tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else None
-    size = build_corpus(read_documents(options.files, tokenizer, options.template), options.out)
+    documents = read_documents(options.files, tokenizer, options.template)
+    size = build_corpus(documents, options.out, tokenizer.vocabulary_digest() if tokenizer else None)
     print(
         f"{options.out}: {size.tokens:,} tokens of {size.documents:,} documents, "
         f"{size.bytes / size.tokens:.0f} bytes a token, {time.perf_counter() - began:.1f} s; use it with "

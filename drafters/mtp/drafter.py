@@ -81,6 +81,15 @@ class MTPDrafter(BaseDrafter):
         self._texts = Texts(self._head)
         self._nothing = self._target.embedding.new_zeros(self._target.config.hidden_size)
         """in place of the state of a text of which no row has been read"""
+        if self._head.chains(1):
+            self._compile()
+
+    def _compile(self) -> None:
+        """A first draft's compiled parts, while nobody waits for it."""
+        nobody, one = SequenceStart(-1, np.zeros(2, np.int64), -1, 1.0, 0, hidden=self._nothing[None]), np.ones(1)
+        self.begin([nobody])
+        self.propose(DraftRequest([-1], one.astype(np.int64), one.astype(np.float32)))
+        self.end([-1])
 
     def weights_changed(self, version: int) -> None:
         """Embedding and output head are the target's own; a publication may bring a head beside them."""
@@ -109,9 +118,8 @@ class MTPDrafter(BaseDrafter):
         assert verified.hidden is not None and verified.starts is not None
         for i, emitted, start in zip(verified.ids, verified.emitted, verified.starts.tolist(), strict=True):
             if len(emitted):
-                text = self._texts[i]
-                text.tokens.append(emitted)
-                text.hidden.append(verified.hidden[start : start + len(emitted)])
+                self._texts.extend(i, emitted, verified.hidden[start : start + len(emitted)])
+        self._texts.bound()
 
     # ---- drafts --------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ from pipeline.models.kv_cache import PAGE, KVCache
 
 _CHUNK, _PASS = 512, 4096
 """rows of a sequence, and rows with padding, that one pass takes"""
+MOST_UNREAD_BYTES = 256 << 20
+"""of hidden states of sequences that nobody drafts for: beyond it they are read, which leaves keys and values"""
 
 
 @dataclass(slots=True)
@@ -83,6 +85,8 @@ class Texts:
         self.cache = KVCache(head.config, head.dtype, head.device, 64)
         self._texts: dict[int, Text] = {}
         self._prompts: dict[int, _Prompt] = {}
+        self._brought = 0
+        """bytes of hidden states that have come since somebody looked how many are unread"""
 
     def __getitem__(self, id: int) -> Text:
         return self._texts[id]
@@ -98,7 +102,26 @@ class Texts:
         text = Text(start.group, start.seed, len(start.prompt_ids) - 1)
         if len(tokens):
             text.tokens, text.hidden = [tokens], [start.hidden]
+            self._brought += start.hidden.nbytes
         self._texts[start.id] = text
+
+    def extend(self, id: int, tokens: np.ndarray, hidden: Tensor) -> None:
+        """What a sequence emitted, int64 [n], and the states [n, H] before it."""
+        text = self._texts[id]
+        text.tokens.append(tokens)
+        text.hidden.append(hidden)
+        self._brought += hidden.nbytes
+
+    def bound(self) -> None:
+        """Reads what nobody has drafted after, where it has become too much to keep."""
+        if self._brought <= MOST_UNREAD_BYTES:
+            return
+        self._brought = 0
+        unread = [text for text in self._texts.values() if text.tokens]
+        states = {part.data_ptr(): part.nbytes for text in unread for part in text.hidden}
+        if sum(states.values()) > MOST_UNREAD_BYTES:
+            self.read_prompts(unread)
+            self.read(unread)
 
     def pause(self, id: int) -> None:
         """Gives the pages back; `begin` brings all rows again."""

@@ -28,6 +28,8 @@ class Corpus:
     slots: np.ndarray
     header: np.ndarray
     """int64 [HEADER_WIDTH]"""
+    vocabulary: str | None = None
+    """digest of the tokenizer that made the tokens, if it is known"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,13 @@ class CorpusSize:
     bytes: int
 
 
-def build_corpus(documents: Iterable[np.ndarray], folder: Path) -> CorpusSize:
+def build_corpus(documents: Iterable[np.ndarray], folder: Path, vocabulary: str | None = None) -> CorpusSize:
     """The automaton of int64 token arrays, written to `folder`; no match reaches from one document into the next.
+
+    Args:
+        documents: texts.
+        folder: made if it is not there.
+        vocabulary: digest of the tokenizer that made the tokens; None: it is not known.
 
     Raises:
         UsageError: there is no text, or the folder cannot be written.
@@ -55,7 +62,8 @@ def build_corpus(documents: Iterable[np.ndarray], folder: Path) -> CorpusSize:
         raise UsageError("the corpus has no token; give files with text in them")
     k.spread_counts(head)
     states, slots = pool.blocks(number)
-    description = {"format": _FORMAT, "documents": count, **{name: int(head[c]) for name, c in _HEADER.items()}}
+    sizes = {name: int(head[c]) for name, c in _HEADER.items()}
+    description = {"format": _FORMAT, "documents": count, "vocabulary": vocabulary, **sizes}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "states.npy", states)
@@ -92,7 +100,7 @@ def load_corpus(folder: Path) -> Corpus:
     shapes = (states.dtype, states.shape[1:], slots.dtype, slots.shape[1:])
     if shapes != (np.int32, (k.STATE_WIDTH,), np.int32, (k.SLOT_WIDTH,)) or not _sound(states, slots, header):
         raise UsageError(f"corpus {folder} is damaged; {remedy}")
-    return Corpus(states, slots, header)
+    return Corpus(states, slots, header, description.get("vocabulary"))
 
 
 def _write(path: Path, array: np.ndarray) -> None:

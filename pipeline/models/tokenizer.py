@@ -89,6 +89,11 @@ class Tokenizer:
         size = max(self.vocab_size, other.vocab_size)
         return next((id for id in range(size) if self.token(id) != other.token(id)), None)
 
+    def vocabulary_digest(self) -> str:
+        """Alike where all ids mean the same, whatever else `tokenizer.json` says."""
+        tokens = sorted((id, token) for token, id in self._tokenizer.get_vocab().items())
+        return hashlib.blake2b(msgspec.json.encode(tokens), digest_size=16).hexdigest()
+
     def stream(self) -> "TextStream":
         """The text of a response that grows token by token."""
         return TextStream(self._tokenizer)

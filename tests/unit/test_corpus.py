@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from drafters.base import DraftRequest, SequenceStart
+from drafters.base import DraftRequest, SequenceStart, check_policy
 from drafters.registry import build
 from drafters.suffix.corpus import build_corpus, load_corpus
 from pipeline.cli import main
+from pipeline.errors import UsageError
 from tests.unit.test_bad_input import _write_tokenizer
+from tests.unit.test_draft_model import with_tokenizer
 from tests.unit.tiny_models import VOCABULARY, save_tiny
 
 
@@ -91,3 +93,17 @@ def test_a_corpus_is_mapped_not_read_and_what_uses_it_does_not_change_it(tmp_pat
     assert size.tokens == 10_000 and size.documents == 50
     assert drafts_after(tmp_path, documents[7][:20].tolist()) == documents[7][20:24].tolist()
     assert (tmp_path / "states.npy").read_bytes() == before
+
+
+def test_a_corpus_of_another_tokenizer_is_refused_by_name(tmp_path):
+    tiny = save_tiny(tmp_path / "tiny")
+    policy, other = (with_tokenizer(tiny, tmp_path / words, words) for words in ("policy", "other"))
+    (tmp_path / "f.txt").write_text("p o l i c y")
+    for folder in (policy, other):
+        assert (
+            main(["corpus", "build", str(tmp_path / "f.txt"), "--tokenizer", str(folder), "--out", f"{folder}-c"]) == 0
+        )
+    fits, differs = (build({"name": "suffix-automaton", "corpora": [f"{folder}-c"]}) for folder in (policy, other))
+    check_policy(fits, policy, False)
+    with pytest.raises(UsageError, match=r"corpus .*other-c was built with another tokenizer"):
+        check_policy(differs, policy, False)

@@ -164,6 +164,16 @@ def test_a_padded_vocabulary_is_no_other_tokenizer(folder, tmp_path):
         assert made.stats().drafter_failures == 0 and made.stats().drafted > 0
 
 
+def test_a_token_of_the_policys_padding_is_read_as_another(folder, tmp_path):
+    words = [f"w{i}" for i in range(60)]
+    policy = with_tokenizer(folder, tmp_path / "policy", words)
+    narrow = with_tokenizer(save_tiny(tmp_path / "60", seed=2, vocab_size=60), tmp_path / "narrow", words)
+    made = generator(policy, drafter(narrow))
+    made.add(group(prompt=(5, 60, 60), samples=2))
+    finish(made)
+    assert made.stats().drafter_failures == 0 and made.stats().drafted > 0
+
+
 def test_what_is_no_checkpoint_is_refused_in_one_sentence(folder, tmp_path):
     with pytest.raises(UsageError, match="needs a checkpoint"):
         build({"name": "draft-model"})

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from drafters.base import DraftRequest, SequenceStart, Verified
+from drafters.mtp import texts as texts_module
 from drafters.mtp.drafter import MTPDrafter
 from drafters.mtp.head import FILE, MTPHead, load_head
 from drafters.mtp.module import MTPModule
@@ -184,3 +185,19 @@ def test_heads_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
     save_tensors(module_for(load_decoder(other, "float32", "cpu").config).weights(), other / FILE)
     with pytest.raises(UsageError, match=r"does not fit the model: .*mtp.* has shape \(32,\) where the model needs"):
         load_head(MTPHead(target), other)
+
+
+def test_states_of_texts_that_nobody_drafts_for_are_read_before_they_are_too_many(target, weights, monkeypatch):
+    text, drafts = [1, 5, 9, 5, 9, 3, 8, 8, 4, 17, 20], []
+    for most in (1 << 30, 3 * target.config.hidden_size * 4):
+        monkeypatch.setattr(texts_module, "MOST_UNREAD_BYTES", most)
+        drafter = drafter_for(weights, target, max_tokens=5, greedy=True)
+        drafter.begin([start(target, text[:4], id=id) for id in (0, 1)])
+        states = hidden_states(target, text)
+        for t in range(4, len(text)):
+            hidden = states[[t - 1, t - 1]]
+            drafter.observe(Verified([0, 1], [np.array(text[t : t + 1])] * 2, np.zeros(2), hidden, None, np.arange(2)))
+            unread = sum(len(part) for i in (0, 1) for part in drafter._texts[i].hidden)
+            assert unread <= 2 * (t + 1) if most == 1 << 30 else unread <= 4
+        drafts.append(drafter.propose(request([0, 1], 5)).token_ids.tolist())
+    assert drafts[0] == drafts[1]
