@@ -3,7 +3,6 @@
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -147,8 +146,9 @@ class Guard:
         what is no figure is left out."""
         found: Any = self._call(lambda d: d.counters() if hasattr(d, "counters") else {}, {})
         figures = found.items() if isinstance(found, Mapping) else ()
-        off = {"switched off": self.failures} if self.failures else {}
-        return off | {str(name): figure for name, figure in figures if isinstance(figure, Real)}
+        off: dict[str, float] = {"switched off": self.failures} if self.failures else {}
+        numbers = {str(name): f.item() if isinstance(f, np.number) else f for name, f in figures}
+        return off | {name: figure for name, figure in numbers.items() if isinstance(figure, int | float)}
 
     def _call(self, action: Callable[[Drafter], T], otherwise: T, limited: bool = True) -> T:
         if self._drafter is None:

@@ -28,7 +28,7 @@ def check_composition(objective: Objective, config: Config) -> None:
     _check_inputs(objective)
     for piece in objective.pieces():
         _check_given(piece, config)
-    _check_proximal(objective)
+    _check_proximal(objective, config)
     _check_aggregation(objective)
     _check_rewards(objective, config)
     _check_steps(objective)
@@ -146,9 +146,14 @@ def _check_entropies_are_pi_olds(piece: Any, config: Config, other: str) -> None
         )
 
 
-def _check_proximal(objective: Objective) -> None:
+def _check_proximal(objective: Objective, config: Config) -> None:
     if objective.proximal != "interpolate":
         return
+    if other := _other_samplers(config):
+        raise UsageError(
+            f'objective.proximal = "interpolate" takes what sampled for an older policy, and {" and ".join(other)} '
+            'samples from something else; set objective.proximal = "recompute"'
+        )
     for piece in objective.corrections:
         if trait(piece, "batch_statistics"):
             raise UsageError(

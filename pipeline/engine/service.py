@@ -268,20 +268,7 @@ class Engine:
             if not work.started and lease.version <= self.generator.version:
                 work.started = True
                 prompt_ids = np.asarray(lease.prompt_ids, np.int64)
-                self.generator.add(self._request(lease, prompt_ids))
-
-    def _request(self, lease: Lease, prompt_ids: np.ndarray) -> GroupRequest:
-        """The lease's group; evaluations are of the policy as it is, unless the configuration asks otherwise."""
-        evaluates, engine = lease.kind == "eval", self.config.engine
-        return GroupRequest(
-            lease.id,
-            prompt_ids,
-            lease.sampling,
-            lease.seeds,
-            lease.temperatures,
-            full_cache=evaluates and not engine.kv_compression.evaluation,
-            policy_only=evaluates and not engine.switching.evaluation,
-        )
+                self.generator.add(request_of(lease, prompt_ids, self.config))
 
     def _generate(self) -> None:
         if self.generator is None or not self.generator.has_work():
@@ -402,6 +389,20 @@ def check_pieces(config: Config) -> None:
     check_policy(drafter, Path(path) if path else None, brings_head=config.drafter.co_train)
     KVCompression.from_config(config.engine.kv_compression)
     check_switching(config, drafter)
+
+
+def request_of(lease: Lease, prompt_ids: np.ndarray, config: Config) -> GroupRequest:
+    """A lease's group; evaluations are of the policy as it is, unless the configuration asks otherwise."""
+    evaluates, engine = lease.kind == "eval", config.engine
+    return GroupRequest(
+        lease.id,
+        prompt_ids,
+        lease.sampling,
+        lease.seeds,
+        lease.temperatures,
+        full_cache=evaluates and not engine.kv_compression.evaluation,
+        policy_only=evaluates and not engine.switching.evaluation,
+    )
 
 
 def build_generator(config: Config, folder: Path, log: Log) -> Generator:

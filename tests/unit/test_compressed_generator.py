@@ -231,6 +231,8 @@ def test_cancelled_sequences_give_their_pages_back(make):
         ({"name": "r-kw"}, 32, "did you mean r-kv"),
         ({"name": "r-kv", "widnow": 3}, 32, "did you mean window"),
         ({"name": "r-kv", "window": 0}, 32, ">= 1"),
+        ({"name": "r-kv", "kernel": 6}, 32, "kernel = 6 has no middle; take 5 or 7"),
+        ({"name": "snapkv", "kernel": 4}, 32, "kernel = 4 has no middle; take 3 or 5"),
         ({"name": "nowhere:Policy"}, 32, "cannot be imported"),
         ({"name": "pathlib:Path"}, 32, "is not an eviction policy"),
     ],

@@ -3,9 +3,11 @@ import math
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from learner.evaluation import EVAL_LEASES, Evaluation, evaluation_source, pass_at_k
 from pipeline.config import Config
+from pipeline.engine.service import request_of
 from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
 from pipeline.tasks.base import Example
@@ -35,6 +37,15 @@ def leases(version=3, prompts=6, **learner):
 def arrived(lease, sample, reward):
     rng = np.random.default_rng(sample)
     return trajectory(rng, lease=lease.id, sample=sample, response=3 + sample, reward=reward)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_evaluations_are_of_the_policy_as_it_is_unless_asked_otherwise(asked):
+    config, lease = configuration(), next(iter(leases()))
+    config.engine.switching.evaluation = config.engine.kv_compression.evaluation = asked
+    for kind, as_it_is in (("eval", not asked), ("train", False)):
+        request = request_of(structs.replace(lease, kind=kind), np.array(lease.prompt_ids), config)
+        assert (request.policy_only, request.full_cache) == (as_it_is, as_it_is)
 
 
 def test_pass_at_k_is_the_mean_over_all_choices_of_k_samples():

@@ -201,6 +201,10 @@ def test_what_a_recipe_does_not_have_is_refused(overrides, said):
             ],
             "batch-normalisation looks at the whole batch",
         ),
+        (
+            ["objective.recipe=areal-interpolated", "engine.kv_compression.policy=r-kv"],
+            "engine.kv_compression.policy = r-kv samples from something else",
+        ),
         (["objective.surrogate=gspo"], "objective.aggregation = sequence-mean"),
         (["objective.modulators=entrocraft"], "needs rewards below zero"),
         (["objective.surrogate=topr", "objective.corrections=[]", "objective.advantage=reward"], "rewards below zero"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file
 from scipy.stats import chisquare
 
 from drafters.base import BaseDrafter, Needs
@@ -23,6 +24,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.kv_cache import PAGE, page_bytes
 from pipeline.models.tokenizer import Tokenizer
 from pipeline.tasks.jsonl import read_examples
+from pipeline.weights.filesystem import save_tensors
 from tests.unit.generation import Sampled, finish, group, hostile, oracle, texts
 from tests.unit.tiny_models import VOCABULARY, reference, reference_logits, save_tiny
 
@@ -523,9 +525,13 @@ def test_a_run_calibrates_on_the_file_that_is_named(tmp_path, make):
         f"engine.switching.calibration_path={tmp_path / 'other.jsonl'}", "sampling.max_new_tokens=8",
     ])  # fmt: skip
     generator, said, seen = make(), [], []
-    add = generator.add
+    add, distilled = generator.add, {name: 2 * t for name, t in generator.small.decoder.tensors().items()}
+    small = {f"small_model.{name}": t.contiguous() for name, t in distilled.items()}
+    save_tensors(load_file(folder / "model.safetensors") | small, folder / "model.safetensors")
     generator.add = lambda request: (seen.append(tuple(request.prompt_ids.tolist())), add(request))
     calibrate_for_run(generator, config, folder, said.append)
+    for name, tensor in generator.small.decoder.tensors().items():
+        torch.testing.assert_close(tensor, distilled[name], msg="the publication's small model is calibrated")
     tokenizer = Tokenizer(folder)
     texts = [e.prompt for e in read_examples(tmp_path / "other.jsonl", config.task)][:3]
     assert set(seen) == {tuple(tokenizer.encode(text)) for text in texts}

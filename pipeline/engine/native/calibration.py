@@ -101,6 +101,8 @@ def calibrate_for_run(generator: NativeGenerator, config: Config, folder: Path, 
         UsageError: as `calibrate`, or the task cannot be loaded.
     """
     switching, tokenizer = config.engine.switching, Tokenizer(folder)
+    if generator.small is not None:
+        generator.small.load_weights(folder)  # of a run that goes on: it may have been distilled
     sampling = rollout_sampling(config.sampling, tokenizer.eos_token_ids)
     requests = []
     for number, text in enumerate(_prompts(config, tokenizer, chat_template(folder))):

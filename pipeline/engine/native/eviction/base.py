@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.types import Section
+from pipeline.errors import UsageError
 
 
 class EvictionPolicy(ABC):
@@ -57,3 +58,9 @@ def attention_scores(keys: Tensor, queries: Tensor) -> Tensor:
     """Scaled products float32 [B, kv_heads, group, W, T] of queries [B, heads, W, D] and keys [B, kv_heads, T, D]."""
     folded = queries.float().unflatten(1, (keys.shape[1], -1))
     return folded @ keys.float().transpose(-1, -2).unsqueeze(2) * keys.shape[-1] ** -0.5
+
+
+def check_kernel(kernel: int) -> None:
+    """Raises UsageError where a mean or maximum over so many neighbours has no token in its middle."""
+    if kernel % 2 == 0:
+        raise UsageError(f"kernel = {kernel} has no middle; take {kernel - 1} or {kernel + 1}")

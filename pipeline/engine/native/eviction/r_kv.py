@@ -8,7 +8,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from pipeline.config.types import Count, PositiveInt, Section, option
-from pipeline.engine.native.eviction.base import EvictionPolicy, attention_scores
+from pipeline.engine.native.eviction.base import EvictionPolicy, attention_scores, check_kernel
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 
@@ -29,6 +29,10 @@ class RKV(EvictionPolicy):
         importance: Annotated[Share, option("lambda, weight of importance against redundancy")] = 0.1
         threshold: Annotated[float, option("cosine similarity from which two keys say the same")] = 0.5
         spared: Annotated[Count, option("newest likenesses of a key that do not count")] = 1
+
+    def __init__(self, options: Options) -> None:
+        check_kernel(options.kernel)
+        super().__init__(options)
 
     @property
     def queries(self) -> int:

@@ -8,7 +8,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from pipeline.config.types import Count, PositiveInt, Section, option
-from pipeline.engine.native.eviction.base import EvictionPolicy, attention_scores
+from pipeline.engine.native.eviction.base import EvictionPolicy, attention_scores, check_kernel
 
 
 class SnapKV(EvictionPolicy):
@@ -26,6 +26,10 @@ class SnapKV(EvictionPolicy):
             Annotated[int, Meta(ge=1)], option("neighbouring tokens that a score is averaged over; odd")
         ] = 5
         sinks: Annotated[Count, option("first tokens that stay")] = 0
+
+    def __init__(self, options: Options) -> None:
+        check_kernel(options.kernel)
+        super().__init__(options)
 
     @property
     def queries(self) -> int:
