@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from scipy.stats import chisquare
 
 from drafters.base import BaseDrafter, Needs
+from drafters.draft_model import DraftModelDrafter
 from drafters.suffix_automaton import SuffixAutomatonDrafter
 from pipeline.config import check_config, load_config
 from pipeline.engine.generator import GroupRequest
@@ -199,13 +200,18 @@ def forward(models, sequence_ids, prompt):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("drafter", ["none", "suffix-automaton", "sampled"])
+@pytest.mark.parametrize("drafter", ["none", "suffix-automaton", "sampled", "draft-model"])
 def test_samplers_follow_the_definition_and_log_probs_are_a_fresh_forward_of_who_sampled(
-    make, models, drafter, temperature
+    make, models, small_folder, drafter, temperature
 ):
-    build = {"none": lambda: None, "suffix-automaton": SuffixAutomatonDrafter, "sampled": Sampled}[drafter]
+    build = {
+        "none": lambda: None, "suffix-automaton": SuffixAutomatonDrafter, "sampled": Sampled,
+        "draft-model": lambda: DraftModelDrafter(DraftModelDrafter.Options(path=str(small_folder))),
+    }[drafter]  # fmt: skip
     requests = [group(i, prompt=range(i, i + 9), samples=3, temperature=temperature, max_new_tokens=60) for i in (0, 1)]
-    done = run(make(build()), requests)
+    generator = make(build())
+    done = run(generator, requests)
+    assert generator.stats().drafter_failures == 0 and (drafter == "none" or generator.stats().drafted > 0)
     switches = 0
     for sample in done.values():
         prompt = requests[sample.group].prompt_ids.tolist()
