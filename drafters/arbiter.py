@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 from drafters.acceptance import CONFIDENCES, DEPTHS, MATCHES, learn, refresh
 from drafters.allocation import REASONS, allocate
 from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
-from drafters.composite import CompositeDrafter, Ensemble, joined
+from drafters.composite import CompositeDrafter, Ensemble, beginnings, joined
 from drafters.cost_model import CostModel
 from drafters.late import WAITS, Backlog, merged
 from drafters.stack import Stack
@@ -253,7 +253,10 @@ class ArbiterDrafter(CompositeDrafter):
             proposal = stack.chosen(choice, granted, self._names[drafters])
         else:
             lengths = np.where(choice >= 0, np.minimum(granted, stack.lengths[choice, np.arange(rows)]), 0)
-            proposal = joined(proposals, self._names[drafters], choice, lengths)
+            if len(proposals) == 1:
+                proposal = beginnings(proposals[0], self._names[drafters.start], lengths)
+            else:
+                proposal = joined(proposals, self._names[drafters], choice, lengths)
         self._step = _Step(request.ids, drafters, drawn, stack, choice, granted, int(proposal.lengths.sum()))
         return proposal if self._step.drafted else Proposal.empty(rows)
 

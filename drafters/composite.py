@@ -156,6 +156,20 @@ def restricted(request: DraftRequest, rows: np.ndarray) -> DraftRequest:
     return DraftRequest(request.ids, np.where(rows, request.budgets, 0), request.temperatures)
 
 
+def beginnings(proposal: Proposal, name: str, lengths: np.ndarray) -> Proposal:
+    """The first `lengths` [B] tokens of each row of a proposal with probabilities, by the drafter `name`."""
+    width, q, sampled = int(lengths.max(initial=0)), proposal.probabilities, proposal.sampled
+    assert q is not None
+    tokens, confidences = proposal.token_ids, proposal.confidences
+    if width < tokens.shape[1]:
+        tokens, q = np.ascontiguousarray(tokens[:, :width]), q[:, :width].contiguous()
+        confidences = None if confidences is None else np.ascontiguousarray(confidences[:, :width])
+    drafted = lengths > 0
+    by = proposal.drafted_by or [name if some else "" for some in drafted.tolist()]
+    sampled = drafted if sampled is None else sampled & drafted
+    return Proposal(tokens, lengths, q, None, sampled, by, proposal.matches, confidences)
+
+
 def joined(proposals: Sequence[Proposal], names: Sequence[str], choice: np.ndarray, lengths: np.ndarray) -> Proposal:
     """Row b is the first `lengths[b]` tokens of `proposals[choice[b]]`'s row b; -1 chooses no draft.
 
