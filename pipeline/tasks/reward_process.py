@@ -114,18 +114,21 @@ class ProcessScorer:
 
     def close(self) -> None:
         """End the process and those it started; they are not asked whether they are busy."""
-        if self._process is not None:
+        process, self._process = self._process, None
+        if process is not None:
             # Its session is its own, so what it started is in its group, unless that left it on purpose. The group's
             # id stays taken until the process itself has been waited for.
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
-                pipe.close()
-            self._process = None
+                with contextlib.suppress(OSError):  # what it did not read is written once more, to nobody
+                    pipe.close()
 
     def _call(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> list[Scored]:
+        if self._process is not None and _has_ended(self._process):
+            self.close()  # while it had nothing to do: no sample is to blame
         if self._process is None:
             self.restarts += 1
         try:
@@ -161,16 +164,20 @@ class ProcessScorer:
         return bytes(data[_LENGTH.size : wanted])
 
     def _ended(self) -> _Ended:
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # known still, so that its group is
-        os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
+        process = self._process
+        assert process is not None
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # known still, so that its group is
         self.close()
+        code = process.returncode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return _Ended(
             "reward_died", f"the process of reward {self._name} {how} (task.reward_memory_mb limits its memory)"
         )
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Without waiting for it, so that its group is known still."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
 
 def _write(pipe: IO[bytes], data: bytes) -> None:

@@ -1,6 +1,7 @@
 """A user's reward function cannot hold up, kill or fill the engine; the sample that makes it try is named."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from pipeline.config.types import TaskSection
 from pipeline.engine.rewarding import BuiltInScorer, build_scorers
 from pipeline.errors import UsageError
+from pipeline.tasks import reward_process
 from pipeline.tasks.reward_process import ProcessScorer
 
 REWARDS = """
@@ -82,6 +84,38 @@ def test_only_the_sample_that_misbehaves_is_lost_and_it_is_named(module, bad, re
     assert second.reward is None and second.reason == reason
     assert second.error.startswith("sample 1") and said in second.error
     assert [score.reward for score in scores(scorer, "ab")] == [0.2], "the next group is scored as ever"
+    scorer.close()
+
+
+def kill(process):
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_a_process_that_died_while_idle_costs_no_sample(module):
+    scorer = ProcessScorer(f"{module}:odd", 10.0, 0)
+    scores(scorer, "a")
+    for restarts in (2, 3):
+        kill(scorer._process)
+        assert [score.reward for score in scores(scorer, "ab")] == [0.2]
+        assert scorer.restarts == restarts
+    scorer.close()
+
+
+def test_a_process_that_dies_before_it_has_read_a_request_is_started_anew(module, monkeypatch):
+    scorer = ProcessScorer(f"{module}:odd", 10.0, 0)
+    scores(scorer, "a")
+    write = reward_process._write
+
+    def write_to_nobody(pipe, data):
+        monkeypatch.setattr(reward_process, "_write", write)
+        kill(scorer._process)
+        write(pipe, data)
+
+    monkeypatch.setattr(reward_process, "_write", write_to_nobody)
+    (score,) = scores(scorer, "ab")
+    assert score.reason == "reward_died" and "SIGKILL" in score.error
+    assert [score.reward for score in scores(scorer, "ab")] == [0.2]
     scorer.close()
 
 
