@@ -62,13 +62,14 @@ class StepSums:
         if ranks.world_size() == 1:
             return self
         total = ranks.summed_values({"loss": self.loss, "entropy": self.entropy})
-        empty = torch.empty(0, device=device)
+        empty, no_samplers = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
         return replace(
             self,
             loss=total["loss"],
             entropy=total["entropy"],
             metrics=ranks.summed_values(self.metrics),
             weights=[ranks.gathered(torch.cat([empty, *self.weights]))],
+            samplers=[ranks.gathered(torch.cat([no_samplers, *self.samplers]))],
             mismatches=[ranks.gathered(torch.cat([empty, *(k3.to(device) for k3 in self.mismatches)])).cpu()],
         )
 

@@ -18,17 +18,24 @@ from learner.objective import Objective
 from learner.policy import gathered_state, load_policy
 from learner.trainer import Trainer
 from pipeline.config.types import LearnerSection, ObjectiveSection
+from pipeline.messages import Sampler
 from tests.unit.learner_samples import batch
 torch.set_num_threads(1)
 ranks.start("cpu", 120)
 folder, cases = sys.argv[1], json.loads(sys.argv[2])
+def sampled(seed, groups, by_others):
+    found = batch(seed=seed, groups=groups)
+    for group in found[::2] if by_others else ():
+        for sample in group:
+            sample.samplers[::3] = Sampler.COMPRESSED_KV
+    return found
 found = {}
-for name, (objective, learner, groups) in cases.items():
+for name, (objective, learner, groups, *by_others) in cases.items():
     section = LearnerSection(learning_rate=1e-2, minibatches=2, micro_batch_tokens=40, **learner)
     composed = Objective.from_config(ObjectiveSection(**objective))
     reference = load_policy(folder, "cpu").requires_grad_(False) if "kl" in str(objective) else None
     trainer = Trainer(load_policy(folder, "cpu"), composed, section, 1.0, reference=reference)
-    rows = [trainer.train(batch(seed=step, groups=groups), publication=step) for step in range(3)]
+    rows = [trainer.train(sampled(step, groups, by_others), publication=step) for step in range(3)]
     weights = gathered_state(trainer.model, torch.float32)
     found[name] = [rows, {key: value.double().norm().item() for key, value in weights.items()}]
 local = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.model.parameters())
@@ -102,6 +109,7 @@ CASES = {
         4,
     ],
     "fewer samples than ranks and mini-batches": [{"corrections": [], "gates": []}, {}, 1],
+    "tokens of another sampler": [{}, {}, 4, "others"],
     "behaviour": [{"proximal": "behaviour", "corrections": [], "gates": []}, {}, 3],
 }
 
