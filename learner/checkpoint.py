@@ -30,6 +30,7 @@ from pipeline.weights.filesystem import save_tensors
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
+_DAMAGED_FOLDER = re.compile(r"step-(\d+)\.corrupt")
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +146,8 @@ def restore(
         Its step and state, or None if there has never been a checkpoint.
 
     Raises:
-        RunFailed: there are checkpoints and none is intact, or it is of another model.
+        RunFailed: there are checkpoints, damaged ones of earlier starts included, and none is intact; or it is of
+            another model.
     """
     chosen = _newest_intact(root, state_type, warn, before) if ranks.rank() == 0 else None
     if ranks.rank() == 0:
@@ -161,22 +163,26 @@ def restore(
 
 def _newest_intact(root: Path, state_type: Any, warn: Callable[[str], None], before: int | None) -> Path | None:
     """The folder that `restore` goes on from."""
-    damaged = None
-    for step, folder in _newest_first(root):
-        if before is not None and step >= before:
-            continue
+    for folder in _earlier(root, _STEP_FOLDER, before):
         try:
             verify(folder)
             _state(folder, state_type)
             checkpoint_tensors.sizes(folder)
         except (CorruptCheckpoint, SafetensorError) as error:
-            damaged = folder.rename(folder.with_name(folder.name + ".corrupt"))
+            damaged = folder.with_name(folder.name + ".corrupt")
+            shutil.rmtree(damaged, ignore_errors=True)  # of an earlier damage at the same step
+            folder.rename(damaged)
             warn(f"checkpoint {folder} is damaged ({error}); moved to {damaged.name}, trying the one before")
             continue
         return folder
-    if damaged:
+    if _earlier(root, _DAMAGED_FOLDER, before):
         raise RunFailed(f"no checkpoint in {root} is intact; restore one from a backup, or start a new run elsewhere")
     return None
+
+
+def _earlier(root: Path, name: re.Pattern[str], before: int | None) -> list[Path]:
+    """Folders of that name, of steps before one if it is given, the newest first."""
+    return [folder for step, folder in _newest_first(root, name) if before is None or step < before]
 
 
 def _state(folder: Path, state_type: Any) -> Any:
@@ -230,8 +236,8 @@ def _restore_generators(generators: dict[str, torch.Tensor]) -> None:
             torch.cuda.set_rng_state(generators[f"cuda:{index}"], index)
 
 
-def _newest_first(root: Path) -> list[tuple[int, Path]]:
-    matches = ((_STEP_FOLDER.fullmatch(path.name), path) for path in root.glob("step-*"))
+def _newest_first(root: Path, name: re.Pattern[str] = _STEP_FOLDER) -> list[tuple[int, Path]]:
+    matches = ((name.fullmatch(path.name), path) for path in root.glob("step-*"))
     return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 

@@ -127,9 +127,14 @@ def test_damage_is_found_and_the_checkpoint_before_is_restored_with_a_message(tm
 def test_without_an_intact_checkpoint_nothing_starts_over_silently(tmp_path):
     root, trainer = tmp_path / "checkpoints", trainer_of(tiny_folder(tmp_path / "model"))
     assert checkpoint.restore(root, trainer.model, trainer.optimizer, State) is None
-    (save(root, trainer) / "rng.safetensors").unlink()
-    with pytest.raises(RunFailed, match=r"no checkpoint in .* is intact"):
-        checkpoint.restore(root, trainer.model, trainer.optimizer, State, lambda text: None)
+    for saves in (1, 0, 1):  # where nothing was saved since, it finds what the one before renamed
+        if saves:
+            (save(root, trainer) / "rng.safetensors").unlink()
+        with pytest.raises(RunFailed, match=r"no checkpoint in .* is intact"):
+            checkpoint.restore(root, trainer.model, trainer.optimizer, State, lambda text: None)
+    assert checkpoint.restore(root, trainer.model, trainer.optimizer, State, before=0) is None
+    save(root, trainer)
+    assert checkpoint.restore(root, trainer.model, trainer.optimizer, State).step == 0
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_left_alone(tmp_path):
