@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from drafters.mtp.data import Batch, padded_batch
@@ -23,6 +24,7 @@ from learner.policy import policy_state
 from learner.step_metrics import Metrics
 from pipeline.config import Config
 from pipeline.config.types import DrafterSection
+from pipeline.durable import sync
 from pipeline.errors import UsageError
 from pipeline.messages import Trajectory
 from pipeline.models.config import ModelConfig
@@ -87,13 +89,17 @@ class HeadCoTraining:
         folder = root / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         self.training.save(folder, torch.float32)
+        sync(root)
         folders = sorted(root.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
         for old in folders[: -(keep + 1)]:
             shutil.rmtree(old, ignore_errors=True)
 
     def restore(self, root: Path, step: int) -> bool:
-        """As it was at the checkpoint of `step`; False where there is nothing of it."""
-        return self.training.resume(root / f"step-{step}")
+        """As it was at the checkpoint of `step`; False where there is nothing of it, or a damaged file."""
+        try:
+            return self.training.resume(root / f"step-{step}")
+        except SafetensorError:
+            return False
 
     def _frozen(self) -> FrozenHead:
         embedding: Any = self._model.get_input_embeddings()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -23,11 +24,12 @@ from learner.attention import segment_arguments
 from learner.policy import load_policy, policy_state
 from learner.step_metrics import Metrics
 from pipeline.config import Config
+from pipeline.durable import sync
 from pipeline.errors import UsageError
 from pipeline.messages import Role, Trajectory
 from pipeline.models.checkpoint import SMALL_MODEL
 from pipeline.models.tokenizer import check_same_tokenizer
-from pipeline.weights.filesystem import save_tensors
+from pipeline.weights.filesystem import replace_tensors
 
 CHUNK = 512
 """positions whose distributions over the vocabulary are in memory at once"""
@@ -98,19 +100,21 @@ class Distillation:
         for name, parameter in self._small.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"adam.{key}.{name}"] = value
-        temporary = folder / f".{FILE}.new"
-        save_tensors(state, temporary)
-        temporary.replace(folder / FILE)
+        replace_tensors(state, folder / FILE)
+        sync(root)
         folders = sorted(root.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
         for old in folders[: -(keep + 1)]:
             shutil.rmtree(old, ignore_errors=True)
 
     def restore(self, root: Path, step: int) -> bool:
-        """As it was at the checkpoint of `step`; False where there is nothing of it."""
+        """As it was at the checkpoint of `step`; False where there is nothing of it, or a damaged file."""
         path = root / f"step-{step}" / FILE
         if not path.exists():
             return False
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except SafetensorError:
+            return False
         with torch.no_grad():
             for name, parameter in self._small.named_parameters():
                 parameter.copy_(tensors[name])

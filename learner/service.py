@@ -149,11 +149,11 @@ class Learner:
             log(f"resumed at step {self.step} from {restored.folder}")
         self.draft_head = HeadCoTraining.from_config(config, model, self.model_folder)
         if self.draft_head and restored and not self.draft_head.restore(run.draft_head, self.step):
-            log(f"{run.draft_head} has no draft head of step {self.step}; it is trained anew from where it began")
+            log(f"{run.draft_head} has no intact head of step {self.step}; it is trained anew from where it began")
 
         self.distillation = Distillation.from_config(config, model, self.model_folder)
         if self.distillation and restored and not self.distillation.restore(run.small_model, self.step):
-            log(f"{run.small_model} has no small model of step {self.step}; it is distilled anew from where it began")
+            log(f"{run.small_model} has no intact model of step {self.step}; it is distilled anew from where it began")
 
         self.publisher = FilesystemPublisher(run.weights, config.weights.keep, self.model_folder)
         self.publish_dtype = parts.publish_dtype(config, model_config)

@@ -20,11 +20,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from safetensors import SafetensorError
 
 from drafters.mtp.data import Rollout, TrainingTexts, load_rollouts, read_rollouts
 from drafters.mtp.fitting import trainable_head
 from drafters.mtp.head import FILE
-from drafters.mtp.training import FrozenHead, HeadTraining, Progress, new_module
+from drafters.mtp.training import CHECKPOINT, FrozenHead, HeadTraining, Progress, new_module
 from drafters.registry import build
 from pipeline.config import Config, render
 from pipeline.config.check import check_against_model
@@ -74,7 +75,7 @@ def train_drafter(config: Config) -> int:
         out.mkdir(parents=True, exist_ok=True)
     texts, measured = TrainingTexts(decoder, rest, out), TrainingTexts(decoder, held_out, out)
     _claim(out, config)
-    resumed = training.resume(out)
+    resumed = _resumed(training, out)
     _say(console, f"{'going on at' if resumed else 'training from'} step {training.step}, {texts.tokens:,} tokens")
     with _View(console, out / METRICS, config.drafter.steps, training.step) as view:
 
@@ -182,6 +183,13 @@ def _training(config: Config, decoder: Decoder) -> HeadTraining:
     tensors = {name: tensor.float() for name, tensor in decoder.tensors().items()}
     module = new_module(decoder.config, tensors, files, config.run.seed).to(decoder.device)
     return HeadTraining(module, FrozenHead.of(decoder, tensors, compute), section, config.run.seed, compute)
+
+
+def _resumed(training: HeadTraining, out: Path) -> bool:
+    try:
+        return training.resume(out)
+    except SafetensorError as error:
+        raise UsageError(f"{out / CHECKPOINT} is damaged ({error}); delete it to train from the beginning") from error
 
 
 def _compute_dtype(name: str) -> torch.dtype:

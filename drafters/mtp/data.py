@@ -78,6 +78,9 @@ class Batch:
     valid: Tensor
     """bool [N, K], whether the token that depth d from 0 predicts, x_{t+2+d}, exists"""
 
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(t.to(device) for t in (self.tokens, self.hidden, self.rows, self.valid)))
+
 
 class TrainingTexts:
     """Texts with their hidden states, on disk: a file that disappears with the process."""
@@ -125,7 +128,7 @@ class TrainingTexts:
             yield batches[index]
 
     def batch(self, chosen: Sequence[int], depths: int) -> Batch:
-        """Texts `chosen`, to be trained to `depths`."""
+        """Texts `chosen`, to be trained to `depths`; on the CPU."""
         hidden = [self._hidden[self._starts[i] : self._starts[i + 1]] for i in chosen]
         return padded_batch([self._pieces[i] for i in chosen], hidden, depths)
 

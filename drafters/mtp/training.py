@@ -21,7 +21,7 @@ from pipeline.config.types import DrafterSection
 from pipeline.errors import RunFailed
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder import Decoder
-from pipeline.weights.filesystem import save_tensors
+from pipeline.weights.filesystem import replace_tensors
 
 CHECKPOINT = "training.safetensors"
 _ELEMENTS = 1 << 22
@@ -145,6 +145,11 @@ class HeadTraining:
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=self.section.learning_rate, betas=(0.9, 0.95), fused=True)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the head is, and batches are taken to."""
+        return next(self.module.parameters()).device
+
     def run(
         self,
         texts: TrainingTexts,
@@ -192,6 +197,7 @@ class HeadTraining:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        batch = batch.to(self.device)
         self.optimizer.zero_grad()
         with self._autocast():
             loss, alphas, _ = batch_backward(
@@ -230,7 +236,7 @@ class HeadTraining:
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         with self._autocast():
             for chosen in texts.batches(self.section.batch_tokens, 0):
-                batch = texts.batch(chosen, depths)
+                batch = texts.batch(chosen, depths).to(self.device)
                 _, alphas, entropies = batch_backward(
                     self.module, self.frozen, batch, Objective("tv"), depths, backward=False
                 )
@@ -242,15 +248,19 @@ class HeadTraining:
     def save(self, folder: Path, dtype: torch.dtype) -> None:
         """The head, in the policy's type, and what training goes on from; each file is whole or the one before."""
         weights = self.module.weights()
-        _replace({name: w.to(dtype).contiguous() for name, w in weights.items()}, folder / FILE)
+        replace_tensors({name: w.to(dtype).contiguous() for name, w in weights.items()}, folder / FILE)
         state = {"step": torch.tensor(self.step), "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
         for name, parameter in self.module.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             state |= {f"adam.{key}.{name}": value for key, value in moments.items() if isinstance(value, Tensor)}
-        _replace(weights | state, folder / CHECKPOINT)
+        replace_tensors(weights | state, folder / CHECKPOINT)
 
     def resume(self, folder: Path) -> bool:
-        """Goes on from a checkpoint, if there is one."""
+        """Goes on from a checkpoint, if there is one.
+
+        Raises:
+            SafetensorError: it is damaged; nothing has changed.
+        """
         path = folder / CHECKPOINT
         if not path.exists():
             return False
@@ -258,9 +268,10 @@ class HeadTraining:
         self.step, self.seconds = int(tensors["step"]), float(tensors["seconds"])
         self.module.load_weights(tensors)
         for name, parameter in self.module.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            if f"adam.step.{name}" in tensors:  # not before the first step
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"adam.{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                }
         return True
 
 
@@ -272,9 +283,3 @@ def new_module(config: ModelConfig, tensors: dict[str, Tensor], start: Sequence[
     else:
         module.start_from(tensors, torch.Generator().manual_seed(seed))
     return module
-
-
-def _replace(tensors: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    save_tensors(tensors, temporary)
-    temporary.replace(path)

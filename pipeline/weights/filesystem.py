@@ -60,6 +60,19 @@ def save_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
+def replace_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
+    """As `save_tensors`; the file before or the new one survives a crash, never a part.
+
+    Raises:
+        OSError: as `save_tensors`; the file before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    save_tensors(tensors, temporary)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
 def sha256_of(path: Path) -> str:
     """Checksum of a file, in hexadecimal."""
     with path.open("rb") as file:

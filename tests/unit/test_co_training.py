@@ -1,6 +1,7 @@
 """A draft head trained beside the policy: nothing of it reaches the policy, and both are published together."""
 
 import copy
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from msgspec import structs
 
+from drafters.mtp.training import CHECKPOINT
 from drafters.registry import build
 from learner.co_training import HeadCoTraining
 from learner.policy import policy_state
@@ -80,6 +82,19 @@ def test_head_learns_from_the_batch_and_goes_on_from_a_checkpoint(tmp_path):
     for step in (6, 7, 8):
         again.save(tmp_path / "draft-head", step, keep=1)
     assert {path.name for path in (tmp_path / "draft-head").iterdir()} == {"step-7", "step-8"}
+
+
+def test_a_head_saved_before_its_first_step_and_a_damaged_one_are_no_end(tmp_path):
+    folder, model = tiny_folder(tmp_path / "model"), tiny_policy(tmp_path / "a")
+    root, groups = tmp_path / "draft-head", batch(np.random.default_rng(0))
+    head = head_for(folder, model)
+    head.save(root, 0, keep=1)
+    resumed = head_for(folder, model)
+    assert resumed.restore(root, 0)
+    assert resumed.train(groups) == head.train(groups)
+    head.save(root, 1, keep=1)
+    os.truncate(root / "step-1" / CHECKPOINT, 1000)
+    assert not head_for(folder, model).restore(root, 1)
 
 
 def test_publication_brings_policy_and_head_together(tmp_path):

@@ -1,11 +1,13 @@
 """The small model of switching, distilled beside the policy: nothing of it reaches the policy, the engine gets it."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from learner.distillation import Distillation
+from learner.distillation import FILE, Distillation
 from learner.policy import load_policy, policy_state
 from pipeline.config import check_config, load_config
 from pipeline.engine.native.generator import NativeGenerator
@@ -117,6 +119,16 @@ def test_it_goes_on_from_a_checkpoint(policy, tmp_path, small_folder):
     for step in (4, 5):
         trained.save(tmp_path / "kept", step, keep=1)
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"step-4", "step-5"}
+
+
+def test_a_small_model_saved_before_its_first_step_and_a_damaged_one_are_no_end(policy, tmp_path, small_folder):
+    groups, trained = batch(0), distillation(policy, small_folder)
+    trained.save(tmp_path / "kept", 0, keep=1)
+    resumed = distillation(policy, small_folder)
+    assert resumed.restore(tmp_path / "kept", 0)
+    assert resumed.train(groups) == trained.train(groups)
+    os.truncate(tmp_path / "kept" / "step-0" / FILE, 1000)
+    assert not distillation(policy, small_folder).restore(tmp_path / "kept", 0)
 
 
 def test_an_engine_samples_with_the_small_model_of_the_publication_it_stamps(policy, tmp_path, small_folder):

@@ -1,6 +1,7 @@
 """Fitting a head to a frozen policy, from the command line to the head that drafts."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from drafters.mtp.fitting import trainable_head
 from drafters.mtp.head import FILE
 from drafters.mtp.losses import Objective
 from drafters.mtp.module import MTPModule
-from drafters.mtp.training import FrozenHead, batch_backward
+from drafters.mtp.training import CHECKPOINT, FrozenHead, HeadTraining, batch_backward
 from drafters.testing import tiny_target
 from pipeline.cli import main
-from pipeline.errors import UsageError
+from pipeline.config.types import DrafterSection
+from pipeline.errors import RunFailed, UsageError
 from pipeline.models.config import ModelConfig
 from pipeline.weights.filesystem import save_tensors
 from tests.unit.test_mtp import hidden_states, module_for, module_logits
@@ -72,6 +74,35 @@ def test_batch_loss_and_gradient_are_those_of_whole_logits(target, tmp_path, mon
     expected.backward()
     for n, w in module.named_parameters():
         torch.testing.assert_close(found[n], w.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*meta parameter")
+def test_batches_and_what_is_resumed_go_where_the_head_is(target, tmp_path, monkeypatch):
+    def training(module):
+        frozen = FrozenHead.of(target, target.tensors(), torch.float32)
+        return HeadTraining(module, frozen, DrafterSection(), 0, torch.float32)
+
+    module, texts = module_for(target.config), TrainingTexts(target, TEXTS, tmp_path)
+    here = training(module)
+    here.step += 1
+    here.fit(texts.batch([0, 1, 2], 3), "ce", 1e-3)
+    here.save(tmp_path, torch.float32)
+    elsewhere = training(MTPModule(target.config).to("meta"))
+    assert elsewhere.resume(tmp_path)
+    state = [value for moments in elsewhere.optimizer.state.values() for value in moments.values()]
+    assert state and {value.device.type for value in state} == {"meta"}
+    found = []
+
+    def given(module, frozen, batch, *rest, **options):
+        found.append({t.device.type for t in (batch.tokens, batch.hidden, batch.rows, batch.valid)})
+        raise RunFailed("seen")
+
+    monkeypatch.setattr("drafters.mtp.training.batch_backward", given)
+    with pytest.raises(RunFailed, match="seen"):
+        elsewhere.fit(texts.batch([0, 1, 2], 3), "ce", 1e-3)
+    with pytest.raises(RunFailed, match="seen"):
+        elsewhere.evaluate(texts)
+    assert found == [{"meta"}, {"meta"}]
 
 
 SETTINGS = (
@@ -164,7 +195,7 @@ def test_a_training_that_passes_the_check_is_printed_and_writes_nothing(embedded
     assert "[drafter]" in capfd.readouterr().out and not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_another_trainings_is_refused_with_what_differs(embedded, tmp_path, capfd):
+def test_a_folder_that_is_another_trainings_or_damaged_is_refused_with_what_is_wrong(embedded, tmp_path, capfd):
     (tmp_path / "few.txt").write_text("12 + 34 = 46")
     assert train(embedded, tmp_path / "out", f'drafter.texts=["{tmp_path / "few.txt"}"]') == 2
     assert "1 texts are not more than drafter.held_out = 8" in capfd.readouterr().err
@@ -172,7 +203,10 @@ def test_a_folder_that_is_another_trainings_is_refused_with_what_differs(embedde
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(text) + "\n" for _ in range(12)))
     texts = f'drafter.texts=["{tmp_path / "rollouts.jsonl"}"]'
     assert train(embedded, tmp_path / "out", texts, "drafter.steps=1") == 0
+    os.truncate(tmp_path / "out" / CHECKPOINT, 1000)
     capfd.readouterr()
+    assert train(embedded, tmp_path / "out", texts, "drafter.steps=2") == 2
+    assert "training.safetensors is damaged" in capfd.readouterr().err
     assert train(embedded, tmp_path / "out", texts, "drafter.steps=1", "drafter.loss=ce") == 2
     assert "holds another training: drafter.loss ('e2e-tv' before, 'ce' now)" in capfd.readouterr().err
 

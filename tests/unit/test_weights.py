@@ -10,7 +10,7 @@ import torch
 
 from pipeline.failpoints import arm
 from pipeline.weights import FilesystemFollower, FilesystemPublisher, WeightsError
-from pipeline.weights.filesystem import save_tensors
+from pipeline.weights.filesystem import replace_tensors, save_tensors
 
 
 @pytest.fixture
@@ -107,6 +107,16 @@ def test_a_full_disk_is_an_error_that_changes_nothing_and_goes_away(tmp_path, mo
     assert error.value.errno == errno.ENOSPC
     assert FilesystemFollower(tmp_path / "weights").newest() == 0
     assert publisher.publish({"w": torch.zeros(1)}, 1).version == 1
+
+
+def test_a_file_of_tensors_takes_another_s_place_once_it_is_on_the_disk(tmp_path, monkeypatch):
+    path, seen = tmp_path / "a.safetensors", []
+    path.write_bytes(b"before")
+    syncs = "pipeline.weights.filesystem.sync"
+    monkeypatch.setattr(syncs, lambda at: seen.append((at, path.read_bytes() == b"before")))
+    replace_tensors({"a": torch.zeros(3)}, path)
+    assert seen == [(tmp_path / ".a.safetensors.new", True), (tmp_path, False)]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_tensors_that_do_not_fit_on_the_disk_raise_as_any_other_file_does(tmp_path):
