@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks for one clean stop, the second stops now."""
+"""Ctrl-C, SIGTERM and a terminal's end: the first asks for one clean stop, the second stops now."""
 
 import os
 import signal
@@ -18,7 +18,9 @@ class StopSignal:
         self.before_exit = before_exit
         """called by the second signal, in the signal handler, right before the process ends"""
         self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # What nohup made ignored stays so. By the others a run ends its own processes, whatever a shell made of them.
+        hangs_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+        for number in (signal.SIGINT, signal.SIGTERM, *hangs_up):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
