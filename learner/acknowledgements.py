@@ -1,7 +1,7 @@
 """The answer to a sample: Committed, when the journal has synced it or it is not wanted."""
 
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -25,20 +25,28 @@ class Acknowledgements:
         self._lock, self._roster, self._journal, self._send = lock, roster, journal, send
         self._awaiting: dict[SampleId, set[str]] = {}
         """samples the journal has not synced yet -> producers that wait for it"""
-        self._synced: list[tuple[SampleId, Engine, int]] = []
+        self._synced: list[tuple[SampleId, str, int]] = []
         """by the journal's thread alone"""
-        self.unjournaled_bytes = 0
-        """of samples that are not synced"""
+        self._unjournaled: Counter[str] = Counter()
+        """producer -> bytes of its samples that are not synced, on whatever connection they came"""
         journal.after_sync = self._commit_synced
+
+    @property
+    def unjournaled_bytes(self) -> int:
+        """Of samples that are not synced."""
+        return self._unjournaled.total()
+
+    def unjournaled_of(self, producer: str) -> int:
+        """Bytes of a producer's samples that are not synced."""
+        return self._unjournaled[producer]
 
     def give(self, engine: Engine, sample: SampleId, outcome: Outcome, record: Arrived | Failed) -> None:
         """Answer a sample that the ledger has judged; one it does not want is committed at once."""
         if outcome is Outcome.ACCEPTED:
             size = sum(map(len, record.frames)) if isinstance(record, Arrived) else len(record.detail.encode())
             self._awaiting[sample] = {engine.producer}
-            engine.unjournaled_bytes += size
-            self.unjournaled_bytes += size
-            self._journal.append(record, partial(self._synced.append, (sample, engine, size)))
+            self._unjournaled[engine.producer] += size
+            self._journal.append(record, partial(self._synced.append, (sample, engine.producer, size)))
         else:
             self.repeat(engine, [sample])
 
@@ -56,9 +64,10 @@ class Acknowledgements:
         """Tell each engine which of its samples are safe now."""
         with self._lock:
             safe: dict[bytes, list[SampleId]] = defaultdict(list)
-            for sample, engine, size in self._synced:
-                engine.unjournaled_bytes -= size
-                self.unjournaled_bytes -= size
+            for sample, sender, size in self._synced:
+                self._unjournaled[sender] -= size
+                if not self._unjournaled[sender]:
+                    del self._unjournaled[sender]
                 for producer in self._awaiting.pop(sample, ()):
                     if (peer := self._roster.peer_of(producer)) is not None:
                         safe[peer].append(sample)

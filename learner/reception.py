@@ -176,8 +176,6 @@ class Reception:
             peer, hello.producer, hello.incarnation, now, draining=self.draining, instance=hello.instance, advanced=now
         )
         known = self.roster.get(peer)
-        if known is not None:
-            engine.unjournaled_bytes = known.unjournaled_bytes
         if not len(self.roster):
             self.advanced_at = now
         self._replace(self.roster.add(engine), engine)
@@ -363,8 +361,8 @@ class Reception:
     def _check_window(self, engine: Engine) -> None:
         """An engine that goes beyond the whole window, of which it had a part, does not look at it."""
         allowed = self._limits.window_bytes + self._socket.max_message_bytes
-        if engine.unjournaled_bytes > allowed:
-            raise BadMessage(f"{engine.unjournaled_bytes} bytes sent that are not committed, {allowed} are allowed")
+        if (sent := self._acknowledgements.unjournaled_of(engine.producer)) > allowed:
+            raise BadMessage(f"{sent} bytes sent that are not committed, {allowed} are allowed")
 
     def _say(self, line: str) -> None:
         """A line that a stranger could cause at will."""

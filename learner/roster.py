@@ -42,8 +42,6 @@ class Engine:
     """time of the last message that said it had generated something, or had nothing to do"""
     stalled: bool = False
     """it has work and does not advance"""
-    unjournaled_bytes: int = 0
-    """of its samples that the journal has not synced"""
 
     @property
     def free(self) -> int:

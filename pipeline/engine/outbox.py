@@ -112,8 +112,9 @@ class Outbox:
             for sample in known:
                 self._forget_kept(sample)
             now = time.monotonic()
-            self._uncommitted = dict.fromkeys((s for s in pending if s in known), _Sent(0, now))
-            self._sent_bytes = 0
+            # They count against the window as the learner counts them: received, and not on its disk yet.
+            self._uncommitted = {s: _Sent(self._spool.size_of(s), now) for s in pending if s in known}
+            self._sent_bytes = sum(sent.size for sent in self._uncommitted.values())
             self._open = True
             self._changed.notify_all()
 

@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -54,6 +55,14 @@ class _Identity(msgspec.Struct, kw_only=True):
     run: str = ""
 
 
+class _Place(NamedTuple):
+    """Of a sample that is pending."""
+
+    offset: int
+    size: int
+    """bytes of its frames"""
+
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(SampleId)
 
@@ -73,9 +82,10 @@ class Spool:
         self._log = SegmentLog(
             folder / "log", min(_LARGEST_SEGMENT, limit_bytes // _SEGMENTS), fsync=fsync, name="spool"
         )
-        self._offsets: dict[SampleId, int] = {}
+        self._places: dict[SampleId, _Place] = {}
         for offset, payload in self._log.records():
-            self._offsets.setdefault(self._decode(payload)[0], offset)
+            sample, frames = self._decode(payload)
+            self._places.setdefault(sample, _Place(offset, sum(map(len, frames))))
 
     @classmethod
     def acquire(cls, root: Path, limit_bytes: int, *, owner: str = "", fsync: bool = True) -> "Spool":
@@ -152,35 +162,43 @@ class Spool:
         Raises:
             OSError: the disk would not take them; none of them is in the spool.
         """
-        fresh: dict[SampleId, list[bytes]] = {}
+        fresh: dict[SampleId, Sequence[bytes]] = {}
         with self._lock:
             for sample, frames in entries:
-                if sample not in self._offsets and sample not in fresh:
-                    fresh[sample] = pack_frames([_encoder.encode(sample), *frames])
+                if sample not in self._places:
+                    fresh.setdefault(sample, frames)
+        packed = [pack_frames([_encoder.encode(sample), *frames]) for sample, frames in fresh.items()]
         # Outside the lock: whoever forgets or lists samples must not wait for this fsync.
-        offsets = self._log.append(list(fresh.values())) if fresh else []
+        offsets = self._log.append(packed) if packed else []
         with self._lock:
-            self._offsets.update(zip(fresh, offsets, strict=True))
+            for (sample, frames), offset in zip(fresh.items(), offsets, strict=True):
+                self._places[sample] = _Place(offset, sum(map(len, frames)))
         return list(fresh)
 
     def __len__(self) -> int:
         """Samples not forgotten."""
-        return len(self._offsets)
+        return len(self._places)
 
     def pending(self) -> list[SampleId]:
         """Samples not forgotten, oldest first."""
         with self._lock:
-            return list(self._offsets)
+            return list(self._places)
+
+    def size_of(self, sample: SampleId) -> int:
+        """Bytes of the frames of a pending sample; 0 when it is not pending."""
+        with self._lock:
+            place = self._places.get(sample)
+        return place.size if place is not None else 0
 
     def read(self, sample: SampleId) -> list[bytes] | None:
         """The frames of a pending sample; None when it is not pending, or no more: one whose record turns out to be
         damaged is counted and forgotten, and its lease will be issued again."""
         with self._lock:
-            offset = self._offsets.get(sample)
-        if offset is None:
+            place = self._places.get(sample)
+        if place is None:
             return None
         try:
-            return self._decode(self._log.read(offset))[1]
+            return self._decode(self._log.read(place.offset))[1]
         except DamagedRecord:
             self.damaged += 1
             self.forget([sample])
@@ -190,7 +208,7 @@ class Spool:
         """These need not be kept; unknown ones are fine. Their space comes back as whole segments become free."""
         with self._lock:
             for sample in samples:
-                self._offsets.pop(sample, None)
+                self._places.pop(sample, None)
 
     def close(self) -> None:
         """Give the spool back; what is pending stays on disk for the next engine."""
@@ -200,8 +218,8 @@ class Spool:
     def reclaim(self) -> None:
         """Delete segments in which everything is forgotten. For the thread that appends, as it waits for the disk."""
         with self._lock:
-            oldest = next(iter(self._offsets.values()), None)
-        self._log.drop_before(self._log.end if oldest is None else oldest)
+            oldest = next(iter(self._places.values()), None)
+        self._log.drop_before(self._log.end if oldest is None else oldest.offset)
 
     def _decode(self, payload: bytes) -> tuple[SampleId, list[bytes]]:
         try:

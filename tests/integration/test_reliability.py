@@ -28,6 +28,7 @@ from pipeline.errors import RunFailed
 from pipeline.failpoints import arm
 from tests.integration.running import (
     GROUPS,
+    answer,
     ended,
     eventually,
     free_port,
@@ -100,6 +101,28 @@ def test_an_engine_that_ignores_its_window_is_told_so_and_ended(tmp_path):
         eventually(lambda: hub.stats().bad_messages == 1)
         assert hub.stats().engines == 0
         arm("")
+        peer.close(linger=0)
+
+
+def test_an_engine_that_says_hello_while_the_journal_waits_is_not_charged_for_good(tmp_path, monkeypatch):
+    monkeypatch.setattr("learner.journal._DISK_RETRY_SECONDS", 0.02)
+    limits = replace(LIMITS, window_bytes=200)
+    with running_hub(tmp_path, limits=limits, sockets={"max_message_bytes": 1000}, ledger={"max_staleness": 20}) as hub:
+        peer = raw_peer(hub.address)
+        hello(peer, "peer")
+        send(peer, codec.encode(messages.Progress(running=(), credit=10 * BATCH, version=0)))
+        eventually(lambda: hub.stats().in_flight >= 8 * GROUP)
+        assert isinstance(answer(peer), messages.Welcome)
+        for lease in range(8):
+            arm("journal.write=enospc")
+            send(peer, codec.encode_trajectory(trajectory(source(lease, 0), 0, producer="peer")))
+            hello(peer, "peer", running=tuple(range(8)))
+            while not isinstance(answer(peer), messages.Welcome):
+                pass
+            assert hub.stats().unjournaled_bytes > 200
+            arm("")
+            eventually(lambda: hub.stats().unjournaled_bytes == 0)
+        assert hub.stats().bad_messages == 0 and hub.stats().engines == 1
         peer.close(linger=0)
 
 

@@ -67,6 +67,24 @@ def test_the_window_bounds_what_is_sent_and_not_committed_in_samples_and_bytes(m
     assert len(socket.sent) == 11, "one always may"
 
 
+def test_what_was_received_and_is_not_committed_fills_the_window_after_a_reconnection_too(make):
+    outbox, socket, _, _ = make()
+    outbox.set_window(100, 3500)
+    outbox.connected([])
+    for sample in range(12):
+        outbox.put(((0, sample), [b"x" * 900, b"y" * 100]))
+    received = [(0, sample) for sample in range(4)]
+    eventually(lambda: len(socket.sent) == 4)
+    for _ in range(3):
+        outbox.connected(received)
+        time.sleep(0.05)
+        assert len(socket.sent) == 4 and outbox.stats().sent_bytes == 4000
+    outbox.committed(received)
+    eventually(lambda: len(socket.sent) == 8)
+    time.sleep(0.05)
+    assert len(socket.sent) == 8 and outbox.stats().sent_bytes == 4000
+
+
 def test_putting_never_waits_and_a_full_spool_says_so(make):
     outbox, _, spool, _ = make(limit=20_000)
     began = time.monotonic()

@@ -39,6 +39,7 @@ def test_killed_engines_spool_is_adopted_with_everything_in_it(tmp_path):
     # Forgetting is not durable: sample 1 is there again, and the learner will recognise it.
     assert adopted.pending() == [(7, sample) for sample in range(5)]
     assert [adopted.read((7, s)) for s in range(5)] == [[b"header", bytes([s]) * 100] for s in range(5)]
+    assert adopted.size_of((7, 4)) == 106 and adopted.size_of((8, 0)) == 0
     adopted.close()
     assert Spool.acquire(tmp_path, LIMIT).incarnation == 2
 
