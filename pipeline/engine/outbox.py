@@ -220,7 +220,8 @@ class Outbox:
 
     def _has_work(self) -> bool:
         waiting = bool(self._queue or self._writing) and not self._disk_full
-        return (waiting and (self._forgotten or not self._spool.full)) or self._may_send() or self._disk_full
+        emptied = self._forgotten and not len(self._spool)
+        return (waiting and (self._forgotten or not self._spool.full)) or self._may_send() or self._disk_full or emptied
 
     def _may_send(self) -> bool:
         samples, size = self._window

@@ -208,7 +208,7 @@ class Engine:
         loaded = self.generator.version if self.generator is not None else -1
         if self.wanted_version <= loaded or time.monotonic() < self._weights_due:
             return
-        if self.generator is None and self.config.weights.transport == "filesystem":
+        if self.generator is None:
             self._check_run()
         self.observer.enter("loading weights")
         try:
@@ -244,6 +244,13 @@ class Engine:
 
     def _check_run(self) -> None:
         """The weights in our run directory must be the connected learner's."""
+        if isinstance(self.follower, StreamFollower):
+            try:
+                self.follower.bind(self.link.run)
+            except OSError as error:
+                why = error.strerror or error
+                raise RunFailed(f"{self.follower.root} cannot be written ({why}); free space there") from error
+            return
         found = RunDirectory(Path(self.config.run.out)).known_run_id()
         if found != self.link.run:
             raise LearnerRefused(

@@ -170,6 +170,15 @@ class SegmentLog:
                 self._rotate()
                 self._delete_before(offset)
 
+    def clear(self) -> None:
+        """Delete all records at once; offsets of those that come next may have been given before. Nothing is synced: a
+        power cut may bring records back."""
+        with self._lock:
+            if self._sizes[self._base] and not self._broken:
+                os.ftruncate(self._active, 0)
+                self._sizes[self._base] = 0
+            self._delete_before(self._base)
+
     def close(self) -> None:
         """Sync and close; closing twice is fine."""
         with self._lock:

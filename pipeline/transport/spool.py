@@ -2,7 +2,8 @@
 
 A spool belongs to one living process at a time, by a lock that the kernel releases when the process dies. The next
 engine adopts a spool left behind, as the same producer with the next incarnation, and sends what is in it. Forgetting
-is in memory only: what was committed just before a crash is sent once more, and the learner recognises it.
+is in memory only, until nothing is pending and the spool is emptied: what was committed just before a crash is sent
+once more, and the learner recognises it.
 """
 
 import fcntl
@@ -216,10 +217,14 @@ class Spool:
         self._folder_lock.release()
 
     def reclaim(self) -> None:
-        """Delete segments in which everything is forgotten. For the thread that appends, as it waits for the disk."""
+        """Delete segments in which everything is forgotten; where nothing is pending, all of them, so that the next
+        engine finds nothing. For the thread that appends, as it waits for the disk."""
         with self._lock:
             oldest = next(iter(self._places.values()), None)
-        self._log.drop_before(self._log.end if oldest is None else oldest.offset)
+        if oldest is None:
+            self._log.clear()
+        else:
+            self._log.drop_before(oldest.offset)
 
     def _decode(self, payload: bytes) -> tuple[SampleId, list[bytes]]:
         try:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.durable import sync
+from pipeline.durable import sync, write_durably
 from pipeline.messages import (
     LARGEST_CHUNK,
     BadMessage,
@@ -44,6 +44,8 @@ _POLL_SECONDS = 0.02
 _RETRY_SECONDS = 1.0
 _LOCAL_VERSIONS = 2
 _CHUNK = LARGEST_CHUNK
+_RUN = "run"
+"""file beside the versions received: whose they are"""
 
 
 class WeightsServer:
@@ -167,6 +169,19 @@ class StreamFollower:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="weights", daemon=True)
         self._thread.start()
+
+    def bind(self, run: str) -> None:
+        """Versions are the run's from now on; what was received of another is deleted. Before the first `fetch`.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        owner = self.root / _RUN
+        if owner.exists() and owner.read_bytes() == run.encode():
+            return
+        for path in self.root.iterdir():  # what says whose it is goes, too, and comes back last
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_durably(owner, run.encode())
 
     def newest(self) -> int:
         return self._local.newest()

@@ -60,6 +60,18 @@ def test_spool_of_another_run_is_refused(tmp_path):
         assert hub.stats().dropped == {}
 
 
+def test_an_engine_whose_samples_are_all_committed_may_serve_another_run(tmp_path):
+    for name in ("a", "b"):
+        with running_hub(tmp_path / name, run_id=name) as hub:
+            link = make_link(hub.address, tmp_path / "spool")
+            link.start()
+            link.update((), BATCH, 0, 0, 0.0)
+            lease = wait_for(link, Granted).leases[0]
+            link.submit(*(trajectory(lease, sample) for sample in range(GROUP)))
+            assert link.flush(5.0)
+            link.stop()
+
+
 def test_newer_incarnation_takes_over_from_an_older_one(tmp_path):
     with running_hub(tmp_path) as hub:
         link = make_link(hub.address, tmp_path / "spool")

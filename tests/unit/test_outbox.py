@@ -1,5 +1,6 @@
 """From the queue to the socket: nothing unspooled is sent, nothing waits that should not, and all of it is bounded."""
 
+import shutil
 import time
 from collections.abc import Iterator
 
@@ -117,6 +118,24 @@ def test_samples_are_sent_from_memory_and_from_disk_after_a_reconnection(make):
     eventually(lambda: socket.sent == [b"a", b"b", b"a"])
     outbox.committed([(0, 0), (0, 1)])
     assert outbox.wait_until_empty(1.0) and len(spool) == 0
+
+
+def test_a_spool_whose_samples_are_all_committed_is_empty_for_the_next_engine_too(make, tmp_path):
+    outbox, socket, spool, _ = make()
+    outbox.connected([])
+    for number in range(2):
+        outbox.put(*(((number, sample), [b"x" * 100]) for sample in range(3)))
+        eventually(lambda sent=3 * (number + 1): len(socket.sent) == sent)
+        outbox.committed([(number, sample) for sample in range(2)])
+        time.sleep(0.02)
+        assert spool.size > 0
+        outbox.committed([(number, 2)])
+        eventually(lambda: spool.size == 0)
+        killed = tmp_path / f"killed-{number}"
+        shutil.copytree(spool.folder, killed / spool.producer)
+        left = Spool.acquire(killed, 1 << 20)
+        assert left.pending() == [] and left.corrupt == 0
+        left.close()
 
 
 def test_a_disk_that_is_full_is_waited_for(make):

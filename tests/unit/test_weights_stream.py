@@ -5,10 +5,13 @@ import threading
 import time
 from collections import Counter
 from queue import Queue
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from pipeline.config import load_config
+from pipeline.engine.service import Engine
 from pipeline.messages import LARGEST_CHUNK, BadMessage, WeightsChunk, WeightsFile, WeightsFiles, WeightsRequest
 from pipeline.weights import StreamFollower, WeightsPending, WeightsServer
 from pipeline.weights.base import Publication
@@ -99,6 +102,38 @@ def test_an_interrupted_version_is_gone_on_with_also_by_the_next_process(tmp_pat
     asked = {offset for name, offset in again.pieces if name == "model.safetensors"}
     assert min(asked) == 2 * LARGEST_CHUNK, "what had arrived is not asked for again"
     again.close()
+
+
+def test_weights_of_another_run_are_not_taken_for_this_one_s(tmp_path):
+    publish(tmp_path / "one", 5)
+    local = tmp_path / "local"
+    for run, again in (("a", False), ("a", True)):
+        wire = Wire(tmp_path / "one", local)
+        wire.follower.bind(run)
+        assert wire.fetch(5)[1].version == 5 and bool(wire.pieces) != again, "what is here is not asked for again"
+        wire.close()
+    (local / ".receiving-7").mkdir()
+    data = publish(tmp_path / "another", 1)
+    wire = Wire(tmp_path / "another", local)
+    wire.follower.bind("b")
+    assert wire.follower.newest() == -1 and not list(local.glob(".receiving-*"))
+    folder, publication = wire.fetch(1)
+    assert publication.version == 1 and (folder / "model.safetensors").read_bytes() == data
+    wire.close()
+
+
+def test_an_engine_loads_no_weights_of_the_run_before(tmp_path):
+    publish(tmp_path / "local", 5)
+    wire = Wire(tmp_path / "weights", tmp_path / "local")
+    wire.follower.bind("a")
+    publish(tmp_path / "local", 5)
+    link, observer = SimpleNamespace(run="b"), SimpleNamespace(enter=lambda state: None)
+    config = load_config(None, ["weights.transport=stream"])
+    engine = Engine(config, link, wire.follower, [], None, wire.events.append, lambda: None, observer)
+    engine.wanted_version = 1
+    engine._follow_weights()
+    assert engine.generator is None and wire.follower.newest() == -1
+    wire.close()
 
 
 def test_lost_answers_are_asked_for_again(tmp_path, wire, monkeypatch):
