@@ -111,8 +111,11 @@ class Hub:
             self._reception.broadcast(messages.Published(version=version))
             self._reception.grant()
 
-    def take(self, count: int, ordered: bool, timeout: float) -> Batch | None:
+    def take(self, count: int, ordered: bool, timeout: float, max_age: int = 0) -> Batch | None:
         """Wait for `count` complete groups (see `Ledger.take`); None after `timeout` seconds.
+
+        Args:
+            max_age: groups with a token that is more publications behind are dropped as `stale`; 0: none.
 
         Raises:
             RunFailed: nothing more can come: the journal or the socket failed, or every engine ended by an error.
@@ -121,6 +124,8 @@ class Hub:
         with self._changed:
             while True:
                 self._reception.raise_failure()
+                if max_age:
+                    self._drop_older(max_age)
                 if (batch := self._ledger.take(count, ordered)) is not None:
                     return batch
                 if (remaining := deadline - time.monotonic()) <= 0:
@@ -230,6 +235,10 @@ class Hub:
             if evaluation is not None:
                 lines.append(f"an evaluation: {evaluation.missing} samples have not come")
         return "\n".join(["engines:", *lines, "leases:", *self._ledger.waiting_leases(), str(self._ledger.account())])
+
+    def _drop_older(self, age: int) -> None:
+        if stale := [group for group in self._ledger.ready() if group.age(self._reception.version) > age]:
+            self.drop(stale, "stale")
 
     def _weights_requested(self, peer: bytes, request: messages.WeightsRequest) -> None:
         if self._weights is None:

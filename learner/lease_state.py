@@ -63,6 +63,10 @@ class Group:
     trajectories: list[Trajectory]
     failed: dict[int, str] = field(default_factory=dict)
 
+    def age(self, version: int) -> int:
+        """Publications that its oldest token is behind `version`; 0 without a token."""
+        return max((version - int(t.versions.min()) for t in self.trajectories if len(t.versions)), default=0)
+
 
 @dataclass(slots=True)
 class Batch:

@@ -28,7 +28,7 @@ from learner.distillation import Distillation
 from learner.followers import Begin, Leave, NoBatchYet, Publish, SaveCheckpoint, follow, tell, tell_batch
 from learner.hub import Limits
 from learner.journal import Journal
-from learner.leases import Batch, Group, LedgerState
+from learner.leases import Batch, LedgerState
 from learner.objective import Objective
 from learner.observer import LearnerObserver
 from learner.policy import gathered_state, resolve_device
@@ -291,10 +291,7 @@ class Learner:
         ordered = self.config.learner.max_staleness == 0
         while not self.stop.requested:
             self._beat()
-            stale = [group for group in self.hub.ready() if self._too_old(group)]
-            if stale:
-                self.hub.drop(stale, "stale")
-            batch = self.hub.take(wanted, ordered, POLL_SECONDS)
+            batch = self.hub.take(wanted, ordered, POLL_SECONDS, self.config.learner.max_age)
             if batch is not None:
                 return batch
             self._check_that_batches_can_fill()
@@ -317,12 +314,6 @@ class Learner:
         self.hub.fail(why, where)
         time.sleep(1.0)  # for the messages to leave
         os._exit(1)
-
-    def _too_old(self, group: Group) -> bool:
-        """Its oldest token is more than learner.max_age publications behind (0: any age is trained)."""
-        limit = self.config.learner.max_age
-        oldest = min((int(t.versions.min()) for t in group.trajectories if len(t.versions)), default=None)
-        return limit > 0 and oldest is not None and self.publisher.version - oldest > limit
 
     def _check_that_batches_can_fill(self) -> None:
         learner = self.config.learner

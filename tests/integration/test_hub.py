@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from benchmarks.synthetic import (
     start_learner,
     trajectory,
 )
+from learner.journal import Dropped, Journal
 from pipeline.engine.link import Drained, Granted
 from tests.integration.running import GROUPS, ended, eventually, free_port, running, running_hub, train, wait_for
 
@@ -81,6 +83,30 @@ def test_synchronous_mode_starts_all_leases_of_a_batch_together(tmp_path):
             assert link.poll(0) == [], "nothing is granted before the next publication"
             hub.publish(step + 1)
         link.stop()
+
+
+def test_groups_that_come_too_old_while_a_batch_is_waited_for_are_not_taken(tmp_path):
+    with running_hub(tmp_path, ledger={"max_staleness": 9}) as hub:
+        hub.publish(2)
+        link = make_link(hub.address, tmp_path / "spool")
+        link.start()
+        link.update((), 10 * BATCH, 2, 0, 0.0)
+        leases = wait_for(link, Granted).leases
+        found = []
+        learner = threading.Thread(target=lambda: found.append(hub.take(GROUPS, False, timeout=10.0, max_age=1)))
+        learner.start()
+        for number, lease in enumerate(leases[: 2 * GROUPS]):
+            link.submit(*(trajectory(lease, sample, number % 2) for sample in range(GROUP)))
+        learner.join()
+        (batch,) = found
+        assert [group.lease.id for group in batch.groups] == [lease.id for lease in leases[1 : 2 * GROUPS : 2]]
+        assert hub.stats().dropped == {"stale": GROUPS * GROUP}
+        hub.check()
+        link.stop()
+    journal = Journal(tmp_path / "journal")
+    dropped = [record for _, record in journal.replay() if isinstance(record, Dropped)]
+    journal.close()
+    assert dropped == [Dropped(lease.id, "stale") for lease in leases[: 2 * GROUPS : 2]]
 
 
 def test_killed_engine_loses_nothing_that_it_had_spooled(tmp_path):
