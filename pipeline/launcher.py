@@ -21,7 +21,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.telemetry import Log
 from pipeline.telemetry.live import RunView
-from pipeline.telemetry.metrics import read_metrics
+from pipeline.telemetry.metrics import NewRows
 
 POLL_SECONDS = 0.25
 STOP_SECONDS = 60.0
@@ -142,9 +142,9 @@ class ProcessGroup:
         """
         self.config, self.directory, self.stop, self.path = config, directory, stop, path
         self.log = Log("run")
-        self.rows_shown = len(read_metrics(directory.metrics))
-        self.view = RunView(config.run.steps, self.rows_shown)
-        self.samples_shown = len(read_metrics(directory.samples))
+        self.rows, self.samples = NewRows(directory.metrics), NewRows(directory.samples)
+        self.view = RunView(config.run.steps, len(self.rows.read()))
+        self.samples.read()
         self.alone_since = time.monotonic()
         self.learner = Child("learner", self._command("learner", *learner_options), directory.logs / "learner.log")
         engine = self._command("engine", "--connect-timeout", "0")  # the launcher watches the learner itself
@@ -190,17 +190,11 @@ class ProcessGroup:
                 child.process.kill()
 
     def _show_new_rows(self) -> None:
-        rows = read_metrics(self.directory.metrics)
-        if len(rows) == self.rows_shown:
-            return
-        samples = read_metrics(self.directory.samples)
-        for sample in samples[min(self.samples_shown, len(samples)) :]:
+        rows = self.rows.read()
+        for sample in self.samples.read() if rows else ():
             self.view.sample(sample)
-        self.samples_shown = len(samples)
-        self.rows_shown = min(self.rows_shown, len(rows))  # the file is cut back when a learner resumes
-        for row in rows[self.rows_shown :]:
+        for row in rows:
             self.view.show(row)
-        self.rows_shown = len(rows)
 
     def _show_warnings(self) -> None:
         """What the processes warned of, whose logs nobody looks at."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -98,15 +99,33 @@ def as_row(metrics: StepMetrics) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines; a line still being written is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
+    return _rows(path.read_text().splitlines()) if path.exists() else []
+
+
+class NewRows:
+    """The lines of a file that grows, each once. One that took its place, as `cut_back` puts it there, is read from the
+    beginning, and as many lines as were read before are passed over."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file, self._offset, self._rows = -1, 0, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Complete lines since the last call."""
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            with self._path.open("rb") as file:
+                status, known = os.fstat(file.fileno()), 0
+                if status.st_ino != self._file or status.st_size < self._offset:
+                    known, self._file, self._offset, self._rows = self._rows, status.st_ino, 0, 0
+                file.seek(self._offset)
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        whole = new[: new.rfind(b"\n") + 1]
+        rows = _rows(whole.splitlines())
+        self._offset += len(whole)
+        self._rows += len(rows)
+        return rows[known:]
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -124,6 +143,17 @@ def cut_back(path: Path, step: int) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise UsageError(f"metrics file {path} cannot be rewritten: {error}; check its permissions") from error
+
+
+def _rows(lines: Iterable[str | bytes]) -> list[dict[str, Any]]:
+    """Up to the first line that is not whole."""
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def _plain(value: Any) -> Any:
