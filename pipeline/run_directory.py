@@ -84,8 +84,8 @@ class RunDirectory:
         Raises:
             UsageError: another run lives there, or a learner is at work in it, or it cannot be written.
         """
-        self.check_resumable(config)
         try:
+            self.check_resumable(config)
             self.root.mkdir(parents=True, exist_ok=True)
             if self._lock is None:
                 self.lock()
@@ -95,7 +95,7 @@ class RunDirectory:
             os.replace(temporary, path or self.config)
             return path or self.config
         except OSError as error:
-            raise UsageError(f"run directory {self.root} cannot be written: {error}; choose another run.out") from error
+            raise self._unwritable(error) from error
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -103,15 +103,27 @@ class RunDirectory:
             self._lock = None
 
     def lock(self) -> None:
-        """One learner a run directory; the lock goes with the process, however it ends."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        file = (self.root / "learner.lock").open("w")
+        """One learner a run directory; the lock goes with the process, however it ends.
+
+        Raises:
+            UsageError: another has it, or the folder cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = (self.root / "learner.lock").open("w")
+        except OSError as error:
+            raise self._unwritable(error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             file.close()
+            if not isinstance(error, BlockingIOError):
+                raise self._unwritable(error) from error
             raise UsageError(f"another learner is running in {self.root}; stop it or choose another run.out") from None
         self._lock = file
+
+    def _unwritable(self, error: OSError) -> UsageError:
+        return UsageError(f"run directory {self.root} cannot be written: {error}; choose another run.out")
 
     def run_id(self) -> str:
         """Stable identity of the run, made at the first start.

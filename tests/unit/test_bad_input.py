@@ -48,6 +48,13 @@ def attempt(tmp_path, sound, capsys):
     return run
 
 
+@pytest.mark.parametrize("folder", ["/proc/run", "/dev/null/run"])
+def test_a_run_directory_that_cannot_be_written_is_refused(attempt, folder):
+    code, said = attempt(lambda model, data: None, f"run.out={folder}")
+    assert code == 2 and said.count("\n") == 1
+    assert f"run directory {folder} cannot be written" in said and "choose another run.out" in said
+
+
 def _edit_config(model, **changes):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | changes))
