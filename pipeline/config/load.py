@@ -1,5 +1,6 @@
 """Reads a configuration: TOML file, then `--set a.b=c`, then types and bounds. Torch-free."""
 
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -14,6 +15,8 @@ from pipeline.errors import UsageError
 
 EMBEDDED = Path(__file__).with_name("embedded.toml")
 """What is trained when neither a configuration nor a model is given."""
+_PASSED_THROUGH = "engine.vllm."
+"""options that are another program's"""
 
 
 def load_config(path: Path | None, overrides: list[str]) -> Config:
@@ -42,6 +45,7 @@ def convert(tree: dict[str, Any]) -> Config:
     _refuse_unknown_keys(tree)
     _expand_piece_names(tree)
     apply_recipe(tree)
+    _refuse_not_finite("", tree)
     try:
         return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
@@ -97,6 +101,19 @@ def _refuse_unknown(name: str, table: dict[str, Any], section: type[msgspec.Stru
             if not isinstance(value, dict):
                 raise UsageError(f"{name}.{key} = {value!r} must be a table of options, written [{name}.{key}]")
             _refuse_unknown(f"{name}.{key}", value, fields[key])
+
+
+def _refuse_not_finite(key: str, value: Any) -> None:
+    """TOML has inf and nan, which bounds such as "above 0" let through; no option means anything by them."""
+    if isinstance(value, dict):
+        for name, inside in value.items():
+            _refuse_not_finite(f"{key}.{name}" if key else name, inside)
+    elif isinstance(value, list):
+        for index, inside in enumerate(value):
+            _refuse_not_finite(f"{key}[{index}]", inside)
+    elif isinstance(value, float) and not math.isfinite(value) and not key.startswith(_PASSED_THROUGH):
+        section, _, name = key.rpartition(".")
+        raise UsageError(f"{key} = {value!r} is not valid: set a finite number ({help_of(section, name)})")
 
 
 def _expand_piece_names(tree: dict[str, Any]) -> None:

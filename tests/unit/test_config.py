@@ -40,6 +40,12 @@ def test_a_piece_may_be_given_by_its_name_alone():
         ("learner.batch_size=many", ["learner.batch_size", "many", "int"]),
         ("learner.beta1=1.5", ["learner.beta1", "1.5", "< 1"]),
         ("learner.learning_rate=nan", ["learner.learning_rate", "nan"]),
+        ("learner.learning_rate=inf", ["learner.learning_rate = inf", "set a finite number", "AdamW learning rate"]),
+        ("transport.heartbeat_seconds=inf", ["transport.heartbeat_seconds = inf", "progress messages"]),
+        ("sampling.presence_penalty=-inf", ["sampling.presence_penalty = -inf"]),
+        ("sampling.logit_bias={5=nan}", ["sampling.logit_bias.5 = nan"]),
+        ("task.reward_weights=[1, inf]", ["task.reward_weights[1] = inf", "weight of each"]),
+        ("objective.surrogate.clip_low=inf", ["objective.surrogate.clip_low = inf"]),
         ("task.kind=chess", ["task.kind", "chess"]),
         ("engine.switching.treshold=1", ["engine.switching.treshold", "did you mean threshold"]),
         ("engine.switching.window=0", ["engine.switching.window", "= 0", "rolling mean"]),
@@ -53,6 +59,10 @@ def test_errors_name_key_value_and_remedy(override, parts):
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_what_is_passed_through_to_another_program_may_be_infinite():
+    assert load_config(None, ["engine.vllm.swap_space=inf"]).engine.vllm == {"swap_space": float("inf")}
 
 
 @pytest.mark.parametrize(
