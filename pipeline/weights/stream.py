@@ -119,6 +119,8 @@ class WeightsServer:
             self._lists.pop(version, None)
             return ()
         if version not in self._lists:
+            for gone in [known for known in self._lists if not self._folder(known).is_dir()]:
+                del self._lists[gone]
             try:
                 self._lists[version] = tuple(
                     WeightsFile(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))

@@ -1,6 +1,7 @@
 """Weights over the connection: whole, checked, gone on with after an interruption, and nothing but weights."""
 
 import random
+import shutil
 import threading
 import time
 from collections import Counter
@@ -185,6 +186,17 @@ def test_no_request_leads_out_of_the_folder(tmp_path, name):
     assert answer.data == b""
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"name": name if "/" in name or "." in name else "../x", "bytes": 1, "sha256": ""}, WeightsFile)
+
+
+def test_lists_of_versions_that_are_gone_are_not_kept(tmp_path):
+    server = WeightsServer(tmp_path)
+    for version in range(9):
+        publish(tmp_path, version, 10)
+        assert len(server._answer(WeightsRequest(version=version)).files) == 4
+        if version >= 2:
+            shutil.rmtree(tmp_path / f"v{version - 2}")
+    assert server._lists.keys() == {6, 7, 8}
+    assert server._answer(WeightsRequest(version=6)).files == () and server._lists.keys() == {7, 8}
 
 
 def test_an_engine_that_asks_without_end_is_told_off(tmp_path):
