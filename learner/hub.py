@@ -204,7 +204,7 @@ class Hub:
     def fail(self, message: str, traceback: str = "") -> None:
         """Tell engines that the learner ends by an error."""
         with self._changed:
-            self._reception.broadcast(messages.fatal(message, traceback))
+            self._reception.broadcast(messages.fatal(f"the learner failed: {message}", traceback))
 
     def check(self) -> None:
         """Every leased sample is accounted for.

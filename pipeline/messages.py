@@ -337,9 +337,10 @@ class Drain(Message, tag="drain", kw_only=True, frozen=True):
 
 
 class Fatal(Message, tag="fatal", kw_only=True, frozen=True):
-    """The sender ends with an error; the peer shows it."""
+    """The sender ends with an error, or, of the learner, listens to this engine no more; the peer shows it."""
 
     message: Text
+    """of the learner's, a sentence that says on which side the error is"""
     traceback: Text = ""
 
 

@@ -234,7 +234,7 @@ class Session:
             case messages.Fatal(message=text, traceback=trace):
                 if trace:
                     self._on_event(f"the learner's traceback:\n{trace.rstrip()}")
-                self.fail(f"the learner failed: {text}", refused=False)
+                self.fail(text, refused=False)
 
     def _welcome(self, message: messages.Welcome) -> None:
         if message.schema != SCHEMA:

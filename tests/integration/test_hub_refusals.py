@@ -162,6 +162,18 @@ def test_bad_messages_end_their_sender_and_nobody_else(tmp_path):
     assert any("no engine" in event for event in events)
 
 
+def test_an_engine_that_sent_a_bad_message_hears_that_it_is_the_one_to_blame(tmp_path):
+    with running_hub(tmp_path) as hub:
+        link = make_link(hub.address, tmp_path / "spool")
+        link.start()
+        link.update((), BATCH, 0, 0, 0.0)
+        lease = wait_for(link, Granted).leases[0]
+        link.submit(trajectory(lease, 0, tokens=65))
+        message = wait_for_failure(link).message
+        assert message.startswith("the learner refuses what this engine sent: ") and "65" in message
+        link.stop()
+
+
 def test_sample_larger_than_a_message_is_dropped_with_a_reason_and_the_run_goes_on(tmp_path):
     events = []
     with running_hub(tmp_path) as hub:

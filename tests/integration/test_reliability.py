@@ -202,7 +202,7 @@ def test_an_error_shows_at_the_other_side_with_its_traceback(tmp_path):
         link.start()
         eventually(lambda: hub.stats().engines == 1)
         hub.fail("loss is not a number", "File trainer.py, line 7")
-        wait_for_failure(link)
+        assert wait_for_failure(link).message == "the learner failed: loss is not a number"
         assert any("File trainer.py, line 7" in line for line in lines)
         link.stop()
         other = make_link(hub.address, tmp_path / "other")
