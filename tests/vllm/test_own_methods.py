@@ -173,6 +173,9 @@ def test_vllms_own_methods_keep_the_distribution(model, drafter, own, tmp_path):
         assert sum(c.accepted for c in drafted) > 0
         if drafter["name"] == "draft-model":
             assert sum(c.accepted for c in drafted) > 0.9 * sum(c.drafted for c in drafted)
+        generator.load_weights(model[2], 1)
+        (sample,) = generate(generator, [request(SamplingParams(max_new_tokens=5), 1)])
+        assert (sample.versions == 1).all()
     finally:
         generator.close()
 

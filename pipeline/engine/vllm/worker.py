@@ -108,8 +108,9 @@ class RollaheadWorker:
         tied = getattr(runner.model_config.hf_text_config, "tie_word_embeddings", False)
         refresh_tied_head(runner.get_model(), bool(tied))
         config = runner.vllm_config.speculative_config
-        if config is not None and ARCHITECTURE in config.draft_model_config.architectures and head_files(folder):
-            load_head(runner.drafter.model, config.draft_model_config, Path(folder))
+        drafting = None if config is None else config.draft_model_config  # none of drafters without a model ("suffix")
+        if drafting is not None and ARCHITECTURE in drafting.architectures and head_files(folder):
+            load_head(runner.drafter.model, drafting, Path(folder))
         proposer = self._rollahead_proposer()
         if proposer is not None:
             proposer.weights_changed(version)
