@@ -21,6 +21,7 @@ from drafters.mtp.module import MTPModule
 from pipeline.engine.generator import GroupRequest
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.vllm.generator import VllmGenerator
+from pipeline.errors import RunFailed
 from pipeline.messages import SamplingParams
 from pipeline.models.checkpoint import load_decoder
 from pipeline.models.config import ModelConfig
@@ -176,6 +177,9 @@ def test_vllms_own_methods_keep_the_distribution(model, drafter, own, tmp_path):
         generator.load_weights(model[2], 1)
         (sample,) = generate(generator, [request(SamplingParams(max_new_tokens=5), 1)])
         assert (sample.versions == 1).all()
+        (tmp_path / "model.safetensors").write_bytes(b"no weights")
+        with pytest.raises(RunFailed, match=r"^publication 2 cannot be loaded: [^\n]*$"):
+            generator.load_weights(tmp_path, 2)
     finally:
         generator.close()
 

@@ -3,7 +3,10 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+
+from pipeline.errors import UsageError
 
 
 def worker(speculative: Any = None) -> Any:
@@ -21,4 +24,22 @@ def worker(speculative: Any = None) -> Any:
 
 def test_new_weights_are_loaded_beside_a_drafter_of_vllms_without_a_model(tmp_path):
     for speculative in (None, SimpleNamespace(method="suffix", draft_model_config=None)):
-        worker(speculative).rollahead_load_weights(str(tmp_path), 1)
+        assert not worker(speculative).rollahead_load_weights(str(tmp_path), 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UsageError("the head does not fit; train another"), "the head does not fit; train another"),
+        (OSError("no such file"), "no such file"),
+        (KeyError("lm_head.weight"), "KeyError: 'lm_head.weight'"),
+        (AssertionError("shapes differ\nin many lines"), "AssertionError: shapes differ"),
+    ],
+)
+def test_why_weights_cannot_be_loaded_is_an_answer_not_a_traceback(error, said, tmp_path):
+    def fail(weights_path: str) -> None:
+        raise error
+
+    made = worker()
+    made.model_runner.reload_weights = fail
+    assert made.rollahead_load_weights(str(tmp_path), 1) == said

@@ -127,12 +127,18 @@ class EngineClient:
             folder: checkpoint directory.
             version: that tokens from now on are stamped with.
             keep_cache: whether running requests keep keys and values of the old weights; else they compute them anew.
+
+        Raises:
+            GeneratorLost: vLLM's engine has died.
+            RunFailed: a worker could not load them; generation stays paused.
         """
         self._call(self._update(folder, version, keep_cache))
 
     async def _update(self, folder: Path, version: int, keep_cache: bool) -> None:
         await self._engine.pause_generation(mode="keep", clear_cache=not keep_cache)
-        await self._engine.collective_rpc("rollahead_load_weights", args=(str(folder), version))
+        problems = await self._engine.collective_rpc("rollahead_load_weights", args=(str(folder), version))
+        if problem := next(filter(None, problems), ""):
+            raise RunFailed(f"publication {version} cannot be loaded: {problem}")
         await self._engine.update_weight_version(str(version))
         await self._engine.resume_generation()
 

@@ -18,7 +18,8 @@ from drafters.mtp.vllm_form import ARCHITECTURE, head_tensors
 from pipeline.engine.vllm import chunked_seeds, head_config, rejection
 from pipeline.engine.vllm.install import installed_version, needs_correction
 from pipeline.engine.vllm.proposer import DrafterProposer
-from pipeline.errors import RunFailed
+from pipeline.engine.vllm.refusals import reason
+from pipeline.errors import RollaheadError, RunFailed
 
 
 def _correct() -> None:
@@ -101,8 +102,20 @@ class RollaheadWorker:
         drawn = rejection.check(device, drawn=True)
         return rejection.check(device) | {f"{name}, drawn drafts": p for name, p in drawn.items()}
 
-    def rollahead_load_weights(self, folder: str, version: int) -> None:
-        """A checkpoint's weights in place of those loaded; between steps, while generation is paused."""
+    def rollahead_load_weights(self, folder: str, version: int) -> str:
+        """A checkpoint's weights in place of those loaded; between steps, while generation is paused.
+
+        Returns:
+            Why they cannot be loaded, or nothing: as an answer it reaches the engine's process whole, and alone.
+        """
+        try:
+            self._rollahead_load(folder, version)
+        except Exception as error:  # whatever vLLM's loaders raise at a checkpoint that they did not expect
+            said = reason(error)
+            return said if isinstance(error, (RollaheadError, OSError)) else f"{type(error).__name__}: {said}"
+        return ""
+
+    def _rollahead_load(self, folder: str, version: int) -> None:
         runner = self.model_runner
         runner.reload_weights(weights_path=folder)
         tied = getattr(runner.model_config.hf_text_config, "tie_word_embeddings", False)
