@@ -21,11 +21,40 @@ OURS = {
     "skip_tokenizer_init": "the generator itself",
 }
 """vLLM's engine arguments that follow from other options"""
+INEXACT = ("logits_processors", "watermark_config")
+"""vLLM's engine arguments by which something else is sampled than the distribution that [sampling] describes"""
+EXACT_VERIFICATION = ("standard", "block")
+"""vLLM's ways to verify drafts under which the distribution stays as it is"""
+COLDEST = 0.01
+"""vLLM samples at this where a lower temperature above 0 is asked for"""
 
 
 def drafts(drafter: Mapping[str, Any], options: Mapping[str, Any], max_draft_tokens: int) -> bool:
     """Whether vLLM speculates: with a drafter of ours, or by `speculative_config` with one of its own."""
     return "speculative_config" in options or (drafter.get("name") != "none" and max_draft_tokens > 0)
+
+
+def check_exact(options: Mapping[str, Any]) -> None:
+    """
+    Args:
+        options: of `engine.vllm`.
+
+    Raises:
+        UsageError: one of them changes what is sampled.
+    """
+    for key in INEXACT:
+        if options.get(key):
+            raise UsageError(
+                f"engine.vllm.{key} = {options[key]!r} changes what is sampled in a way that drafting and learner do "
+                "not follow; remove it"
+            )
+    speculative = options.get("speculative_config")
+    method = speculative.get("rejection_sample_method") if isinstance(speculative, dict) else None
+    if method is not None and method not in EXACT_VERIFICATION:
+        raise UsageError(
+            f"engine.vllm.speculative_config.rejection_sample_method = {method!r} accepts drafts whatever the model's "
+            'distribution is; use "standard"'
+        )
 
 
 def check_vllm(config: Config) -> None:
@@ -55,6 +84,7 @@ def check_vllm(config: Config) -> None:
             f"engine.vllm.speculative_config = {speculative!r} is no table; write for example "
             '{method = "ngram", prompt_lookup_max = 4}'
         )
+    check_exact(engine.vllm)
     if engine.verification != "standard":
         raise UsageError(
             f'engine.verification = "{engine.verification}" is the native generator\'s; vLLM verifies token by token, '
@@ -81,6 +111,12 @@ def check_vllm(config: Config) -> None:
             raise UsageError(
                 f'engine.{key} = {value!r} is the native generator\'s; remove it, or use engine.generator = "native"'
             )
+    for name, temperature in (
+        ("sampling.temperature", sampling.temperature),
+        ("learner.eval_temperature", config.learner.eval_temperature),
+    ):
+        if (why := too_cold(name, temperature)) is not None:
+            raise UsageError(why)
     for key in ("top_k", "top_p", "min_p"):
         value, off = getattr(sampling, key), getattr(type(sampling)(), key)
         if value != off:
@@ -88,3 +124,13 @@ def check_vllm(config: Config) -> None:
                 f"sampling.{key} = {value} needs to know which tokens were left to draw from, which vLLM does not say; "
                 f'leave it at {off} for training, or use engine.generator = "native"'
             )
+
+
+def too_cold(name: str, temperature: float) -> str | None:
+    """Why vLLM does not sample at this temperature, in one sentence; None where it does."""
+    if not 0 < temperature < COLDEST:
+        return None
+    return (
+        f"{name} = {temperature:g} is below {COLDEST:g}, which vLLM would sample at instead; choose at least "
+        f'{COLDEST:g}, or use engine.generator = "native"'
+    )

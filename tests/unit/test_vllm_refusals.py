@@ -16,7 +16,7 @@ from pipeline.config.load import load_config
 from pipeline.engine.vllm import install, rejection
 from pipeline.engine.vllm.own_drafters import speculative_config
 from pipeline.engine.vllm.refusals import reason
-from pipeline.engine.vllm.sampling import refusal
+from pipeline.engine.vllm.sampling import allowed_tokens, refusal
 from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
 from tests.unit.tiny_models import save_tiny
@@ -43,6 +43,24 @@ VLLM = 'engine.generator="vllm"'
         ([VLLM, "engine.vllm.max_logprobs=0"], r"engine\.vllm\.max_logprobs is decided"),
         ([VLLM, 'engine.vllm.generation_config="auto"'], r"engine\.vllm\.generation_config is decided"),
         ([VLLM, 'engine.vllm.additional_config="x"'], r"engine\.vllm\.additional_config is decided"),
+        (
+            [VLLM, 'engine.vllm.logits_processors=["a:B"]'],
+            r"engine\.vllm\.logits_processors = .* changes what is sampled",
+        ),
+        (
+            [VLLM, "engine.vllm.watermark_config={key = 1}"],
+            r"engine\.vllm\.watermark_config = .* changes what is sampled",
+        ),
+        (
+            [
+                VLLM,
+                "engine.drafter=none",
+                'engine.vllm.speculative_config={method = "ngram", rejection_sample_method = "synthetic"}',
+            ],
+            r"rejection_sample_method = 'synthetic' accepts drafts whatever",
+        ),
+        ([VLLM, "sampling.temperature=0.005"], r"sampling\.temperature = 0\.005 is below 0\.01"),
+        ([VLLM, "learner.eval_temperature=0.009"], r"learner\.eval_temperature = 0\.009 is below 0\.01"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(overrides, said):
@@ -74,12 +92,35 @@ def test_a_missing_or_another_vllm_is_named_with_the_remedy(monkeypatch):
         (SamplingParams(logit_bias=((3, 1.0),)), False, None),
         (SamplingParams(logit_bias=((3, 200.0),)), False, "clip"),
         (SamplingParams(frequency_penalty=-2.5), False, "frequency_penalty"),
+        (SamplingParams(temperature=0.005), False, "sampling.temperature = 0.005 is below 0.01"),
+        (SamplingParams(temperature=0.0), True, None),
+        (SamplingParams(temperature=0.01), True, None),
         (SamplingParams(top_k=5, top_p=0.9, repetition_penalty=1.2, min_new_tokens=3), True, None),
     ],
 )
 def test_sampling_settings_that_vllm_does_not_have_are_named(params, speculating, said):
     why = refusal(params, speculating)
     assert why is None if said is None else said in (why or "")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "bad", "left"),
+    [
+        ((), (), None),
+        ((3, 1), (), [1, 3]),
+        ((), (0, 2), [1, 3, 4]),
+        ((1, 2), (2,), [1]),
+        ((1,), (1,), ()),
+        ((), range(5), ()),
+    ],
+)
+def test_forbidden_tokens_leave_those_allowed_or_are_refused(allowed, bad, left):
+    params = SamplingParams(allowed_token_ids=tuple(allowed), bad_token_ids=tuple(bad))
+    if left == ():
+        with pytest.raises(UsageError, match="no token can be drawn"):
+            allowed_tokens(params, 5)
+    else:
+        assert allowed_tokens(params, 5) == left
 
 
 def test_the_base_install_imports_no_vllm():

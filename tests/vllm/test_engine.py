@@ -191,6 +191,9 @@ def test_what_vllm_cannot_sample_together_with_drafts_is_refused(setup):
     ):
         with pytest.raises(UsageError, match=said):
             setup.generator.add(setup.request(params, 1))
+    cold = GroupRequest(1, np.array(PROMPT), SamplingParams(), (1,), temperatures=(0.005,))
+    with pytest.raises(UsageError, match=r"sampling\.temperature = 0\.005"):
+        setup.generator.add(cold)
     with pytest.raises(UsageError, match="vocabulary"):
         setup.generator.add(GroupRequest(1, np.array([VOCABULARY + 3]), SamplingParams(), (1,)))
     assert not setup.generator.has_work()

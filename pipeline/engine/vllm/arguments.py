@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drafters.registry import build
-from pipeline.config.check_vllm import drafts
+from pipeline.config.check_vllm import check_exact, drafts
 from pipeline.engine.vllm import own_drafters, proposer
 from pipeline.engine.vllm.refusals import reason
 from pipeline.errors import UsageError
@@ -57,6 +57,7 @@ def engine_arguments(
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise UsageError(f"engine.vllm.{key} is no argument of vLLM's engine; did you mean {near[0]}?")
+    check_exact(options)
     config = _model_config(folder)
     limit = getattr(config, "max_position_embeddings", None) or 1 << 30
     # With room for a draft after the last token, vLLM does not stop drafting for a whole batch near the longest's end.

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from pipeline.config.check_vllm import too_cold
 from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
 
@@ -14,6 +15,8 @@ PENALTY, BIAS = 2.0, 100.0
 
 def refusal(params: SamplingParams, speculating: bool) -> str | None:
     """Why vLLM cannot sample so, in one sentence; None when it can."""
+    if (why := too_cold("sampling.temperature", params.temperature)) is not None:
+        return why
     if speculating and params.min_p > 0:
         return (
             f"sampling.min_p = {params.min_p} does not work together with drafting in vLLM; set engine.drafter = "
@@ -29,6 +32,23 @@ def refusal(params: SamplingParams, speculating: bool) -> str | None:
         if abs(value := getattr(params, key)) > PENALTY:
             return f"sampling.{key} = {value} is beyond ±{PENALTY:g}, the most that vLLM takes; choose a smaller one"
     return None
+
+
+def allowed_tokens(params: SamplingParams, vocab_size: int) -> list[int] | None:
+    """The tokens that can be drawn, in order; None: all, for which vLLM would also take an empty list.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not (params.allowed_token_ids or params.bad_token_ids):
+        return None
+    allowed = set(params.allowed_token_ids or range(vocab_size)) - set(params.bad_token_ids)
+    if not allowed:
+        raise UsageError(
+            "no token can be drawn: sampling.bad_token_ids holds all of sampling.allowed_token_ids, or the whole "
+            "vocabulary; allow others"
+        )
+    return sorted(allowed)
 
 
 def translated(
@@ -59,11 +79,9 @@ def translated(
     import vllm
     from vllm.sampling_params import RequestOutputKind
 
-    if (why := refusal(params, speculating)) is not None:
+    if (why := refusal(msgspec.structs.replace(params, temperature=temperature), speculating)) is not None:
         raise UsageError(why)
-    allowed = set(params.allowed_token_ids)
-    if params.bad_token_ids:
-        allowed = (allowed or set(range(vocab_size))) - set(params.bad_token_ids)
+    allowed = allowed_tokens(params, vocab_size)
     try:
         return vllm.SamplingParams(
             temperature=temperature,
@@ -76,7 +94,7 @@ def translated(
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             logit_bias=dict(params.logit_bias) or None,
-            allowed_token_ids=sorted(allowed) or None,
+            allowed_token_ids=allowed,
             stop_token_ids=sorted(stop),
             ignore_eos=True,
             stop=list(params.stop_strings) or None,
