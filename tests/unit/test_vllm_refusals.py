@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from drafters.draft_model import DraftModelDrafter
 from drafters.mtp.drafter import MTPDrafter
 from pipeline.config import check_config
 from pipeline.config.load import load_config
-from pipeline.engine.vllm import install, rejection
+from pipeline.engine.vllm import arguments, install, rejection
 from pipeline.engine.vllm.own_drafters import speculative_config
 from pipeline.engine.vllm.refusals import reason
 from pipeline.engine.vllm.sampling import allowed_tokens, refusal
@@ -71,6 +72,19 @@ def test_configurations_that_cannot_work_are_refused(overrides, said):
 def test_a_configuration_for_vllm_is_taken():
     check_config(load_config(None, [VLLM, "engine.vllm.enforce_eager=true", "engine.vllm.tensor_parallel_size=2"]))
     check_config(load_config(None, [VLLM, "engine.drafter=none", 'engine.vllm.speculative_config={method = "ngram"}']))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "item"),
+    [("auto", {}, 2), ("float32", {}, 4), ("bfloat16", {}, 2), ("float32", {"kv_cache_dtype": "auto"}, 4),
+     ("auto", {"kv_cache_dtype": "fp8_e4m3"}, 1), ("auto", {"kv_cache_dtype": 3}, 2)],
+)  # fmt: skip
+def test_keys_and_values_are_sized_in_the_type_that_is_computed_in(dtype, options, item):
+    of_float32 = SimpleNamespace(
+        dtype=torch.float32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, hidden_size=64
+    )
+    found = arguments._needed([of_float32], {"dtype": dtype, "max_model_len": 200, **options})
+    assert found == 256 * 3 * 2 * 2 * 16 * item
 
 
 def test_a_missing_or_another_vllm_is_named_with_the_remedy(monkeypatch):

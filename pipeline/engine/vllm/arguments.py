@@ -17,6 +17,8 @@ WORKER = "pipeline.engine.vllm.worker.RollaheadWorker"
 """by name: importing it is for vLLM's workers"""
 MIN_BLOCK = 128
 """tokens of a block of vLLM's cache on a CPU"""
+_ITEM_BYTES = {"auto": 2, "half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4}
+"""of vLLM's names of types; the others are quantised"""
 
 
 def engine_arguments(
@@ -81,7 +83,7 @@ def engine_arguments(
         arguments["per_request_spec_decode_metrics"] = "summary"
         configs += _drafting_config(arguments["speculative_config"])
     if current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        wanted = kv_bytes or _kv_bytes(configs, max_sequences, int(arguments["max_model_len"]))
+        wanted = kv_bytes or _kv_bytes(_needed(configs, arguments), max_sequences)
         if wanted and "kv_cache_memory_bytes" not in options:
             arguments["kv_cache_memory_bytes"] = wanted
     elif kv_bytes:
@@ -143,23 +145,36 @@ def _drafting_config(speculative: Any) -> list[Any]:
     return [config]
 
 
-def _sequence_bytes(configs: Sequence[Any], length: int) -> int:
-    """Keys and values of one sequence in all models, in whole blocks; 0 where one has no cache that we can size."""
+def _item_bytes(dtype: str, cache: Any) -> int:
+    """Of one number in vLLM's cache: of `kv_cache_dtype` (`cache`) where that is set, else of `dtype`, which a draft
+    model has, too. "auto" is a 16-bit type, also for a float32 checkpoint."""
+    kind = cache if isinstance(cache, str) and cache != "auto" else dtype
+    return _ITEM_BYTES.get(kind, 1)
+
+
+def _sequence_bytes(configs: Sequence[Any], length: int, item: int) -> int:
+    """Keys and values of one sequence in all models, in whole blocks, with `item` bytes a number; 0 where one has no
+    cache that we can size."""
     found = 0
     try:
         for config in configs:
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            item = 4 if str(getattr(config, "dtype", "")).endswith("float32") else 2
             found += int(-(-length // MIN_BLOCK) * MIN_BLOCK * config.num_hidden_layers * 2 * heads * width * item)
     except AttributeError:
         return 0
     return found
 
 
-def _kv_bytes(configs: Sequence[Any], sequences: int, length: int) -> int:
-    """For all sequences and two more, at most half of the free memory."""
-    wanted = _sequence_bytes(configs, length) * (sequences + 2)
+def _needed(configs: Sequence[Any], arguments: Mapping[str, Any]) -> int:
+    """Bytes of one sequence of the greatest length."""
+    item = _item_bytes(str(arguments["dtype"]), arguments.get("kv_cache_dtype"))
+    return _sequence_bytes(configs, int(arguments["max_model_len"]), item)
+
+
+def _kv_bytes(sequence: int, sequences: int) -> int:
+    """For all sequences, of so many bytes each, and two more, at most half of the free memory."""
+    wanted = sequence * (sequences + 2)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(wanted, free // 2)
 
@@ -168,7 +183,7 @@ def _check_memory(configs: Sequence[Any], arguments: Mapping[str, Any], there_is
     given = arguments.get("kv_cache_memory_bytes")
     if not isinstance(given, int):  # none, or a value that vLLM's types refuse
         return
-    needed = _sequence_bytes(configs, int(arguments["max_model_len"]))
+    needed = _needed(configs, arguments)
     if given < needed:
         raise UsageError(
             f"{given:,} bytes for keys and values do not hold one sequence of {arguments['max_model_len']} tokens, "
