@@ -6,7 +6,6 @@ it: a group whose call ends so is scored once more, one sample a call, each in a
 """
 
 import contextlib
-import ctypes
 import os
 import resource
 import select
@@ -21,11 +20,11 @@ from typing import IO, Any
 import msgspec
 
 from pipeline.errors import UsageError
+from pipeline.parent import end_with_parent
 from pipeline.tasks.rewards import Scored, load_reward, score_group
 
 _LENGTH = Struct("<I")
 _IMPORT_SECONDS = 300.0
-_PDEATHSIG = 1
 _LARGEST = 1 << 30
 
 
@@ -194,7 +193,7 @@ def _serve(name: str, memory_mb: int) -> None:
     """The process: load the function, say so, answer requests until the engine is gone."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the user's code prints belongs into the log
-    _end_with_parent()
+    end_with_parent()  # an engine that is killed cannot end a function that hangs
     if memory_mb:
         limit = memory_mb << 20
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -208,12 +207,6 @@ def _serve(name: str, memory_mb: int) -> None:
         request = _requests.decode(data)
         scored = score_group(reward, request.prompts, request.completions, request.columns)
         _write(answers, _encoder.encode(_Answer(scored)))
-
-
-def _end_with_parent() -> None:
-    """An engine that is killed cannot close the pipe of a function that hangs; Linux ends it then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ BASE = {
     f"pipeline.{name}"
     for name in (
         "errors", "config", "messages", "codec", "capabilities", "digest", "stop", "plugins", "durable", "failpoints",
-        "watchdog",
+        "parent", "watchdog",
     )
 }  # fmt: skip
 STORES = BASE | {

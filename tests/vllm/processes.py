@@ -21,3 +21,11 @@ def descendants(parent: int, title: str) -> list[int]:
         left += children.get(pid, [])
         found += [pid] if names.get(pid, "").startswith(title) else []
     return found
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs; one that has ended and was not waited for does not."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

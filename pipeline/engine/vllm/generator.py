@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.capabilities import GENERATORS
 from pipeline.engine.generator import FinishedSample, GeneratorLost, GroupRequest
 from pipeline.engine.native.stop_strings import StopStrings
-from pipeline.engine.vllm import proposer, rejection
+from pipeline.engine.vllm import environment, proposer, rejection
 from pipeline.engine.vllm.arguments import engine_arguments
 from pipeline.engine.vllm.client import Ended, EngineClient, Key
 from pipeline.engine.vllm.install import require_vllm
@@ -83,6 +83,7 @@ class VllmGenerator:
         )  # fmt: skip
         self.capabilities, self.version, self.max_length = GENERATORS["vllm"], version, max_length
         self._speculating = arguments.speculative_config is not None
+        environment.prepare(self._speculating)
         self._drafter = str(drafter["name"])
         if "speculative_config" in (options or {}):
             self._drafter = f"vllm {arguments.speculative_config.get('method', 'draft_model')}"

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, Qwen3Config
 
 from drafters.mtp.vllm_form import ARCHITECTURE, MODEL_TYPE
+from pipeline.engine.vllm.environment import end_with_starter
 
 CLASS = "pipeline.engine.vllm.head_model:RollaheadMTP"
 
@@ -14,9 +15,11 @@ class HeadConfig(Qwen3Config):
 
 
 def register() -> None:
-    """In a process of vLLM's; again is fine. vLLM calls it as its plugin (`vllm.general_plugins`)."""
+    """In a process of vLLM's; again is fine. vLLM calls it as its plugin (`vllm.general_plugins`) when it starts one,
+    which is also where that process is tied to ours."""
     from vllm import ModelRegistry
 
+    end_with_starter()
     AutoConfig.register(MODEL_TYPE, HeadConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, CLASS)
