@@ -2,23 +2,26 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.engine.vllm.client import EngineClient
+from pipeline.engine.vllm.generator import VllmGenerator
 from pipeline.errors import RunFailed
 
 
 class Engine:
-    """vLLM's `AsyncLLM` as far as an update sees it: what every worker answers, and what it was asked."""
+    """vLLM's `AsyncLLM` as far as an update sees it: what the workers of each engine answer, and what was asked."""
 
-    def __init__(self, answers: list[Any]) -> None:
-        self.answers, self.calls = answers, []
+    def __init__(self, *answers: list[Any]) -> None:
+        self.answers, self.calls, self.engine_core = answers, [], self
 
-    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+    async def call_utility_all_async(self, utility: str, method: str, *rest: Any) -> list[list[Any]]:
+        assert utility == "collective_rpc"
         self.calls.append(method)
-        return self.answers
+        return list(self.answers)
 
     def __getattr__(self, name: str) -> Any:
         async def call(*args: Any, **named: Any) -> None:
@@ -34,7 +37,7 @@ def client(engine: Engine) -> EngineClient:
 
 
 def test_a_publication_that_a_worker_cannot_load_ends_in_one_sentence():
-    engine = Engine(["", "model.safetensors is cut short"])
+    engine = Engine(["", ""], ["", "model.safetensors is cut short"])
     with pytest.raises(RunFailed, match=r"^publication 7 cannot be loaded: model\.safetensors is cut short$"):
         asyncio.run(client(engine)._update(Path("weights"), 7, True))
     assert "resume_generation" not in engine.calls
@@ -46,3 +49,24 @@ def test_generation_goes_on_where_every_worker_has_loaded_a_publication():
     assert engine.calls == [
         "pause_generation", "rollahead_load_weights", "update_weight_version", "resume_generation"
     ]  # fmt: skip
+
+
+def generator(*answers: Any) -> VllmGenerator:
+    made = VllmGenerator.__new__(VllmGenerator)
+    made._client = SimpleNamespace(workers=lambda *_: list(answers))
+    return made
+
+
+def test_drafters_of_parallel_engines_are_heard_and_counted_wherever_they_are():
+    early_stage, counts = None, {"drafted": 3, "accepted": 2}
+    first = (["one is switched off"], {"asked": 4.0}, [{"suffix": counts}, {}])
+    second = (["another is"], {"asked": 2.0, "slept": 1.0}, [{}, {"suffix": counts}])
+    events, counters, drafts = generator(early_stage, first, None, early_stage, second)._ask_drafters([[0, 1], [0, 2]])
+    assert events == ["one is switched off", "another is"]
+    assert counters == {"asked": 6.0, "slept": 1.0}
+    assert drafts == [{"suffix": counts}, {"suffix": counts}]
+
+
+def test_a_sampler_that_is_wrong_in_any_engine_ends_the_start():
+    with pytest.raises(RunFailed, match=r"where it drafts \(top-p\)"):
+        generator({"top-p": 0.3}, {"top-p": 0.0})._check_sampler("0.32.0")

@@ -43,3 +43,17 @@ def test_why_weights_cannot_be_loaded_is_an_answer_not_a_traceback(error, said, 
     made = worker()
     made.model_runner.reload_weights = fail
     assert made.rollahead_load_weights(str(tmp_path), 1) == said
+
+
+def test_of_the_workers_that_share_tensors_the_first_speaks_for_the_drafter(monkeypatch):
+    from pipeline.engine.vllm.proposer import DrafterProposer
+
+    drafter = DrafterProposer.__new__(DrafterProposer)
+    drafter.events, drafter.counters, drafter.taken_drafts = [], lambda: {"asked": 1.0}, lambda samples: [{}]
+    made = worker()
+    assert made.rollahead_drafter([[0, 1]]) is None
+    made.model_runner.drafter = drafter
+    for first, said in ((True, (["slow"], {"asked": 1.0}, [{}])), (False, None)):
+        drafter.events.append("slow")
+        monkeypatch.setattr(made, "_rollahead_is_first", lambda first=first: first)
+        assert made.rollahead_drafter([[0, 1]]) == said and not drafter.events

@@ -117,8 +117,13 @@ class EngineClient:
 
     def workers(self, method: str, *arguments: Any) -> list[Any]:
         """Calls a method of every worker; what each returned."""
-        answers: list[Any] = self._call(self._engine.collective_rpc(method, args=arguments))
-        return answers
+        return self._call(self._workers(method, *arguments))
+
+    async def _workers(self, method: str, *arguments: Any) -> list[Any]:
+        # Of engines in parallel (`data_parallel_size`), `AsyncLLM.collective_rpc` gives only the first one's answers.
+        core = self._engine.engine_core
+        engines = await core.call_utility_all_async("collective_rpc", method, None, arguments, None)
+        return [answer for answers in engines for answer in answers]
 
     def load_weights(self, folder: Path, version: int, keep_cache: bool) -> None:
         """Between two steps; requests under way go on after it.
@@ -136,7 +141,7 @@ class EngineClient:
 
     async def _update(self, folder: Path, version: int, keep_cache: bool) -> None:
         await self._engine.pause_generation(mode="keep", clear_cache=not keep_cache)
-        problems = await self._engine.collective_rpc("rollahead_load_weights", args=(str(folder), version))
+        problems = await self._workers("rollahead_load_weights", str(folder), version)
         if problem := next(filter(None, problems), ""):
             raise RunFailed(f"publication {version} cannot be loaded: {problem}")
         await self._engine.update_weight_version(str(version))

@@ -203,21 +203,35 @@ class VllmGenerator:
         self._scratch.cleanup()
 
     def drafter_counters(self) -> dict[str, float]:
-        """The drafter's own figures so far, of the first worker."""
-        counters: dict[str, float] = self._client.workers("rollahead_drafter")[0][1]
-        return counters
+        """The drafter's own figures so far, summed over engines that run in parallel."""
+        return self._ask_drafters([])[1]
 
     # ---- results -------------------------------------------------------------------------------------------------
 
     def _hear(self, finished: Sequence[FinishedSample], seeds: Sequence[int]) -> None:
         """What a drafter of ours has to say, and who made which drafts for these samples; vLLM knows only how many."""
         samples = [[sample.group, seed] for sample, seed in zip(finished, seeds, strict=True)]
-        events, _, drafts = self._client.workers("rollahead_drafter", samples)[0]
+        events, _, drafts = self._ask_drafters(samples)
         for event in events:
             self._on_event(event)
-        for sample, found in zip(finished, drafts, strict=False):  # none where the drafter is vLLM's own
-            if found:
+        for sample, found in zip(finished, drafts, strict=True):
+            if found:  # nothing where the drafter is vLLM's own
                 sample.drafters = {name: msgspec.convert(counts, DraftCounts) for name, counts in found.items()}
+
+    def _ask_drafters(
+        self, samples: Sequence[Sequence[int]]
+    ) -> tuple[list[str], dict[str, float], list[dict[str, Any]]]:
+        """Of all workers that speak for a drafter: events, figures, and counts for each of the samples."""
+        events: list[str] = []
+        counters: dict[str, float] = {}
+        drafts: list[dict[str, Any]] = [{} for _ in samples]
+        for said, figures, found in filter(None, self._client.workers("rollahead_drafter", samples)):
+            events += said
+            for name, value in figures.items():
+                counters[name] = counters.get(name, 0) + value
+            for counts, more in zip(drafts, found, strict=True):
+                counts.update(more)
+        return events, counters, drafts
 
     def _finished(self, ended: Ended) -> FinishedSample | None:
         """None for a sample of a group that was cancelled."""

@@ -130,20 +130,29 @@ class RollaheadWorker:
 
     def rollahead_drafter(
         self, finished: Sequence[Sequence[int]] = ()
-    ) -> tuple[list[str], dict[str, float], list[dict[str, dict[str, Any]]]]:
+    ) -> tuple[list[str], dict[str, float], list[dict[str, dict[str, Any]]]] | None:
         """What the drafter has said since the last call, its figures, and how its drafts for finished samples fared,
-        by drafter.
+        by drafter. None where no drafter of ours is at work, or none whose drafts are verified: of the workers of the
+        last pipeline stage, which all have one, vLLM takes the first one's.
 
         Args:
             finished: group and seed of each of these.
         """
         proposer = self._rollahead_proposer()
         if proposer is None:
-            return [], {}, []
+            return None
         events = list(proposer.events)
         proposer.events.clear()
         drafts = proposer.taken_drafts([(group, seed) for group, seed in finished])
+        if not self._rollahead_is_first():
+            return None
         return events, proposer.counters(), [{n: asdict(tally) for n, tally in of.items()} for of in drafts]
+
+    def _rollahead_is_first(self) -> bool:
+        """Of those that share a stage's tensors."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        return bool(get_tp_group().is_first_rank)
 
     def _rollahead_proposer(self) -> DrafterProposer | None:
         proposer = getattr(self.model_runner, "drafter", None)
