@@ -134,7 +134,10 @@ class Proposal(Struct, frozen=True, eq=False):
 
 
 class Verified(Struct, frozen=True, eq=False):
-    """What one verification emitted, for the B rows of the request before it (also for rows without a draft)."""
+    """What one verification emitted, for the B rows of the request before it, also for those without a draft, but not
+    for those whose sequence paused or ended before it was verified. Tokens that were not asked for come in one of their
+    own (vLLM: the first of a response, and of one that was restored). Every sequence is live, not preempted, and has
+    emitted something; which are preempted or ended in the same step is said afterwards."""
 
     ids: Sequence[int]
     emitted: Sequence[np.ndarray]

@@ -158,6 +158,57 @@ def test_a_tally_counts_what_was_tried_at_each_depth():
     assert asdict(tally) == {"drafted": 9, "accepted": 5, "tried_at": [4, 2, 1], "accepted_at": [3, 2, 0]}
 
 
+class Recording(BaseDrafter):
+    """Writes down what it is told of which sequences."""
+
+    name = "recording"
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, list[int]]] = []
+
+    def begin(self, sequences):
+        self.told.append(("begin", [start.id for start in sequences]))
+
+    def observe(self, verified):
+        assert all(map(len, verified.emitted))
+        self.told.append(("observe", list(verified.ids)))
+
+    def preempt(self, ids):
+        self.told.append(("preempt", list(ids)))
+
+    def restore(self, sequences):
+        self.told.append(("restore", [start.id for start in sequences]))
+
+    def end(self, ids):
+        self.told.append(("end", list(ids)))
+
+
+def test_what_a_step_emitted_is_said_before_who_pauses_returns_or_is_gone():
+    made = proposer("tests.unit.test_vllm_proposer:Recording")
+    batch = Batch(made, requests=0, seed=0)
+    batch.rng = SimpleNamespace(random=lambda: 1.0, integers=lambda low, high: 40)
+    told = made._guard._drafter.told
+    for name in ("request-0", "request-1", "request-2"):
+        batch.start(name)
+
+    def step(*names):
+        told.clear()
+        batch.input_batch.req_ids = list(names)
+        batch.step()
+        return told
+
+    assert step("request-0", "request-1") == [("begin", [0, 1]), ("observe", [0, 1])]
+    assert step("request-1", "request-0") == [("observe", [0, 1])]
+    assert step("request-0") == [("observe", [0]), ("preempt", [1])]
+    assert step("request-1", "request-0") == [("observe", [0]), ("restore", [1]), ("observe", [1])]
+    del batch.requests["request-0"]
+    assert step("request-1", "request-2") == [("observe", [1]), ("end", [0]), ("begin", [2]), ("observe", [2])]
+    del batch.requests["request-1"], batch.requests["request-2"]
+    batch.start("request-3")
+    assert step("request-3") == [("end", [1, 2]), ("begin", [3]), ("observe", [3])]
+    assert not made.events
+
+
 def test_before_the_first_request_nothing_is_drafted():
     drafts = proposer("suffix-automaton").propose([[1], [2]], np.ones(2, np.int32), np.zeros((2, 4), np.int32))
     assert drafts == [[], []]

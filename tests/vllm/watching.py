@@ -36,7 +36,7 @@ class Watching(SuffixAutomatonDrafter):
     def observe(self, verified: Verified) -> None:
         for i, emitted in zip(verified.ids, verified.emitted, strict=True):
             text = self.texts[i]
-            assert emitted.dtype == np.int64 and (not len(emitted) or i not in self.paused), "emitted while it paused"
+            assert emitted.dtype == np.int64 and len(emitted) and i not in self.paused, "emitted while it paused"
             self.seen["tokens"] += len(emitted)
             self.seen["checksum"] += float(((len(text) + 1 + np.arange(len(emitted))) * (emitted + 1)).sum())
             text += emitted.tolist()

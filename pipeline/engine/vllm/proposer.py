@@ -173,13 +173,13 @@ class DrafterProposer:
             if sampled_token_ids[row]
         }
         new = [request for request in rows if request not in self._followed]
-        self._pause_and_resume(rows)
-        emitted = {
-            request: self._emitted(self._followed[request], token_ids_cpu[row], int(num_tokens_no_spec[row]))
-            for request, row in rows.items()
-            if request in self._followed
+        asked = {
+            r: self._emitted(r, rows[r], token_ids_cpu, num_tokens_no_spec) for r in self._step.requests if r in rows
         }
-        self._observe(emitted, 0.0 if new or self._disturbed else seconds)
+        self._observe(asked, 0.0 if new or self._disturbed else seconds)
+        self._pause_and_resume(rows)
+        others = [request for request in rows if request in self._followed and request not in asked]
+        self._show({r: self._emitted(r, rows[r], token_ids_cpu, num_tokens_no_spec) for r in others})
         self._disturbed = False
         self._end()
         self._begin(new, rows, token_ids_cpu, num_tokens_no_spec)
@@ -190,9 +190,10 @@ class DrafterProposer:
         self._step.since = time.perf_counter()
         return drafts
 
-    def _emitted(self, followed: _Followed, tokens: np.ndarray, count: int) -> np.ndarray:
+    def _emitted(self, request: str, row: int, tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Tokens not seen before, up to the one that ends the response."""
-        new = tokens[followed.seen : min(count, followed.last)].astype(np.int64)
+        followed = self._followed[request]
+        new = tokens[row, followed.seen : min(int(counts[row]), followed.last)].astype(np.int64)
         # A few tokens, every step of every row: a loop is ten times as fast as numpy's search.
         stop = next((n for n, token in enumerate(new.tolist(), 1) if token in followed.stop), 0)
         if stop:
@@ -201,26 +202,33 @@ class DrafterProposer:
         followed.over = bool(stop) or followed.seen >= followed.last
         return locked(new)
 
-    def _observe(self, emitted: dict[str, np.ndarray], seconds: float) -> None:
-        """First the rows that were asked for, in their order, whether or not they are still there; then the others."""
-        step, nothing = self._step, np.zeros(0, np.int64)
-        if step.ids:
-            found = [emitted.pop(request, nothing) for request in step.requests]
-            accepted = np.minimum(np.array([max(0, len(tokens) - 1) for tokens in found], np.int64), step.lengths)
-            self._count(step, found, accepted)
-            self._guard.observe(Verified(step.ids, found, locked(accepted), seconds=seconds))
-        if emitted:
-            ids = [self._followed[request].id for request in emitted]
-            self._guard.observe(Verified(ids, list(emitted.values()), locked(np.zeros(len(ids), np.int64))))
+    def _observe(self, emitted: Mapping[str, np.ndarray], seconds: float) -> None:
+        """The rows that were asked for, in their order, less those that were not verified: they are gone, or pause."""
+        step = self._step
+        kept = [row for row, request in enumerate(step.requests) if len(emitted.get(request, ()))]
+        if not kept:
+            return
+        found = [emitted[step.requests[row]] for row in kept]
+        accepted = np.minimum(np.array([len(tokens) - 1 for tokens in found], np.int64), step.lengths[kept])
+        self._count(step, kept, accepted)
+        ids = [step.ids[row] for row in kept]
+        # A step of fewer rows than were drafted for says nothing of what such a draft costs.
+        seconds = seconds if len(kept) == len(step.ids) else 0.0
+        self._guard.observe(Verified(ids, found, locked(accepted), seconds=seconds))
 
-    def _count(self, step: _Step, found: Sequence[np.ndarray], accepted: np.ndarray) -> None:
-        """Of the requests that were verified; a draft for one that was preempted before has come to nothing."""
-        for row, request in enumerate(step.requests):
-            followed, length = self._followed.get(request), int(step.lengths[row])
-            if followed is not None and length and len(found[row]):
+    def _show(self, emitted: Mapping[str, np.ndarray]) -> None:
+        """Tokens of rows that were not asked for."""
+        found = {self._followed[request].id: tokens for request, tokens in emitted.items() if len(tokens)}
+        if found:
+            self._guard.observe(Verified(list(found), list(found.values()), locked(np.zeros(len(found), np.int64))))
+
+    def _count(self, step: _Step, rows: Sequence[int], accepted: np.ndarray) -> None:
+        """Of the rows that were verified; a draft for one that was preempted before has come to nothing."""
+        for row, right in zip(rows, accepted.tolist(), strict=True):
+            if length := int(step.lengths[row]):
                 name = step.drafted_by[row] if step.drafted_by else self._guard.name
-                sample = (followed.start.group, followed.start.seed)
-                self._tallies.setdefault(sample, {}).setdefault(name, Tally()).add(length, int(accepted[row]))
+                start = self._followed[step.requests[row]].start
+                self._tallies.setdefault((start.group, start.seed), {}).setdefault(name, Tally()).add(length, right)
         while len(self._tallies) > _KEPT:
             del self._tallies[next(iter(self._tallies))]
 
@@ -256,10 +264,7 @@ class DrafterProposer:
             self._followed[request] = self._follow(self._runner.requests[request])
         if new:
             self._guard.begin([self._followed[request].start for request in new])
-            self._step = _Step()
-            self._observe(
-                {r: self._emitted(self._followed[r], tokens[rows[r]], int(counts[rows[r]])) for r in new}, 0.0
-            )
+            self._show({r: self._emitted(r, rows[r], tokens, counts) for r in new})
 
     def _follow(self, request: Any) -> _Followed:
         params = request.sampling_params
