@@ -57,6 +57,19 @@ def check_exact(options: Mapping[str, Any]) -> None:
         )
 
 
+def check_stages(drafter: Mapping[str, Any], options: Mapping[str, Any], max_draft_tokens: int) -> None:
+    """
+    Raises:
+        UsageError: pipeline parallelism together with drafting; all stages of vLLM 0.32 but the last end at the start.
+    """
+    stages = options.get("pipeline_parallel_size", 1)
+    if stages != 1 and drafts(drafter, options, max_draft_tokens):
+        raise UsageError(
+            f"engine.vllm.pipeline_parallel_size = {stages!r} does not work together with drafting in vLLM; set "
+            'engine.drafter = "none", or use tensor_parallel_size'
+        )
+
+
 def check_vllm(config: Config) -> None:
     """
     Raises:
@@ -85,6 +98,7 @@ def check_vllm(config: Config) -> None:
             '{method = "ngram", prompt_lookup_max = 4}'
         )
     check_exact(engine.vllm)
+    check_stages(engine.drafter, engine.vllm, engine.max_draft_tokens)
     if engine.verification != "standard":
         raise UsageError(
             f'engine.verification = "{engine.verification}" is the native generator\'s; vLLM verifies token by token, '

@@ -60,6 +60,7 @@ VLLM = 'engine.generator="vllm"'
             ],
             r"rejection_sample_method = 'synthetic' accepts drafts whatever",
         ),
+        ([VLLM, "engine.vllm.pipeline_parallel_size=2"], "does not work together with drafting"),
         ([VLLM, "sampling.temperature=0.005"], r"sampling\.temperature = 0\.005 is below 0\.01"),
         ([VLLM, "learner.eval_temperature=0.009"], r"learner\.eval_temperature = 0\.009 is below 0\.01"),
     ],
@@ -72,6 +73,7 @@ def test_configurations_that_cannot_work_are_refused(overrides, said):
 def test_a_configuration_for_vllm_is_taken():
     check_config(load_config(None, [VLLM, "engine.vllm.enforce_eager=true", "engine.vllm.tensor_parallel_size=2"]))
     check_config(load_config(None, [VLLM, "engine.drafter=none", 'engine.vllm.speculative_config={method = "ngram"}']))
+    check_config(load_config(None, [VLLM, "engine.drafter=none", "engine.vllm.pipeline_parallel_size=2"]))
 
 
 @pytest.mark.parametrize(
@@ -187,17 +189,11 @@ def test_of_vllms_own_refusals_option_value_and_reason_are_said_and_no_lists():
     assert reason(RuntimeError()) == "RuntimeError" and len(reason(ValueError("word " * 1000))) < 420
 
 
-@pytest.mark.parametrize(
-    ("options", "engine", "said"),
-    [
-        ({"stop_below": 0.5}, {}, r"stop_below = 0.5 of drafter mtp is the native generator's"),
-        ({}, {"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2 leaves drafter mtp without"),
-    ],
-)
-def test_what_vllm_has_no_counterpart_for_in_a_drafter_it_runs_itself_is_refused(options, engine, said, tmp_path):
+def test_what_vllm_has_no_counterpart_for_in_a_drafter_it_runs_itself_is_refused(tmp_path):
+    options = {"stop_below": 0.5}
     drafter = MTPDrafter(MTPDrafter.Options(path=str(tmp_path), **options))
-    with pytest.raises(UsageError, match=said):
-        speculative_config(drafter, options, engine, tmp_path, 4, tmp_path / "scratch")
+    with pytest.raises(UsageError, match=r"stop_below = 0.5 of drafter mtp is the native generator's"):
+        speculative_config(drafter, options, tmp_path, 4, tmp_path / "scratch")
 
 
 def test_a_draft_model_of_another_tokenizer_is_refused(tmp_path):
@@ -207,4 +203,4 @@ def test_a_draft_model_of_another_tokenizer_is_refused(tmp_path):
         tokenizer.save(str(tmp_path / name / "tokenizer.json"))
     drafter = DraftModelDrafter(DraftModelDrafter.Options(path=str(tmp_path / "draft")))
     with pytest.raises(UsageError, match="first token that differs is 1, 'c' there"):
-        speculative_config(drafter, {}, {}, tmp_path / "policy", 4, tmp_path / "scratch")
+        speculative_config(drafter, {}, tmp_path / "policy", 4, tmp_path / "scratch")

@@ -22,14 +22,13 @@ def runs_itself(drafter: Drafter) -> bool:
 
 
 def speculative_config(
-    drafter: Drafter, given: Mapping[str, Any], engine: Mapping[str, Any], folder: Path, most: int, scratch: Path
+    drafter: Drafter, given: Mapping[str, Any], folder: Path, most: int, scratch: Path
 ) -> dict[str, Any]:
     """vLLM's `speculative_config` for a drafter that it runs itself.
 
     Args:
         drafter: built of `given`.
         given: options that were set, by name.
-        engine: arguments of vLLM's engine.
         folder: the target's checkpoint directory.
         most: tokens of the longest draft.
         scratch: where a head is written in vLLM's form.
@@ -44,11 +43,6 @@ def speculative_config(
                 'engine.generator = "native"'
             )  # fmt: skip
     if isinstance(drafter, MTPDrafter):
-        if engine.get("pipeline_parallel_size", 1) > 1:
-            raise UsageError(
-                f"engine.vllm.pipeline_parallel_size = {engine['pipeline_parallel_size']} leaves drafter mtp without "
-                "the target's embedding, which another stage has; use tensor_parallel_size, or another drafter"
-            )
         from pipeline.engine.vllm.head_config import register
 
         register()
