@@ -1,5 +1,7 @@
 """Our drafters behind vLLM's proposer contract, driven by a batch whose rows move, pause, return and vanish."""
 
+import threading
+import time
 from types import SimpleNamespace
 
 import msgspec
@@ -207,6 +209,32 @@ def test_what_a_step_emitted_is_said_before_who_pauses_returns_or_is_gone():
     batch.start("request-3")
     assert step("request-3") == [("end", [1, 2]), ("begin", [3]), ("observe", [3])]
     assert not made.events
+
+
+class Stuck(BaseDrafter):
+    name = "stuck"
+    release = threading.Event()
+
+    def propose(self, request):
+        self.release.wait(20)
+        return super().propose(request)
+
+
+def test_a_drafter_that_does_not_return_is_named_on_stderr_while_nobody_can_ask(monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.engine.vllm.proposer.WATCH_SECONDS", 0.1)
+    made = proposer("tests.unit.test_vllm_proposer:Stuck")
+    batch = Batch(made, requests=1, seed=0)
+    batch.reschedule()
+    batch.rng = SimpleNamespace(random=lambda: 1.0)
+    caller = threading.Thread(target=batch.step)
+    caller.start()
+    deadline = time.monotonic() + 10
+    while not made.events and time.monotonic() < deadline:
+        time.sleep(0.01)
+    Stuck.release.set()
+    caller.join()
+    assert made.events[0].startswith("drafter stuck has not returned for")
+    assert f"rollahead: {made.events[0]}\n" in capsys.readouterr().err
 
 
 def test_before_the_first_request_nothing_is_drafted():

@@ -1,10 +1,6 @@
-"""The engine's drafter: guarded, told what becomes of the batch, and watched by a thread that names it when it does not
-return."""
+"""The engine's drafter: guarded, told what becomes of the batch, and watched in case it does not return."""
 
-import threading
-import time
 import warnings
-import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
@@ -13,12 +9,10 @@ import torch
 
 from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified, locked
 from drafters.guard import CALL_SECONDS, Guard
+from drafters.watchdog import WATCH_SECONDS, watch
 from pipeline.engine.native.batch import Batch
 from pipeline.engine.native.scoring import Scores
 from pipeline.engine.native.sequence import Emission, Sequence
-
-WATCH_SECONDS = 30.0
-"""A call that has not returned after this long is named, then again after twice as long, and so on."""
 
 
 class Drafting(Guard):
@@ -33,9 +27,7 @@ class Drafting(Guard):
         watch_seconds: float = WATCH_SECONDS,
     ) -> None:
         super().__init__(drafter, target.decoder.config.vocab_size, on_event or warnings.warn, call_seconds)
-        watch = threading.Thread(target=_watch, args=(weakref.ref(self), watch_seconds), daemon=True)
-        watch.name = "drafter watchdog"
-        watch.start()
+        watch(self, watch_seconds)
         self._target = target
         self.attach(target)
 
@@ -74,20 +66,3 @@ class Drafting(Guard):
         # Copies: what generation reads, penalties among it, is out of a drafter's reach.
         prompt, response = locked(s.request.prompt_ids.copy()), locked(s.token_ids[: s.count].copy())
         return SequenceStart(s.id, prompt, s.group, s.temperature, s.seed, response, hidden)
-
-
-def _watch(drafting: "weakref.ref[Drafting]", seconds: float) -> None:
-    """An engine cannot end somebody else's call, but it can say whose it is: a stuck run explains itself."""
-    call, named = None, seconds
-    while True:
-        time.sleep(seconds / 4)
-        guard = drafting()
-        if guard is None:
-            return
-        since = guard.calling
-        if since != call:
-            call, named = since, seconds
-        elif since is not None and (passed := time.monotonic() - since) > named:
-            named *= 2
-            guard.on_event(f"drafter {guard.at_work} has not returned for {passed:.0f} s; generation waits for it")
-        del guard

@@ -4,6 +4,8 @@ vLLM names rows, which move; `RollaheadWorker` binds the model runner after load
 them. Of those requests the drafter hears what the protocol promises.
 """
 
+import functools
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from drafters.base import Drafter, DraftRequest, Proposal, SequenceStart, Verifi
 from drafters.composite import CompositeDrafter
 from drafters.guard import Guard
 from drafters.registry import build
+from drafters.watchdog import WATCH_SECONDS, watch
 from pipeline.engine.vllm.own_drafters import runs_itself
 from pipeline.errors import UsageError
 from pipeline.plugins import search_working_directory
@@ -107,6 +110,12 @@ class _Step:
     since: float = 0.0
 
 
+def _say_and_keep(events: list[str], event: str) -> None:
+    """While a drafter does not return, nobody can ask the worker what there is to tell."""
+    print(f"rollahead: {event}", file=sys.stderr, flush=True)
+    events.append(event)
+
+
 class DrafterProposer:
     """Keeps vLLM's contract of `custom_class` on one side, `drafters.base.Drafter` on the other."""
 
@@ -118,6 +127,7 @@ class DrafterProposer:
         drafter = build(options["drafter"])
         check_needs(drafter)
         self._guard = Guard(drafter, vllm_config.model_config.get_vocab_size(), self.events.append)
+        watch(self._guard, WATCH_SECONDS, functools.partial(_say_and_keep, self.events))
         self._most = int(vllm_config.speculative_config.num_speculative_tokens)
         self._max_length = int(vllm_config.model_config.max_model_len)
         self._runner: Any = None
