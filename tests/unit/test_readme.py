@@ -18,6 +18,7 @@ from pipeline.config.types import TaskSection
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.vllm import own_drafters
 from pipeline.engine.vllm.proposer import check_needs
+from pipeline.errors import UsageError
 from pipeline.tasks import load_task
 from pipeline.tasks.rewards import load_reward, score_group
 from pipeline.transport.keys import keygen
@@ -135,7 +136,7 @@ def test_what_a_run_directory_holds_is_what_the_readme_says():
     assert np.all([word in README for word in ("tensorboard/", "trace/", "checkpoints/step-N/")])
 
 
-def test_the_table_of_drafters_and_generators_is_true():
+def test_the_table_of_drafters_and_generators_is_true(tmp_path):
     rows = dict(re.findall(r"^\| `([a-z-]+)`[^|]*\| yes \| (yes|no)[^|]*\|$", README, re.MULTILINE))
     assert {"none", "suffix-automaton", "prompt-lookup", "arbiter", "token-recycling", "mtp"} <= rows.keys()
     kinds = {point.name: point.load() for point in entry_points(group="rollahead.drafters")}
@@ -144,3 +145,9 @@ def test_the_table_of_drafters_and_generators_is_true():
         shown = name == "arbiter" or not kinds[name].needs or issubclass(kinds[name], own_drafters.KINDS)
         assert (in_vllm == "yes") == shown, name
     check_needs(build({"name": "arbiter"}))
+    assert "| `arbiter` of drafters that do | yes | yes, but not of `mtp` or `draft-model` |" in README
+    model = str(save_tiny(tmp_path))
+    for kind in own_drafters.KINDS:
+        parts = ["suffix-automaton", {"name": kind.name, "path": model}]
+        with pytest.raises(UsageError, match="cannot give it here"):
+            check_needs(build({"name": "arbiter", "drafters": parts}))
