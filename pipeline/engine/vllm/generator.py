@@ -63,7 +63,7 @@ class VllmGenerator:
             max_sequences: sequences running at once.
             max_draft_tokens: longest draft a verification.
             max_length: tokens of prompt and response together.
-            dtype: compute type; "auto": the checkpoint's.
+            dtype: compute type; "auto": the checkpoint's, of a float32 one a 16-bit type.
             kv_bytes: memory for keys and values; 0: chosen.
             recompute_on_update: whether new weights compute the keys and values of sequences under way anew.
             stop_token_ids: tokens that end every response, beside those of a request; None: the model's own.
@@ -120,6 +120,7 @@ class VllmGenerator:
 
         Raises:
             GeneratorLost: vLLM's engine has died.
+            RunFailed: it cannot load them.
         """
         self._client.load_weights(folder, version, keep_cache=not self._recompute)
         self.version = version
