@@ -324,7 +324,12 @@ def test_p_values_of_true_laws_are_uniform():
 def test_holm_rejects_step_by_step():
     assert holm([0.5, 0.00001, 0.9, 0.00004], 1e-4) == [False, True, False, False]
     assert holm([0.00001, 0.00003, 0.9, 0.00004], 1e-4) == [True, True, False, True]
-    assert holm([], 1e-4) == [] and holm([float("nan")], 1e-4) == [False]
+    assert holm([], 1e-4) == []
+
+
+def test_a_p_value_that_is_no_number_is_rejected_and_hides_no_other_rejection():
+    assert holm([float("nan")], 1e-4) == [True]
+    assert holm([0.9, float("nan"), 0.00001, 0.5], 1e-4) == [False, True, True, False]
 
 
 def test_a_value_that_is_no_number_fails():

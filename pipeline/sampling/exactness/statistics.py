@@ -76,11 +76,13 @@ def bound_check(name: str, error: float, bound: float, samples: int = 0, detail:
 
 def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
     """Which hypotheses are rejected with a family-wise error of `level` (Holm 1979): the smallest p-value is compared
-    with level / m, the next with level / (m - 1), and so on until one is not rejected."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    rejected = [False] * len(p_values)
+    with level / m, the next with level / (m - 1), and so on until one is not rejected. One that is not a number counts
+    as 0: what could not be tested did not pass."""
+    known = [0.0 if math.isnan(p_value) else p_value for p_value in p_values]
+    order = sorted(range(len(known)), key=known.__getitem__)
+    rejected = [False] * len(known)
     for rank, index in enumerate(order):
-        if not p_values[index] <= level / (len(p_values) - rank):
+        if known[index] > level / (len(known) - rank):
             break
         rejected[index] = True
     return rejected
