@@ -29,11 +29,17 @@ class Sinks:
                 sink.write(row)
             except Exception as error:
                 self._sinks.remove(sink)
-                self._warn(f"warning: {type(sink).__name__} fails and is left out: {type(error).__name__}: {error}")
+                self._failed(sink, "fails and is left out", error)
 
     def close(self) -> None:
         for sink in self._sinks:
-            sink.close()
+            try:
+                sink.close()
+            except Exception as error:
+                self._failed(sink, "cannot be closed", error)
+
+    def _failed(self, sink: Sink, how: str, error: Exception) -> None:
+        self._warn(f"warning: {type(sink).__name__} {how}: {type(error).__name__}: {error}")
 
 
 def learner_sinks(config: Config, run: RunDirectory, resume_step: int, log: Callable[[str], None]) -> Sinks:

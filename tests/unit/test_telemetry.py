@@ -221,6 +221,22 @@ def test_a_sink_that_fails_is_left_out_with_one_warning():
     assert said == ["warning: Broken fails and is left out: OSError: no space"]
 
 
+def test_a_sink_that_cannot_be_closed_is_one_warning_and_the_others_are_closed():
+    class Broken:
+        def close(self):
+            raise OSError("no space")
+
+    class Sound:
+        closed = False
+
+        def close(self):
+            self.closed = True
+
+    said, sound = [], Sound()
+    Sinks([Broken(), sound], said.append).close()
+    assert sound.closed and said == ["warning: Broken cannot be closed: OSError: no space"]
+
+
 def test_structured_log_lines_are_objects(monkeypatch, capsys):
     monkeypatch.setattr(Log, "structured", True)
     monkeypatch.setattr(Log, "about", {"run": "r", "version": 3})
