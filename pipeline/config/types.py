@@ -261,7 +261,7 @@ class TelemetrySection(Section):
     samples: Annotated[Count, option("samples of each batch written as text, with who drafted what; 0: none")] = 2
     trace: Annotated[bool, option("write what each process did when into trace/, for Perfetto and Chrome")] = True
     prometheus_port: Annotated[
-        Annotated[int, Meta(ge=0, le=65535)],
+        Annotated[int, Meta(ge=0, le=65534)],
         option("port of the learner's /metrics and /health; engines take the next free ones; 0: none"),
     ] = 0
     prometheus_host: Annotated[str, option("address these are served on")] = "127.0.0.1"

@@ -5,6 +5,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -14,6 +16,9 @@ from pipeline.errors import UsageError
 from pipeline.telemetry.scalars import scalars
 
 PORTS = 64
+LARGEST_PORT = 65535
+CLIENT_SECONDS = 5.0
+"""after which a connection that says nothing is closed"""
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
@@ -85,17 +90,31 @@ class PrometheusSink:
         return ("200 OK" if healthy else "503 Service Unavailable"), body
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread a connection: one that is held open blocks neither the others nor the end."""
+
+    daemon_threads = True
+    block_on_close = False
+
+
 class _Quiet(WSGIRequestHandler):
+    timeout = CLIENT_SECONDS
+
+    def handle(self) -> None:
+        with suppress(TimeoutError, ConnectionError):
+            super().handle()
+
     def log_message(self, format: str, *args: Any) -> None:
         """Scrapes are not news."""
 
 
 def _listen(host: str, port: int, ports: int, application: Application) -> WSGIServer:
-    for candidate in range(port, port + (ports if port else 1)):
+    reason = f"ports end at {LARGEST_PORT}"
+    for candidate in range(port, min(port + (ports if port else 1), LARGEST_PORT + 1)):
         try:
-            return make_server(host, candidate, application, handler_class=_Quiet)
+            return make_server(host, candidate, application, _Server, _Quiet)
         except OSError as error:
-            reason = error
+            reason = error.strerror or str(error)
     raise UsageError(
-        f"telemetry.prometheus_port = {port}: {host} cannot be listened on ({reason.strerror}); choose another port"
+        f"telemetry.prometheus_port = {port}: {host} cannot be listened on ({reason}); choose another port"
     )

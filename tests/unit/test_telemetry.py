@@ -2,6 +2,8 @@
 
 import io
 import json
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -11,11 +13,12 @@ import pytest
 from rich.console import Console
 
 from pipeline.codec import decode_from_engine, encode_trajectory
+from pipeline.config import load_config
 from pipeline.errors import UsageError
 from pipeline.messages import SCHEMA, BadMessage, DraftCounts, SamplingParams, Trajectory, TrajectoryHeader
 from pipeline.telemetry.live import COLUMNS, EngineView, RunView, sample_text
 from pipeline.telemetry.log import Log
-from pipeline.telemetry.prometheus import PrometheusSink
+from pipeline.telemetry.prometheus import CLIENT_SECONDS, PrometheusSink, _Quiet
 from pipeline.telemetry.report.samples import samples_section
 from pipeline.telemetry.samples import SampleLog, describe, describe_batch
 from pipeline.telemetry.scalars import scalars
@@ -154,6 +157,33 @@ def test_prometheus_serves_the_newest_numbers_and_health():
         assert _fetch(f"{sink.address}/nothing")[0] == 404
     finally:
         sink.close()
+
+
+def test_an_idle_connection_blocks_neither_health_nor_the_end(capfd):
+    sink = PrometheusSink("127.0.0.1", 0, "learner", 0)
+    with socket.create_connection(("127.0.0.1", int(sink.address.rpartition(":")[2]))):
+        assert _fetch(f"{sink.address}/health")[0] == 200
+        ended = threading.Thread(target=sink.close, daemon=True)
+        ended.start()
+        ended.join(CLIENT_SECONDS - 1)
+        assert not ended.is_alive()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_connection_that_asks_nothing_is_closed(monkeypatch, capfd):
+    monkeypatch.setattr(_Quiet, "timeout", 0.2)
+    sink = PrometheusSink("127.0.0.1", 0, "learner", 0)
+    with socket.create_connection(("127.0.0.1", int(sink.address.rpartition(":")[2])), timeout=5) as idle:
+        assert idle.recv(1) == b""
+    sink.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_ports_beyond_the_last_one_are_refused():
+    with pytest.raises(UsageError, match=r"prometheus_port = 65536: .* \(ports end at 65535\); choose another port"):
+        PrometheusSink("127.0.0.1", 65536, "engine", 0, ports=64)
+    with pytest.raises(UsageError, match="prometheus_port"):
+        load_config(None, ["telemetry.prometheus_port=65535"])  # leaves engines none
 
 
 def test_a_port_that_is_taken_is_named_or_the_next_one_used():
