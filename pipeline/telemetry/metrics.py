@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -98,8 +97,13 @@ def as_row(metrics: StepMetrics) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; a line still being written is left out."""
-    return _rows(path.read_text().splitlines()) if path.exists() else []
+    """All complete lines; a damaged one and one still being written are left out."""
+    return read_lines(path)[0]
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The same, and how many complete lines are damaged."""
+    return _rows(path.read_bytes()) if path.exists() else ([], 0)
 
 
 class NewRows:
@@ -122,7 +126,7 @@ class NewRows:
         except FileNotFoundError:
             return []
         whole = new[: new.rfind(b"\n") + 1]
-        rows = _rows(whole.splitlines())
+        rows, _ = _rows(whole)
         self._offset += len(whole)
         self._rows += len(rows)
         return rows[known:]
@@ -145,15 +149,19 @@ def cut_back(path: Path, step: int) -> None:
         raise UsageError(f"metrics file {path} cannot be rewritten: {error}; check its permissions") from error
 
 
-def _rows(lines: Iterable[str | bytes]) -> list[dict[str, Any]]:
-    """Up to the first line that is not whole."""
-    rows = []
-    for line in lines:
+def _rows(lines: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Those that are whole, and how many complete ones are damaged."""
+    rows, damaged = [], 0
+    for line in lines.splitlines(keepends=True):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+            row = json.loads(line)
+        except ValueError:  # no JSON, or no UTF-8
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            damaged += line.endswith(b"\n")
+    return rows, damaged
 
 
 def _plain(value: Any) -> Any:

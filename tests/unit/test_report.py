@@ -212,3 +212,64 @@ def test_lines_of_another_version_are_one_sentence(run):
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UsageError, match=r"metrics\.jsonl is not what this version"):
         write_report(run)
+
+
+def results(folder, rows, **more):
+    (folder / "results.json").write_text(json.dumps({"what": "x", "rows": rows, **more}))
+    return page_data(write_report(folder))["charts"]
+
+
+def test_curves_of_any_benchmark_are_drawn(tmp_path):
+    rows = [
+        {"setting": name, "staleness": 2, "seed": 0, "curves": {"reward_mean": [0.1, level], "grad_norm": [None, 2.0]}}
+        for name, level in (("tis", 0.3), ("erc", 0.4))
+    ]
+    charts = results(tmp_path, rows)
+    lines = [(trace["name"], trace["x"], trace["y"]) for trace in charts["curve-reward_mean"]["data"]]
+    assert lines == [("tis 0", [1, 2], [0.1, 0.3]), ("erc 0", [1, 2], [0.1, 0.4])]
+    assert charts["curve-grad_norm"]["data"][0]["y"] == [None, 2.0]
+    trained = {"arm": "full", "policy": "", "budget": 0, "seed": 0, "curves": {"compressed/k3": [1e-3]}}
+    assert results(tmp_path, [trained])["curve-compressed/k3"]["data"][0]["y"] == [1e-3]
+
+
+def test_a_page_is_made_of_values_that_are_not_finite(tmp_path):
+    rows = [{"arm": "a", "speed": {"median": float("nan"), "min": 1.0, "max": float("inf")}}, {"arm": "b"}]
+    results(tmp_path, rows)
+    assert '"speed median": [null, null]' in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff{}", b"[1]", b"{", b'{"what": "x", "rows": [1]}', b'{"what": "x", "rows": [], "machine": 3}']
+)
+def test_results_that_cannot_be_read_are_one_sentence(tmp_path, content):
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(UsageError, match=r"results\.json is not a benchmark's"):
+        write_report(tmp_path)
+
+
+def test_a_damaged_line_is_left_out_and_said(run):
+    for name in ("metrics", "samples"):
+        lines = (run / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
+        (run / f"{name}.jsonl").write_bytes(b"".join([lines[0], b'{"step\xff\n', b'{"st\n', *lines[1:], b'{"step": 1']))
+    page = page_data(write_report(run))
+    assert page["steps"] == [*range(1, STEPS + 1)]
+    text = (run / "report.html").read_text()
+    assert "<dt>damaged lines of metrics.jsonl, left out</dt><dd>2</dd>" in text
+    assert "2 damaged lines of samples.jsonl are left out" in text
+
+
+def test_a_metric_that_is_not_finite_is_a_gap(run):
+    line = json.dumps(row(STEPS + 1) | {"reward_mean": float("nan"), "grad_norm": float("inf")})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    page = page_data(write_report(run))
+    assert page["scalars"]["reward_mean"][-1] is None and page["scalars"]["grad_norm"][-1] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("environment.json", b'{"machine": {"cpu": \xff'), ("environment.json", b"{}"), ("samples.jsonl", b"{}\n")],
+)
+def test_what_stands_beside_the_metrics_is_left_out_where_it_cannot_be_read(run, name, content):
+    (run / name).write_bytes(content)
+    assert f"{name} cannot be read and is left out" in write_report(run).read_text()

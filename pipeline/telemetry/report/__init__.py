@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.telemetry.metrics import read_metrics
+from pipeline.telemetry.metrics import read_lines
 from pipeline.telemetry.report.benchmark import benchmark_page
 from pipeline.telemetry.report.drafter import SETTINGS, drafter_page
-from pipeline.telemetry.report.page import Page, render
+from pipeline.telemetry.report.page import MALFORMED, Page, render
 from pipeline.telemetry.report.run import run_page
 from pipeline.telemetry.trace import merge
 
@@ -23,13 +23,18 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         UsageError: there is nothing to report on, or the file cannot be written.
     """
     metrics, results = folder / "metrics.jsonl", folder / "results.json"
-    rows = read_metrics(metrics)
+    try:
+        rows, damaged = read_lines(metrics)
+    except OSError as error:
+        raise UsageError(f"{metrics} cannot be read: {error}; check its permissions") from error
     if not rows and not results.exists():
         raise UsageError(
             f"{folder} holds neither a run, nor a head's training, that has finished a step (metrics.jsonl), nor a "
             "benchmark (results.json); give the --out of one"
         )
     page = _page(folder, rows) if rows else benchmark_page(results)
+    if damaged:
+        page.figures.append(("damaged lines of metrics.jsonl, left out", str(damaged)))
     out = out or folder / "report.html"
     try:
         out.write_text(render(page), encoding="utf-8")
@@ -54,7 +59,7 @@ def _page(folder: Path, rows: list[dict[str, Any]]) -> Page:
         ) from error
     try:
         return (drafter_page if of_head else run_page)(folder, rows, settings, written)
-    except (KeyError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise UsageError(
             f"{folder / 'metrics.jsonl'} is not what this version writes ({type(error).__name__}: {error}); "
             "report with the version that wrote it"

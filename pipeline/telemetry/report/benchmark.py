@@ -6,22 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.telemetry.report.page import Chart, Page, definitions, table
+from pipeline.telemetry.report.page import MALFORMED, Chart, Page, definitions, table
 
 Row = Mapping[str, Any]
 
 
 def benchmark_page(path: Path) -> Page:
-    """Of any benchmark; one that has curves (`end-to-end`) gets them drawn.
+    """Of any benchmark; one that has curves gets them drawn.
 
     Raises:
         UsageError: the file is not one that a benchmark wrote.
     """
     try:
-        results = json.loads(path.read_text())
-        rows, what = results["rows"], results["what"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return _page(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error}; check its permissions") from error
+    except MALFORMED as error:
         raise UsageError(f"{path} is not a benchmark's results.json ({error!r}); run the benchmark again") from error
+
+
+def _page(results: Row) -> Page:
+    rows, what = results["rows"], results["what"]
     flat = [_flat({key: value for key, value in row.items() if key != "curves"}) for row in rows]
     labels = _labels(flat)
     numbers = sorted({key for row in flat for key, value in row.items() if _is_number(value)})
@@ -29,7 +34,7 @@ def benchmark_page(path: Path) -> Page:
         title=f"Rollahead benchmark: {what}",
         subtitle=" ".join(str(results[key]) for key in ("model", "date") if results.get(key)),
         figures=[(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in _summary(results)],
-        charts=[*_curves(rows), *_ratios(flat, labels)],
+        charts=[*_arms(rows), *_curves(rows, labels), *_ratios(flat, labels)],
         sections=[
             ("Rows", table(flat)),
             ("Environment", definitions({**results.get("machine", {}), **results.get("versions", {})})),
@@ -81,10 +86,32 @@ def _ratios(rows: Sequence[Row], labels: list[str]) -> list[Chart]:
     return charts
 
 
-def _curves(rows: Sequence[Row]) -> list[Chart]:
-    """Of rows with `curves`: {"step": [...], "reward": [...], "entropy": [...], "acceptance": [...]}, an arm and a
-    seed each; and with `time_split`: seconds a step by what was done."""
-    curved = [row for row in rows if row.get("curves")]
+def _curves(rows: Sequence[Row], labels: Sequence[str]) -> list[Chart]:
+    """Of rows with `curves` of other benchmarks, name -> values by batch: a chart a name, a line a row."""
+    curved = [
+        (row["curves"], label)
+        for row, label in zip(rows, labels, strict=True)
+        if row.get("curves") and "time_split" not in row
+    ]
+    step = {"xaxis": {"title": {"text": "batch"}}}
+    return [
+        Chart(
+            f"curve-{name}", name,
+            [
+                {"x": list(range(1, len(curves[name]) + 1)), "y": curves[name], "mode": "lines", "name": label}
+                for curves, label in curved
+                if name in curves
+            ],
+            step,
+        )
+        for name in dict.fromkeys(name for curves, _ in curved for name in curves)
+    ]  # fmt: skip
+
+
+def _arms(rows: Sequence[Row]) -> list[Chart]:
+    """Of rows of `end-to-end`: `curves` {"step": [...], "reward": [...], "entropy": [...], "acceptance": [...]}, an arm
+    and a seed each, and `time_split`, seconds a step by what was done."""
+    curved = [row for row in rows if row.get("curves") and "time_split" in row]
     if not curved:
         return []
     arms = list(dict.fromkeys(row["arm"] for row in curved))

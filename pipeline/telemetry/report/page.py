@@ -6,10 +6,14 @@ server; inlined, it makes the file 5 MB, and in exchange it opens anywhere and f
 
 import html
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
+
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
+"""raised by what reads a file whose JSON is not of the form that is expected"""
 
 
 @dataclass
@@ -113,8 +117,18 @@ def _chart(chart: Chart) -> str:
 
 
 def _json(data: Any) -> str:
-    """Inside a script element: no tag can begin in it."""
-    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    """Inside a script element: no tag can begin in it. A curve has a gap where a value is not finite."""
+    return json.dumps(_finite(data), allow_nan=False).replace("<", "\\u003c")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def _values(trace: Mapping[str, Any]) -> list[Any]:

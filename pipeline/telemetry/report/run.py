@@ -5,9 +5,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from pipeline.telemetry.metrics import read_metrics
+from pipeline.telemetry.metrics import read_lines
 from pipeline.telemetry.report.curves import run_charts
-from pipeline.telemetry.report.page import Page, definitions, table, text
+from pipeline.telemetry.report.page import MALFORMED, Page, definitions, table, text
 from pipeline.telemetry.report.samples import samples_section
 from pipeline.telemetry.scalars import scalars
 
@@ -20,14 +20,12 @@ def run_page(folder: Path, rows: list[Row], config: Row, config_text: str) -> Pa
     """Of a run that has finished a step; its configuration, and the same as text."""
     flat = [scalars(row) for row in rows]
     names = sorted({name for row in flat for name in row} - {"step"})
-    samples = read_metrics(folder / "samples.jsonl")
     sections = []
-    if samples:
-        sections.append(("Samples", samples_section(_thinned(samples, MOST_SAMPLES))))
+    if samples := _samples(folder / "samples.jsonl"):
+        sections.append(("Samples", samples))
     sections.append(("Configuration", f"<pre>{text(config_text)}</pre>"))
-    if environment := _read(folder / "environment.json"):
-        known = json.loads(environment)
-        sections.append(("Environment", definitions({**known["machine"], **known["versions"]})))
+    if environment := _environment(folder / "environment.json"):
+        sections.append(("Environment", environment))
     if (folder / "trace").is_dir():
         sections.append(
             (
@@ -104,5 +102,25 @@ def _last(row: Row) -> Row:
     return {key: value for key, value in row.items() if not isinstance(value, dict)}
 
 
-def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+def _samples(path: Path) -> str:
+    """Of a file that is damaged, what can be shown, and that it is not all."""
+    try:
+        samples, damaged = read_lines(path)
+        shown = samples_section(_thinned(samples, MOST_SAMPLES)) if samples else ""
+    except (OSError, *MALFORMED) as error:
+        return _left_out(path, error)
+    return shown + (f"<p>{damaged} damaged lines of {path.name} are left out.</p>" if damaged else "")
+
+
+def _environment(path: Path) -> str:
+    try:
+        known = json.loads(path.read_bytes())
+        return definitions({**known["machine"], **known["versions"]})
+    except FileNotFoundError:
+        return ""
+    except (OSError, *MALFORMED) as error:
+        return _left_out(path, error)
+
+
+def _left_out(path: Path, error: Exception) -> str:
+    return f"<p>{path.name} cannot be read and is left out ({text(type(error).__name__)}: {text(error)}).</p>"
