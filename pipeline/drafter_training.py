@@ -42,6 +42,7 @@ from pipeline.models.tokenizer import Tokenizer
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.tasks import Task, load_task
 from pipeline.tasks.prompts import PromptOrder, check_prompts, rollout_sampling, sample_seed
+from pipeline.telemetry.metrics import cut_back
 from pipeline.telemetry.report.drafter import SETTINGS
 
 ROLLOUTS, METRICS = "rollouts.jsonl", "metrics.jsonl"
@@ -254,13 +255,9 @@ class _View:
     done: int
 
     def __enter__(self) -> "_View":
-        kept = b""
-        if self.metrics.exists():
-            # what a training that went on from its checkpoint does again is not there twice
-            lines = self.metrics.read_bytes().splitlines(keepends=True)
-            kept = b"".join(line for line in lines if msgspec.json.decode(line)["step"] <= self.done)
-        self._file = self.metrics.open("wb")
-        self._file.write(kept)
+        # what a training that went on from its checkpoint does again is not there twice
+        cut_back(self.metrics, self.done)
+        self._file = self.metrics.open("ab")
         self._bar = _bar(self.console, "training", self.steps)
         self._bar.start()
         return self

@@ -1,21 +1,24 @@
 """Fitting a head to a frozen policy, from the command line to the head that drafts."""
 
+import io
 import json
 import os
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from drafters.mtp.data import Rollout, TrainingTexts
 from drafters.mtp.fitting import trainable_head
 from drafters.mtp.head import FILE
 from drafters.mtp.losses import Objective
 from drafters.mtp.module import MTPModule
-from drafters.mtp.training import CHECKPOINT, FrozenHead, HeadTraining, batch_backward
+from drafters.mtp.training import CHECKPOINT, FrozenHead, HeadTraining, Progress, batch_backward
 from drafters.testing import tiny_target
 from pipeline.cli import main
 from pipeline.config.types import DrafterSection
+from pipeline.drafter_training import _View
 from pipeline.errors import RunFailed, UsageError
 from pipeline.models.config import ModelConfig
 from pipeline.weights.filesystem import save_tensors
@@ -154,6 +157,14 @@ def test_training_from_the_command_line_raises_acceptance_and_resumes(embedded, 
     again = rows(tmp_path / "b")
     assert [r["step"] for r in again] == list(range(1, 21))
     np.testing.assert_allclose([r["loss"] for r in again], [r["loss"] for r in whole], rtol=1e-4)
+
+
+def test_a_training_goes_on_behind_a_torn_line_and_what_its_checkpoint_has_not_seen(tmp_path):
+    path, console = tmp_path / "metrics.jsonl", Console(file=io.StringIO())
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    with _View(console, path, 4, done=2) as view:
+        view.show(Progress(3, 0.5, "tv", [0.5], 1e-3, 1.0))
+    assert [(row["step"], row.get("loss")) for row in rows(tmp_path)] == [(1, None), (2, None), (3, 0.5)]
 
 
 @pytest.mark.parametrize(
