@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.options import Parser, at_least
+from benchmarks.options import Parser, at_least, integers
 from benchmarks.random_model import checkpoint
 from benchmarks.results import spread, write_results
 from pipeline.models.checkpoint import load_decoder
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(options.threads)
     decoder = load_decoder(checkpoint(options.model, options.out / "models"), options.dtype)
     rows = []
-    for batch in map(int, options.batch.split(",")):
+    for batch in options.batch:
         rows.append(_row(decoder, batch, options))
         row = rows[-1]
         native, compiled = (row[f"{kind}_seconds"]["median"] * 1e3 for kind in ("native", "compiled"))
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="rollahead bench compiled-decode", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="random-4x256x4096", help="checkpoint folder, or random-LAYERSxHIDDENxVOCAB")
-    parser.add_argument("--batch", default="1,4,16")
+    parser.add_argument("--batch", type=integers(), default=[1, 4, 16], help="sequences at once, comma between")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--length", type=at_least(1), default=128, help="cached tokens of each sequence")
     parser.add_argument("--steps", type=at_least(1), default=10, help="timed together")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.bandwidth import read_bandwidth
-from benchmarks.options import Parser, at_least
+from benchmarks.options import Parser, at_least, integers
 from benchmarks.random_model import shape_of
 from benchmarks.results import spread, write_results
 from pipeline.engine.generator import GroupRequest
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     """Measures, prints a line a batch size, writes `results.json`; the exit code."""
     parser = Parser(prog="rollahead bench decode-bandwidth", description=__doc__.partition("\n")[0])
     parser.add_argument("--models", default="", help="random-1.5b,random-7b (default on a GPU) or random-LxHxV")
-    parser.add_argument("--batch", default="1,16,64")
+    parser.add_argument("--batch", type=integers(), default=[1, 16, 64], help="sequences at once, comma between")
     parser.add_argument("--tokens", type=at_least(1), default=128, help="tokens a sequence that are timed")
     parser.add_argument("--repeats", type=at_least(1), default=5)
     parser.add_argument("--device", default="auto")
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     rows = []
     for name in names.split(","):
         decoder = random_decoder(name, device)
-        for batch in map(int, options.batch.split(",")):
+        for batch in options.batch:
             rows.append(_row(name, decoder, batch, options.tokens, options.repeats, bandwidth))
             print(
                 f"{name} batch {batch}: {rows[-1]['tokens_per_second']['median']:.0f} tokens/s, "

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.options import SEED, Parser, at_least, temperature
+from benchmarks.options import SEED, Parser, at_least, integers, temperature
 from benchmarks.results import spread, write_results
 from drafters.base import Drafter, DraftRequest, Verified
 from drafters.calibration import verification_step
@@ -67,8 +67,10 @@ def _parser() -> Parser:
     parser.add_argument("--prompts", type=Path, required=True, help=".jsonl with questions")
     parser.add_argument("--draft-model", type=Path, help="checkpoint directory of a smaller one")
     parser.add_argument("--parts", default="sets,speed")
-    parser.add_argument("--skips", default="", help="layers to leave out, comma between; default: six counts")
-    parser.add_argument("--batch", default="1", help="sequences at once, comma between")
+    parser.add_argument(
+        "--skips", type=integers(), default=[], help="layers to leave out, comma between; default: six counts"
+    )
+    parser.add_argument("--batch", type=integers(), default=[1], help="sequences at once, comma between")
     parser.add_argument("--draft-tokens", type=at_least(1), default=6)
     parser.add_argument("--stop-below", type=float, default=0.4)
     parser.add_argument("--temperature", type=temperature, default=1.0)
@@ -167,7 +169,7 @@ def _sets(decoder: Decoder, prompts: Sequence[np.ndarray], options: argparse.Nam
 
 def _counts(layers: int, options: argparse.Namespace) -> list[int]:
     if options.skips:
-        return [int(count) for count in options.skips.split(",")]
+        return list(options.skips)
     return sorted({max(1, round(layers * part)) for part in (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)})
 
 
@@ -190,7 +192,7 @@ def _speed(decoder: Decoder, prompts: Sequence[np.ndarray], options: argparse.Na
         makers["draft-model"] = lambda: DraftModelDrafter(own)
         steps["draft-model"] = lambda rows: _draft_step(smaller, len(smaller.layers), rows, options)
     rows: list[Row] = []
-    for batch in map(int, options.batch.split(",")):
+    for batch in options.batch:
         speeds: dict[str, list[float]] = {name: [] for name in makers}
         last: dict[str, GeneratorStats] = {}
         for repeat in range(options.repeats + 1):

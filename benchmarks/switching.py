@@ -101,7 +101,7 @@ def _parser() -> Parser:
     add("--max-new-tokens", type=at_least(1), default=200, metavar="N")
     add("--batch", type=at_least(1), default=64, metavar="N", help="sequences at once")
     add("--seed", type=SEED, default=0)
-    add("--threads", type=at_least(0), default=1)
+    add("--threads", type=at_least(1), default=1)
     add("--train", action="store_true", help="compare training instead; --prompts are held out")
     add("--train-prompts", type=Path, metavar="FILE", help="with --train: .jsonl to train on")
     add("--steps", type=at_least(1), default=20, help="with --train: batches")

@@ -102,6 +102,25 @@ def test_queue_and_exactness_refuse(inputs, tmp_path, capsys, arguments, said):
     assert said in refused(arguments, inputs, tmp_path, capsys)
 
 
+SWITCHING = ["switching", "--model", "m", "--small-model", "s", "--prompts", "p"]
+MODEL_DRAFTERS = ["model-drafters", "--model", "m", "--prompts", "p"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([*SWITCHING, "--threads", "0"], "argument --threads: 0 is too small; give at least 1"),
+        (["compiled-decode", "--batch", "x"], "argument --batch: 'x' is not a whole number"),
+        (["compiled-decode", "--batch", "1,0"], "argument --batch: 0 is too small"),
+        (["decode-bandwidth", "--batch", "x"], "argument --batch: 'x' is not a whole number"),
+        ([*MODEL_DRAFTERS, "--batch", "x"], "argument --batch: 'x' is not a whole number"),
+        ([*MODEL_DRAFTERS, "--skips", "x"], "argument --skips: 'x' is not a whole number"),
+    ],
+)
+def test_lists_and_counts_of_other_benchmarks_are_refused(inputs, tmp_path, capsys, arguments, said):
+    assert said in refused(arguments, inputs, tmp_path, capsys)
+
+
 def test_a_drafter_that_does_not_fit_the_model_is_one_line_from_its_worker(inputs, tmp_path, capfd):
     arguments = [argument.replace("IN/", f"{inputs}/") for argument in ROLLOUTS]
     assert main(["bench", *arguments, "--drafters", "mtp", "--threads", "1", "--out", str(tmp_path)]) == 2
