@@ -74,11 +74,11 @@ def _row(decoder: Decoder, batch: int, options: argparse.Namespace) -> dict[str,
     times: dict[Step, list[float]] = {native: [], compiled: []}
     for repeat in range(options.repeats + 1):
         for step in times if repeat % 2 else reversed(times):
-            began = time.process_time()
+            began = time.perf_counter()
             for _ in range(options.steps):
                 step(tokens)
             if repeat:  # the first warms up
-                times[step].append((time.process_time() - began) / options.steps)
+                times[step].append((time.perf_counter() - began) / options.steps)
     saved = statistics.median(times[native]) - statistics.median(times[compiled])
     return {
         "batch": batch, "dtype": str(decoder.dtype).removeprefix("torch."), "length": options.length,
