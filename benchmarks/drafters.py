@@ -30,6 +30,7 @@ from benchmarks.drafter_streams import (
 )  # fmt: skip
 from benchmarks.options import SEED, Parser, at_least, files, integers, names, temperature
 from benchmarks.results import resident_bytes, spread, write_results
+from benchmarks.student import margin_95
 from benchmarks.turns import take_turns
 from drafters.arbiter import ArbiterDrafter
 from drafters.base import BaseDrafter, Drafter, DraftRequest, Proposal
@@ -51,8 +52,6 @@ Row = dict[str, Any]
 GROUP, CAP = 8, 16
 """samples of a prompt, and longest draft"""
 SINGLE = ("none", "suffix-automaton", "prompt-lookup", "token-recycling")
-T_8 = 1.860
-"""one-sided 95% quantile of Student's t at 8 degrees of freedom; other counts of repeats use it too, a little wide"""
 
 
 def main(arguments: list[str]) -> int:
@@ -197,7 +196,7 @@ def _arbiter(options: argparse.Namespace) -> list[Row]:
             speeds = _speeds(decoder, pieces, prompts, groups, batch, options)
             best = max(map(short_name, single), key=lambda name: statistics.median(speeds[name]))
             ratios = [a / b for a, b in zip(speeds["arbiter"], speeds[best], strict=True)]
-            margin = T_8 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
+            margin = margin_95(ratios) if len(ratios) > 1 else math.nan
             plain = [a / b for a, b in zip(speeds["arbiter"], speeds["none"], strict=True)]
             rows.append(
                 {

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from benchmarks import plots
 from benchmarks.held_out import HeldOut, check_apart
 from benchmarks.results import earlier_rows, write_results
 from benchmarks.sparse import held_out_settings
 from benchmarks.stale_training import train
+from benchmarks.student import margin_95
 from pipeline.config import Config, check_config, load_config
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
@@ -133,9 +132,8 @@ def verdicts_of(rows: Sequence[dict[str, Any]], policy: str, budget: int, margin
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Of the mean of paired differences, by Student's t."""
-    mean, count = statistics.fmean(differences), len(differences)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * statistics.stdev(differences) / count**0.5
+    """Of the mean of paired differences, by Student's t, at `CONFIDENCE`."""
+    mean, half = statistics.fmean(differences), margin_95(differences)
     return mean - half, mean + half
 
 

@@ -7,7 +7,6 @@ equivalent is an option, to be chosen before running.
 """
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from benchmarks.held_out import check_apart
 from benchmarks.results import earlier_rows, write_results
 from benchmarks.stale_training import train
+from benchmarks.student import margin_95
 from benchmarks.switching import name_of
 from learner.step_metrics import Metrics
 from pipeline.config import Config, check_config, load_config
@@ -34,8 +34,6 @@ WHAT = "switching-training"
 TIS = "objective.corrections=[{name='tis', level='token', cap=2.0}]"
 SETTINGS = {"policy": (False, TIS), "corrected": (True, TIS), "uncorrected": (True, "objective.corrections=[]")}
 """Name -> whether the engine switches, and the corrections."""
-T_ONE_SIDED_95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}
-"""Quantile of Student's t by degrees of freedom."""
 KEPT = ("reward_mean", "entropy", "importance_weight_ess", "mismatch_k3", "response_length_mean")
 SAMPLER_KEYS = (
     "sampler/policy/share",
@@ -170,9 +168,7 @@ def conclusions(rows: Sequence[dict[str, Any]], margin: float) -> list[str]:
         differences = [reward["corrected", seed] - reward[other, seed] for seed in seeds]
         if len(differences) < 2:
             continue
-        mean = statistics.fmean(differences)
-        quantile = T_ONE_SIDED_95.get(len(differences) - 1, 1.833)
-        half = quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+        mean, half = statistics.fmean(differences), margin_95(differences)
         shown = f"corrected - {other}: {mean:+.3f}, 90% interval [{mean - half:+.3f}, {mean + half:+.3f}]"
         if other == "policy":
             inside = -margin < mean - half and mean + half < margin

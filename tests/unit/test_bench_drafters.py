@@ -32,6 +32,10 @@ def test_every_part_writes_its_rows(tmp_path, capsys):
     arbiter = [row for row in results["rows"] if row["part"] == "arbiter"]
     assert {row["prompts"] for row in arbiter} == {tmp_path.name, "random"}
     assert all(0 < row["ratio_to_best"]["min"] <= row["ratio_to_best"]["max"] for row in arbiter)
+    for row in arbiter:  # two repeats: Student's t of one degree of freedom
+        ratio = row["ratio_to_best"]
+        lower = ratio["median"] - 6.314 * (ratio["max"] - ratio["min"]) / 2
+        assert row["ratio_lower_95"] == pytest.approx(lower)
     assert any("regret" in row for row in results["rows"])
 
 
