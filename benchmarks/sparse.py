@@ -21,6 +21,7 @@ from benchmarks import plots
 from benchmarks.held_out import HeldOut, Scored
 from benchmarks.options import SEED, Parser, at_least, integers, names, temperature
 from benchmarks.results import spread, write_results
+from benchmarks.student import standard_error
 from pipeline.config import Config, check_config, load_config
 from pipeline.engine.generator import GroupRequest
 from pipeline.engine.native.compression import KVCompression
@@ -150,10 +151,12 @@ def _speed(
     """Rows of every setting with the fixed memory and with memory for all, measured in turns."""
     cases = [("fixed", WAITING), *((memory, setting) for memory in ("fixed", "ample") for setting in settings)]
     found: dict[tuple[str, Setting], list[dict[str, float]]] = {case: [] for case in cases}
-    for repeat in range(options.repeats):
-        for memory, setting in cases if repeat % 2 == 0 else reversed(cases):
+    for repeat in range(options.repeats + 1):
+        for memory, setting in cases if repeat % 2 else reversed(cases):
             limit = kv_bytes(decoder, options) if memory == "fixed" else 0
-            found[memory, setting].append(_timed(decoder, prompts, setting, limit, repeat, options))
+            run = _timed(decoder, prompts, setting, limit, repeat, options)
+            if repeat:  # the first round warms up
+                found[memory, setting].append(run)
     rows = [_speed_row(*case, found) for case in cases]
     for row in rows:
         print(
@@ -241,11 +244,14 @@ def _reward(decoder: Decoder, held_out: HeldOut, setting: Setting, options: argp
         decoder, max_sequences=options.sequences, kv_compression=compression(setting, options.every)
     )
     scored = held_out.sample(generator)
-    rewards = [reward for _, _, reward in scored]
+    by_problem: dict[int, list[float]] = {}
+    for _, sample, reward in scored:
+        by_problem.setdefault(sample.group, []).append(reward)
+    means = [statistics.fmean(rewards) for rewards in by_problem.values()]  # responses to one are not independent
     row = {
         "question": "reward", "policy": setting[0], "budget": setting[1], "every": options.every,
-        "reward": statistics.fmean(rewards), "standard_error": statistics.pstdev(rewards) / len(rewards) ** 0.5,
-        "responses": len(rewards), "kv_bytes": generator.kv_bytes,
+        "reward": statistics.fmean(means), "standard_error": standard_error(means),
+        "responses": len(scored), "kv_bytes": generator.kv_bytes,
         "response_length": statistics.fmean(len(sample.token_ids) for _, sample, _ in scored),
         **mismatch(decoder, scored, options.temperature),
     }  # fmt: skip

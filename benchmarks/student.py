@@ -1,4 +1,4 @@
-"""Student's t, for intervals of a few repeated measurements."""
+"""How far means of a few measurements may be off."""
 
 import math
 import statistics
@@ -10,14 +10,19 @@ T_ONE_SIDED_95 = {
     22: 1.717, 23: 1.714, 24: 1.711, 25: 1.708, 26: 1.706, 27: 1.703, 28: 1.701, 29: 1.699, 30: 1.697, 40: 1.684,
     60: 1.671, 120: 1.658,
 }  # fmt: skip
-"""Quantile by degrees of freedom."""
+"""Quantile of Student's t by degrees of freedom."""
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values; one value does not tell."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def quantile_95(freedom: int) -> float:
-    """One-sided 95% quantile; between entries of the table that of fewer degrees of freedom, a little wide."""
+    """One-sided 95% quantile of Student's t; between entries that of fewer degrees of freedom, a little wide."""
     return T_ONE_SIDED_95[max(known for known in T_ONE_SIDED_95 if known <= freedom)]
 
 
 def margin_95(values: Sequence[float]) -> float:
     """How far the mean of at least two values may be from the true one, on either side with a chance of 5%."""
-    return quantile_95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return quantile_95(len(values) - 1) * standard_error(values)

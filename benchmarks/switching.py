@@ -23,6 +23,7 @@ import torch
 from benchmarks import plots
 from benchmarks.options import SEED, Parser, at_least, floats, names, temperature
 from benchmarks.results import write_results
+from benchmarks.student import standard_error
 from pipeline.config.types import TaskSection
 from pipeline.engine.generator import FinishedSample, GroupRequest
 from pipeline.engine.native.calibration import calibrate, policy_share
@@ -211,7 +212,7 @@ class Curve:
         row |= {
             "share": share,
             "reward": statistics.fmean(rewards),
-            "reward_error": statistics.stdev(rewards) / math.sqrt(len(rewards)),
+            "reward_error": standard_error(rewards),
             "samples": len(done),
             "tokens": sum(len(s.token_ids) for s in done),
             "response_tokens": statistics.fmean(len(s.token_ids) for s in done),

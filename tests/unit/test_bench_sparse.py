@@ -1,9 +1,14 @@
 """What `rollahead bench sparse` concludes from what it measures."""
 
+import argparse
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy import stats
 
-from benchmarks.sparse import FULL, WAITING, _speed_row, compression, dense_logprobs, mismatch
+from benchmarks import sparse
+from benchmarks.sparse import FULL, WAITING, _reward, _speed, _speed_row, compression, dense_logprobs, mismatch
 from benchmarks.sparse_training import interval, verdicts_of
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
@@ -52,6 +57,35 @@ def test_ratios_are_to_the_faster_way_to_keep_everything():
     row = _speed_row("fixed", ("r-kv", 64), found)
     assert (row["ratio_to_full"]["min"], row["ratio_to_full"]["max"]) == pytest.approx((2.0, 4.0))
     assert row["kv_saving"] == 0
+
+
+def test_the_first_round_warms_up(monkeypatch):
+    rounds = []
+
+    def timed(decoder, prompts, setting, limit, repeat, options):
+        rounds.append(repeat)
+        seconds = 1.0 if repeat else 100.0
+        return {"seconds": seconds, "tokens": 1, "kv_bytes": 8, "at_once": 1, "preemptions": 0, "compressions": 0}
+
+    monkeypatch.setattr(sparse, "_timed", timed)
+    rows = _speed(None, [], [FULL], argparse.Namespace(repeats=2, kv_bytes=1))
+    assert sorted(set(rounds)) == [0, 1, 2]
+    assert all(row["repeats"] == 2 and row["seconds"]["max"] == 1.0 for row in rows)
+
+
+def test_a_standard_error_is_of_problems_not_of_their_responses(folder):
+    decoder, scored = sampled(folder, FULL)
+    prompt, sample, _ = scored[0]
+
+    class HeldOut:
+        def sample(self, generator):
+            """Four problems of two responses, equal within each."""
+            return [(prompt, replace(sample, group=i // 2), float(i < 4)) for i in range(8)]
+
+    options = argparse.Namespace(sequences=1, every=8, temperature=0.8)
+    row = _reward(decoder, HeldOut(), FULL, options)
+    assert row["reward"] == 0.5 and row["responses"] == 8
+    assert row["standard_error"] == pytest.approx(stats.sem([1, 1, 0, 0]))
 
 
 def test_intervals_are_students():
