@@ -21,17 +21,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.end_to_end_analysis import compare, run_row
+import msgspec
+
+from benchmarks.end_to_end_analysis import WARM_UP, compare, run_row
 from benchmarks.options import Parser, at_least, integers, names
 from benchmarks.results import write_results
 from drafters.registry import available
-from pipeline.config import EMBEDDED, check_config, load_config
+from pipeline.config import EMBEDDED, Config, check_config, load_config
 from pipeline.errors import RunFailed, UsageError
+from pipeline.run_directory import RunDirectory
 from pipeline.telemetry.metrics import read_metrics
 from pipeline.telemetry.report import write_report
 
 BASELINE = "synchronous"
 PLAIN = "engine.drafter=none"
+CHOSEN_ANEW = {("run", "out"), ("transport", "address")}
+"""keys that say nothing of what is measured"""
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,10 @@ def main(arguments: list[str]) -> int:
     if not arms:
         raise UsageError("--arms names no arm; give for example --arms synchronous,arbiter")
     runs = [(arm, seed) for seed in options.seeds for arm in arms]
-    for arm, seed in runs:
-        check_config(load_config(_base(options), _settings(options, arm, seed)))  # before the first hour is spent
+    for arm, seed in runs:  # before the first hour is spent
+        config = load_config(_base(options), _settings(options, arm, seed))
+        check_config(config)
+        check_same(_folder(options, arm, seed), config)
     for number, (arm, seed) in enumerate(runs, 1):
         _train(options, arm, seed, f"{number}/{len(runs)}")
     rows = [run_row(_folder(options, arm, seed), arm.name, seed, options.target) for arm, seed in runs]
@@ -79,7 +86,7 @@ def _parser() -> Parser:
         "--arm", action="append", default=[], metavar="'NAME: a.b=c; d.e=f'", help="another arm, by its settings"
     )
     parser.add_argument("--seeds", type=integers(0), default=[0, 1, 2], help="for example 0,1,2")
-    parser.add_argument("--steps", type=at_least(1), default=60, help="optimiser batches a run")
+    parser.add_argument("--steps", type=at_least(WARM_UP + 1), default=60, help="optimiser batches a run")
     parser.add_argument(
         "--eval-every", type=at_least(1), default=10, help="batches between evaluations on held-out prompts"
     )
@@ -135,6 +142,32 @@ def _settings(options: argparse.Namespace, arm: Arm, seed: int) -> list[str]:
 def _folder(options: argparse.Namespace, arm: Arm, seed: int) -> Path:
     folder: Path = options.out / arm.name.replace(":", "_").replace("/", "_") / f"seed-{seed}"
     return folder
+
+
+def check_same(folder: Path, config: Config) -> None:
+    """What was trained in a folder had this configuration; a run may change more when it goes on, a comparison may not.
+
+    Raises:
+        UsageError: names every key that differs, with both values.
+    """
+    run = RunDirectory(folder)
+    if not run.holds_a_run() and not read_metrics(run.metrics):
+        return
+    try:
+        before, now = msgspec.to_builtins(load_config(run.config, [])), msgspec.to_builtins(config)
+    except UsageError as error:
+        raise UsageError(f"{folder} holds a run that cannot be compared: {error}; or choose another --out") from error
+    differing = [
+        f"{section}.{key} ({before[section][key]!r} before, {value!r} now)"
+        for section, keys in now.items()
+        for key, value in keys.items()
+        if before[section][key] != value and (section, key) not in CHOSEN_ANEW
+    ]
+    if differing:
+        raise UsageError(
+            f"{folder} holds a run with another configuration: {'; '.join(differing)}; use the same values or "
+            "another --out"
+        )
 
 
 def _train(options: argparse.Namespace, arm: Arm, seed: int, which: str) -> None:
