@@ -50,22 +50,30 @@ class Tokenizer:
                 f"the model's vocabulary has {config.vocab_size} tokens; use the checkpoint's own tokenizer"
             )
         self.eos_token_ids = config.eos_token_ids
-        wanted = self._starts_with_bos(folder, config) if add_bos is None else add_bos
-        if wanted and config.bos_token_id is None:
-            raise UsageError(f"{folder / 'config.json'} has no bos_token_id, so texts cannot start with it")
-        self._bos = config.bos_token_id if wanted else None
+        self._bos = self._begin(folder, config.bos_token_id, add_bos)
 
-    def _starts_with_bos(self, folder: Path, config: ModelConfig) -> bool:
-        bos = config.bos_token_id
-        if bos is None:
-            return False
-        if self._tokenizer.encode("a").ids[:1] == [bos]:
-            return True
-        settings = _tokenizer_config(folder / "tokenizer_config.json")
-        if "add_bos_token" in settings:
-            return bool(settings["add_bos_token"])
-        # Qwen writes a bos_token_id that its texts never start with, and says so by a null bos_token.
-        return settings.get("bos_token", "unsaid") is not None
+    def _begin(self, folder: Path, models: int | None, add_bos: bool | None) -> int | None:
+        """The begin-of-text id that texts start with: the one that `tokenizer.json` itself puts first, or that of
+        `tokenizer_config.json`; the model's own where neither names one."""
+        with_special, plain = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+        if with_special[:1] != plain[:1]:
+            return None if add_bos is False else with_special[0]
+        path = folder / "tokenizer_config.json"
+        settings = _tokenizer_config(path)
+        if not (_adds_bos(settings) if add_bos is None else add_bos):
+            return None
+        named = settings.get("bos_token")
+        token = named.get("content") if isinstance(named, dict) else named
+        bos = models if token is None else self._tokenizer.token_to_id(str(token))
+        if bos is None and token is not None:
+            raise UsageError(
+                f"{path}: bos_token {token!r} is not in tokenizer.json; use the checkpoint's own tokenizer"
+            )
+        if bos is None and add_bos is not None:
+            raise UsageError(
+                f"{path} has no bos_token and {folder / 'config.json'} no bos_token_id, so texts cannot start with it"
+            )
+        return bos
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, the begin-of-text token first where the model's documents start with it."""
@@ -128,6 +136,18 @@ def check_same_tokenizer(folder: Path, other: Path, option: str) -> None:
             f"{option} = {str(other)!r} has another tokenizer than {folder}: token id {id} is {two.token(id)!r} there "
             f"and {one.token(id)!r} here; give a model that was trained with the same tokenizer"
         )
+
+
+def _adds_bos(settings: dict[str, Any]) -> bool:
+    """Whether `tokenizer_config.json` has texts start with the begin-of-text token."""
+    if "add_bos_token" in settings:
+        return bool(settings["add_bos_token"])
+    # Qwen writes a bos_token_id that its texts never start with, and says so by a null bos_token. Where a class of its
+    # own is named, as GPT-2's, the class adds none by itself.
+    return (
+        settings.get("bos_token", "unsaid") is not None
+        and settings.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend"
+    )
 
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:

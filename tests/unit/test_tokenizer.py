@@ -2,10 +2,12 @@ import hashlib
 import json
 
 import pytest
+import transformers
 from tokenizers import Tokenizer as Builder
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from pipeline.errors import UsageError
+from pipeline.models.chat import chat_template
 from pipeline.models.tokenizer import Tokenizer
 from tests.unit.tiny_models import SHAPE
 
@@ -46,6 +48,60 @@ def test_tokenizer_config_can_say_that_texts_have_no_bos(folder, settings):
     write(folder, "tokenizer_config.json", settings)
     assert Tokenizer(folder).encode("a b") == [3, 4]
     assert Tokenizer(folder, add_bos=True).encode("a b") == [6, 3, 4]
+
+
+END, BEGIN = 256, 257
+"""ids in the folders below, whose config.json calls END the begin-of-text token, as Qwen's does"""
+DEEPSEEK = {
+    "tokenizer_class": "LlamaTokenizerFast", "bos_token": {"__type": "AddedToken", "content": "<begin>"},
+    "add_bos_token": True,
+}  # fmt: skip
+
+
+def save_bytes(folder, settings, *, puts_bos):
+    """A tokenizer of bytes; `puts_bos`: its own post-processor puts <begin> first."""
+    builder = Builder(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    builder.pre_tokenizer, builder.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    builder.add_special_tokens(["<end>", "<begin>"])
+    if puts_bos:
+        builder.post_processor = processors.TemplateProcessing("<begin> $A", special_tokens=[("<begin>", BEGIN)])
+    builder.save(str(folder / "tokenizer.json"))
+    model = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 258, "bos_token_id": END}
+    write(folder, "config.json", SHAPE | model)
+    write(folder, "tokenizer_config.json", {"eos_token": "<end>"} | settings)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "puts_bos"),
+    [
+        (DEEPSEEK, True),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<begin>"}, True),
+        ({"tokenizer_class": "GPT2Tokenizer", "bos_token": "<begin>"}, False),
+        ({"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "add_bos_token": False}, False),
+    ],
+)
+def test_texts_start_as_in_transformers(tmp_path, settings, puts_bos):
+    folder = save_bytes(tmp_path, settings, puts_bos=puts_bos)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert Tokenizer(folder).encode("some text") == theirs("some text").input_ids
+    assert (theirs("some text").input_ids[0] == BEGIN) == puts_bos
+
+
+def test_conversations_start_as_in_transformers(tmp_path):
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    folder = save_bytes(tmp_path, DEEPSEEK | {"chat_template": template}, puts_bos=True)
+    messages = [{"role": "user", "content": "hi"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(messages)["input_ids"]
+    assert Tokenizer(folder).encode(chat_template(folder)(messages)) == theirs
+
+
+def test_bos_is_the_tokenizers_before_the_models(tmp_path):
+    folder = save_bytes(tmp_path, DEEPSEEK, puts_bos=False)
+    assert Tokenizer(folder).encode("x")[0] == BEGIN
+    write(folder, "tokenizer_config.json", {"bos_token": "<start>", "add_bos_token": True})
+    with pytest.raises(UsageError, match=r"bos_token '<start>' is not in tokenizer\.json"):
+        Tokenizer(folder)
 
 
 def test_bos_can_be_turned_off(folder):
