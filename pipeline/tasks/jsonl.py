@@ -1,6 +1,8 @@
 """Prompts and reference answers from files with one JSON object a line (GSM8K's form is the default)."""
 
 from collections.abc import Callable, Sequence
+from decimal import Decimal
+from math import isfinite
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -132,7 +134,8 @@ def _text(record: dict[str, Any], field: str, option: str, origin: str) -> str:
     value = record[field]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UsageError(f"{origin}: field {field!r} is {type(value).__name__}, not text; set {option} to a text field")
-    return str(value)
+    # a float in digits alone: 0.00001, not 1e-05
+    return format(Decimal(repr(float(value))), "f") if isinstance(value, float) and isfinite(value) else str(value)
 
 
 def template_fields(template: str) -> list[str]:

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from pipeline.config.types import TaskSection
@@ -50,7 +50,12 @@ class Scored:
 
 LARGEST = 1e18
 """magnitude of a reward; its square, summed over a batch, must fit into a float32"""
-_NUMBER = re.compile(r"\s*(-?)\s*\$?\s*(-?)([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+_NUMBER = re.compile(r"\s*([-+]?)\s*\$?\s*([-+]?)((?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)")
+_GOES_ON = re.compile(r"[/^:]|\*+[\w({\\$]")
+"""what makes the digits before it the beginning of an expression; asterisks alone are the end of emphasis"""
+_WORD = r"[^\W\d_](?:[./'-]?[^\W\d_])*"
+_UNIT = re.compile(rf"(?:\s*(?:%|€|°[CF]?)|(?:[^\W\d_]{{2,}}|\s+{_WORD})(?:\s+{_WORD})*)?\.?\s*")
+"""what may follow a bare reference's number; a letter right after the digits is algebra"""
 
 
 def answer_number(text: str) -> Decimal | None:
@@ -60,18 +65,29 @@ def answer_number(text: str) -> Decimal | None:
 
 
 def number_at_start(text: str) -> Decimal | None:
-    """The number that a text begins with, leaving out what follows it: `$1,234.` is 1234."""
+    """The number that a text begins with, leaving out what follows it: `$1,234.` is 1234. None where it is part of an
+    expression, as in `3/4`."""
     match = _NUMBER.match(text)
-    if match is None:
+    if match is None or _GOES_ON.match(text, match.end()):
         return None
-    sign, inner_sign, digits = match.groups()
-    value = Decimal(digits.replace(",", ""))
-    return -value if sign or inner_sign else value
+    return _value(match)
 
 
 def reference_number(reference: str) -> Decimal | None:
-    """The number a reference answer states: after its last `####`, or the whole of a bare number."""
-    return answer_number(reference) if "####" in reference else number_at_start(reference)
+    """The number a reference answer states: after its last `####`, or the whole of a bare number with its unit."""
+    if "####" in reference:
+        return answer_number(reference)
+    match = _NUMBER.match(reference)
+    return _value(match) if match and _UNIT.fullmatch(reference, match.end()) else None
+
+
+def _value(match: re.Match[str]) -> Decimal | None:
+    sign, inner_sign, digits = match.groups()
+    try:
+        value = Decimal(digits.replace(",", ""))
+    except InvalidOperation:  # an exponent beyond all bounds
+        return None
+    return value.copy_negate() if "-" in (sign, inner_sign) else value
 
 
 def numeric_answer(prompts: list[str], completions: list[str], *, reference: list[str], **columns: Any) -> list[float]:

@@ -44,6 +44,11 @@ def test_fields_have_configured_names(load: Load) -> None:
     assert task.train[0].columns == {"problem": "1+1", "solution": 2, "reference": "2"}
 
 
+@pytest.mark.parametrize(("number", "text"), [("1e-05", "0.00001"), ("1e3", "1000.0"), ("2.50", "2.5"), ("3", "3")])
+def test_a_number_of_json_is_written_in_digits(load: Load, number: str, text: str) -> None:
+    assert load(f'{{"question": "q", "answer": {number}}}').train[0].columns["reference"] == text
+
+
 def test_held_out_comes_from_its_own_file(load: Load, tmp_path: Path) -> None:
     (tmp_path / "held.jsonl").write_text(GOOD.replace("2 and", "7 and"))
     task = load(GOOD, held_out_path=str(tmp_path / "held.jsonl"))
@@ -62,6 +67,7 @@ def test_held_out_comes_from_its_own_file(load: Load, tmp_path: Path) -> None:
         (GOOD, {"question_field": "q"}, r"data.jsonl:1: no field 'q'; set task.question_field to one of answer, level"),
         ('{"question": null, "answer": "1"}', {}, r"data.jsonl:1: field 'question' is NoneType, not text"),
         ('{"question": "q", "answer": "none"}', {}, r"data.jsonl:1: the answer 'none' states no number; end it in"),
+        ('{"question": "q", "answer": "3/4"}', {}, r"data.jsonl:1: the answer '3/4' states no number"),
         (GOOD, {"prompt_template": "{question} {hint}"}, r"data.jsonl:1: task.prompt_template uses \{hint\}"),
         (GOOD, {"prompt_template": "no field"}, r"has no field; it needs \{question\}"),
         (GOOD, {"prompt_template": "{question"}, r"task.prompt_template = '\{question'"),

@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
-from pipeline.tasks.rewards import Rewards, Scored, answer_number, load_reward, numeric_answer, score_group
+from pipeline.tasks.rewards import (
+    Rewards,
+    Scored,
+    answer_number,
+    load_reward,
+    numeric_answer,
+    reference_number,
+    score_group,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +37,11 @@ from pipeline.tasks.rewards import Rewards, Scored, answer_number, load_reward, 
         ("#### 1\n#### 7 apples", "7"),
         ("#### .5", "0.50"),
         ("#### 7", 7),
+        ("#### +5", "5"),
+        ("#### 1e3", "1,000"),
+        ("#### 2.5E-3", "0.0025"),
+        ("**#### 42**", "42"),
+        ("#### -123456789012345678901234567891", "-123456789012345678901234567891"),
         ("#### 123456789012345678901234567891", "123456789012345678901234567891"),
     ],
 )
@@ -48,11 +61,40 @@ def test_numeric_answer_accepts_the_same_number_however_written(completion: str,
         ("#### 42", "4"),
         ("#### -4", "4"),
         ("#### 4.5", "4"),
+        ("#### 1/2", "1"),
+        ("#### 12/5", "12"),
+        ("#### 2^{10}", "2"),
+        ("#### 3*4", "3"),
+        ("#### 2**4", "2"),
+        ("#### 12:30", "12"),
+        ("#### 1e3", "1"),
+        ("#### 1e99999999999999999999999", "1"),
+        ("#### -123456789012345678901234567890", "-123456789012345678901234567891"),
         ("#### 123456789012345678901234567890", "123456789012345678901234567891"),
     ],
 )
 def test_numeric_answer_refuses_anything_else(completion: str, reference: str) -> None:
     assert numeric_answer(["p"], [completion], reference=[reference]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("reference", "value"),
+    [
+        ("42", "42"), (" 42.\n", "42"), ("-$1,234.50", "-1234.50"), ("+7", "7"), ("1e-05", "0.00001"), ("50%", "50"),
+        ("50 %.", "50"), ("90°", "90"), ("12 apples", "12"), ("5 km/h", "5"), ("5kg", "5"), ("9 a.m.", "9"),
+        ("3 square feet.", "3"), ("half: #### 6 and more", "6"),
+    ],
+)  # fmt: skip
+def test_a_bare_reference_is_a_number_with_its_unit(reference: str, value: str) -> None:
+    assert reference_number(reference) == Decimal(value)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["", "four", "3/4", "2^{10}", "12:30", "10-12", "5x+3", "5x", "5 x + 3", "1 or 2", "3 + 4", "1.2.3", "#### 3/4"],
+)
+def test_what_is_more_than_a_number_is_no_reference(reference: str) -> None:
+    assert reference_number(reference) is None
 
 
 @given(st.integers(-(10**9), 10**9), st.sampled_from(["{:d}", "{:,}", "{:.1f}", "{:d}.", " {:d} eggs"]))
