@@ -33,7 +33,7 @@ from learner.objective import Objective
 from learner.observer import LearnerObserver
 from learner.policy import gathered_state, resolve_device
 from learner.stall import Loneliness, dump_state
-from learner.startup import check_startup
+from learner.startup import check_startup, shared_prompts
 from learner.step_metrics import Metrics
 from learner.step_record import step_metrics
 from learner.trainer import build_trainer
@@ -134,6 +134,8 @@ class Learner:
         model_config = ModelConfig.from_folder(self.model_folder)
         check_against_model(config, model_config.max_positions)
         task = load_task(config.task, config.run.seed, chat_template(self.model_folder))
+        if warning := shared_prompts(config, task):
+            log(warning)
         source = parts.lease_source(config, task, tokenizer, objective)
         evaluates = evaluate_only or config.learner.eval_every > 0
         self.eval_leases = parts.eval_leases(config, task, tokenizer) if evaluates else None

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from learner.policy import resolve_device
 from pipeline.config import Config
+from pipeline.config.types import TaskSection
 from pipeline.errors import UsageError
+from pipeline.tasks import Task
 from pipeline.transport.keys import load_learner_keys
 from pipeline.transport.options import check_address, check_listening
 
@@ -25,6 +27,7 @@ def check_startup(config: Config, evaluate_only: bool = False) -> None:
         raise UsageError(
             f"learner.reference_path {learner.reference_path!r} is no Hugging Face checkpoint: it has no config.json"
         )
+    _check_apart(config.task)
     if evaluate_only or learner.eval_every:
         _check_held_out(config, "--eval-only" if evaluate_only else f"learner.eval_every = {learner.eval_every}")
 
@@ -35,3 +38,37 @@ def _check_held_out(config: Config, why: str) -> None:
         raise UsageError(f"{why} needs task.held_out_path, a file of held-out prompts like task.path")
     if config.task.kind == "jsonl" and not Path(path).is_file():
         raise UsageError(f"task.held_out_path {path!r} is not a file, which {why} needs")
+
+
+def _check_apart(task: TaskSection) -> None:
+    """Refuse training samples as held-out ones."""
+    path, held_out = Path(task.path), Path(task.held_out_path)
+    if task.kind == "jsonl" and task.held_out_path and path.exists() and held_out.exists() and held_out.samefile(path):
+        raise UsageError(
+            f"task.held_out_path {task.held_out_path!r} is task.path, which is trained on; give a file of other prompts"
+        )
+    if task.kind != "datasets" or not task.held_out_split:
+        return
+    if task.held_out_split == task.split:
+        raise UsageError(
+            f"task.held_out_split {task.held_out_split!r} is task.split, which is trained on; give another split"
+        )
+    if (path / "state.json").exists():
+        raise UsageError(
+            f"task.held_out_split {task.held_out_split!r}: {task.path} is one dataset without splits, all of it "
+            "trained on; save a DatasetDict, or leave task.held_out_split empty"
+        )
+
+
+def shared_prompts(config: Config, task: Task) -> str | None:
+    """A sentence for the log where files have held-out prompts that are trained on."""
+    if config.task.kind != "jsonl" or not task.held_out:
+        return None
+    trained = {example.prompt for example in task.train}
+    shared = sum(example.prompt in trained for example in task.held_out)
+    if not shared:
+        return None
+    return (
+        f"WARNING: {shared} of {len(task.held_out)} prompts of task.held_out_path {config.task.held_out_path} are in "
+        "task.path too and are trained on; leave them out of one of the two"
+    )
