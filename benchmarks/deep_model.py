@@ -93,12 +93,12 @@ def answered(path: Path) -> list[tuple[str, str]]:
     """
     found = []
     try:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             sample = json.loads(line)
             if not isinstance(sample, dict) or not {"question", "answer"} <= sample.keys():
                 raise UsageError(f"{path}:{number} has no question and answer; give lines such as GSM8K's")
             found.append((str(sample["question"]), str(sample["answer"])))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no .jsonl file of questions and answers: {error}") from None
     if not found:
         raise UsageError(f"{path} is empty; give a .jsonl file of questions and answers")

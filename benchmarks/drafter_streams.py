@@ -30,9 +30,9 @@ def recorded(files: Sequence[Path], model: Path) -> list[RecordedText]:
     tokenizer, texts = Tokenizer(model), []
     for path in files:
         try:
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            lines = [json.loads(line) for line in path.read_bytes().splitlines()]
             pairs = [(line["question"], line["answer"]) for line in lines]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{path} cannot be used as a stream of questions and answers: {error!r}") from error
         if not pairs:
             raise UsageError(f"{path} is empty; give lines of JSON with the fields question and answer")

@@ -88,9 +88,9 @@ def _parser() -> Parser:
 def _prompts(options: argparse.Namespace) -> list[np.ndarray]:
     tokenizer = Tokenizer(options.model)
     try:
-        lines = options.prompts.read_text().splitlines()
+        lines = options.prompts.read_bytes().splitlines()
         questions = [json.loads(line)["question"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"--prompts {options.prompts} is no file of questions: {error!r}") from None
     return [np.array(tokenizer.encode(f"Question: {q}\nAnswer:"), np.int64) for q in questions]
 

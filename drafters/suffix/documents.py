@@ -32,13 +32,14 @@ def read_documents(files: Sequence[Path], tokenizer: Tokenizer | None, template:
         raise UsageError(f"--template {template!r} names no field, so that all lines are one text; write {{question}}")
     for path in files:
         try:
-            lines = path.read_text(encoding="utf-8")
+            content = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} cannot be read: {error}") from error
         if path.suffix != ".jsonl":
-            yield _encoded(lines, tokenizer, str(path))
+            yield _encoded(content, tokenizer, str(path))
             continue
-        for number, line in enumerate(lines.splitlines(), 1):
+        # not str.splitlines: it parts a line at U+2028 and U+0085 too, which JSON has inside of texts
+        for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
                 yield _document(line, tokenizer, template, f"{path}:{number}")
 
@@ -46,7 +47,7 @@ def read_documents(files: Sequence[Path], tokenizer: Tokenizer | None, template:
 def _document(line: str, tokenizer: Tokenizer | None, template: str, place: str) -> np.ndarray:
     try:
         fields = msgspec.json.decode(line, type=dict[str, Any])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise UsageError(f"{place} is not a JSON object: {error}") from None
     if "token_ids" in fields:
         try:

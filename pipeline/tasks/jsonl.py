@@ -1,5 +1,6 @@
 """Prompts and reference answers from files with one JSON object a line (GSM8K's form is the default)."""
 
+from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from math import isfinite
@@ -42,7 +43,7 @@ def read_examples(path: Path, section: TaskSection, chat: Chat | None = None) ->
     """All examples of a file; blank lines are passed over."""
     fields = template_fields(section.prompt_template)
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(BOM_UTF8).splitlines()
     except OSError as error:
         raise UsageError(f"task file {str(path)!r} cannot be read ({error.strerror}); check the path") from error
     examples = []
@@ -58,7 +59,7 @@ def read_examples(path: Path, section: TaskSection, chat: Chat | None = None) ->
 def _record(line: bytes, origin: str) -> dict[str, Any]:
     try:
         return _decoder.decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{origin}: not a JSON object in UTF-8 ({error}); write one object a line") from error
 
 

@@ -8,6 +8,7 @@ import pytest
 from drafters.base import DraftRequest, SequenceStart, check_policy
 from drafters.registry import build
 from drafters.suffix.corpus import build_corpus, load_corpus
+from drafters.suffix.documents import read_documents
 from pipeline.cli import main
 from pipeline.errors import UsageError
 from tests.unit.test_bad_input import _write_tokenizer
@@ -57,11 +58,19 @@ def test_text_is_encoded_as_the_model_meets_it(tmp_path, model):
     assert drafts_after(tmp_path / "c", [ord("X") - 31]) == [ord("Y") - 31, ord("Z") - 31, 2]
 
 
+def test_a_byte_order_mark_and_unicodes_line_separators_are_part_of_no_line(tmp_path):
+    lines = '{"token_ids": [5, 6, 7, 8], "a": "one\u2028two\u0085three"}\r\n{"token_ids": [9]}\n'
+    (tmp_path / "f.jsonl").write_text("\ufeff" + lines, encoding="utf-8", newline="")
+    documents = read_documents([tmp_path / "f.jsonl"], None, "{text}")
+    assert [ids.tolist() for ids in documents] == [[5, 6, 7, 8], [9]]
+
+
 @pytest.mark.parametrize(
     ("content", "more", "said"),
     [
         ('{"text": "ab"}\n', [], "f.jsonl:1 is text: give the model's folder with --tokenizer"),
         ("ab\n", [], "f.jsonl:1 is not a JSON object"),
+        ("\n" + '{"a":' * 2000 + "1" + "}" * 2000, [], "f.jsonl:2 is not a JSON object"),
         ('{"token_ids": [1, "x"]}\n', [], "f.jsonl:1: token_ids is not a list of token ids"),
         ('{"token_ids": [1, 99999999999]}\n', [], "f.jsonl:1: token_ids is not a list of token ids"),
         ("\n", [], "the corpus has no token"),

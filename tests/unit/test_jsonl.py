@@ -38,6 +38,11 @@ def test_fields_travel_as_columns_and_fill_the_template(load: Load) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(first.columns)) == first.columns
 
 
+def test_a_byte_order_mark_and_unicodes_line_separators_are_part_of_no_line(load: Load) -> None:
+    task = load("\ufeff" + '{"question": "one\u2028two\u0085three", "answer": "1"}\r\n' + GOOD)
+    assert [example.prompt[10:23] for example in task.train] == ["one\u2028two\u0085three", "2 and {3}?\nAn"]
+
+
 def test_fields_have_configured_names(load: Load) -> None:
     task = load('{"problem": "1+1", "solution": 2}', question_field="problem", answer_field="solution")
     assert task.train[0].prompt == "Question: 1+1\nAnswer:"
@@ -61,6 +66,7 @@ def test_held_out_comes_from_its_own_file(load: Load, tmp_path: Path) -> None:
         ("", {}, r"data.jsonl' is empty; it needs one JSON object a line"),
         ("\n \n", {}, r"data.jsonl' is empty"),
         (GOOD + "\n{oops\n", {}, r"data.jsonl:2: not a JSON object"),
+        ('{"question": ' + "[" * 2000 + "]" * 2000 + "}", {}, r"data.jsonl:1: not a JSON object"),
         (GOOD + "\n[1]\n", {}, r"data.jsonl:2: not a JSON object"),
         (b'{"question": "\xff", "answer": "1"}', {}, r"data.jsonl:1: not a JSON object in UTF-8"),
         ('{"question": "q"}', {}, r"data.jsonl:1: no field 'answer'; set task.answer_field to one of question"),
