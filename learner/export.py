@@ -9,7 +9,7 @@ from learner import checkpoint_tensors
 from learner.checkpoint import CorruptCheckpoint, verify
 from pipeline.errors import RunFailed, UsageError
 from pipeline.run_directory import RunDirectory
-from pipeline.weights.filesystem import save_tensors
+from pipeline.weights.filesystem import save_tensors, state_dtype
 
 _TRAINING_ONLY = {checkpoint_tensors.GENERATORS, "state.json", "manifest.json"}
 
@@ -44,7 +44,7 @@ def export(folder: Path, step: int | None, out: Path, dtype: str = "float32") ->
     temporary = out.with_name(f".{out.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(source, temporary, getattr(torch, dtype))
+        _write(source, temporary, dtype)
         temporary.rename(out)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -52,12 +52,13 @@ def export(folder: Path, step: int | None, out: Path, dtype: str = "float32") ->
     return source
 
 
-def _write(source: Path, target: Path, dtype: torch.dtype) -> None:
+def _write(source: Path, target: Path, dtype: str) -> None:
     target.mkdir(parents=True)
     for path in source.iterdir():
         if path.name not in _TRAINING_ONLY and not checkpoint_tensors.is_tensor_file(path.name):
             shutil.copyfile(path, target / path.name)
-    sizes = checkpoint_tensors.sizes(source)
-    weights = {name: torch.empty(sizes[name], dtype=dtype) for name in sizes if checkpoint_tensors.is_weight(name)}
+    state_dtype(target, dtype)
+    kind, sizes = getattr(torch, dtype), checkpoint_tensors.sizes(source)
+    weights = {name: torch.empty(sizes[name], dtype=kind) for name in sizes if checkpoint_tensors.is_weight(name)}
     checkpoint_tensors.load(source, weights)
     save_tensors(weights, target / checkpoint_tensors.WEIGHTS)

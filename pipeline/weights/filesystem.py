@@ -73,6 +73,13 @@ def replace_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
     sync(path.parent)
 
 
+def state_dtype(folder: Path, dtype: str) -> None:
+    """Have the config.json of a folder say what type its weights are of."""
+    config = msgspec.json.decode((folder / "config.json").read_bytes())
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_bytes(msgspec.json.encode(config | {"dtype": dtype}))
+
+
 def sha256_of(path: Path) -> str:
     """Checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -140,9 +147,7 @@ class FilesystemPublisher:
         for name in ("config.json", *COMPANION_FILES):
             if (self.model_folder / name).exists():
                 shutil.copyfile(self.model_folder / name, folder / name)
-        config = msgspec.json.decode((folder / "config.json").read_bytes())
-        config.pop("torch_dtype", None)
-        (folder / "config.json").write_bytes(msgspec.json.encode(config | {"dtype": dtype}))
+        state_dtype(folder, dtype)
 
     def _recorded(self) -> int:
         try:

@@ -9,6 +9,7 @@ from pipeline.cli import main
 from pipeline.config.types import LearnerSection
 from pipeline.errors import RunFailed, UsageError
 from pipeline.failpoints import arm
+from pipeline.models.config import ModelConfig
 from tests.unit.learner_samples import tiny_policy
 
 
@@ -30,6 +31,8 @@ def test_an_exported_checkpoint_is_a_plain_model_folder(saved, tmp_path):
     for name, value in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), value), name
     export(run, 1, tmp_path / "half", "bfloat16")
+    assert ModelConfig.from_folder(tmp_path / "half").dtype == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
     assert torch.equal(half.get_parameter("model.norm.weight"), model.get_parameter("model.norm.weight").bfloat16())
 
