@@ -3,10 +3,13 @@
 from pathlib import Path
 
 from learner.policy import resolve_device
-from pipeline.config import Config
+from pipeline.config import Config, check_against_model
 from pipeline.config.types import TaskSection
 from pipeline.errors import UsageError
-from pipeline.tasks import Task
+from pipeline.models.chat import chat_template
+from pipeline.models.config import ModelConfig
+from pipeline.models.tokenizer import Tokenizer
+from pipeline.tasks import Task, load_task
 from pipeline.transport.keys import load_learner_keys
 from pipeline.transport.options import check_address, check_listening
 
@@ -30,6 +33,20 @@ def check_startup(config: Config, evaluate_only: bool = False) -> None:
     _check_apart(config.task)
     if evaluate_only or learner.eval_every:
         _check_held_out(config, "--eval-only" if evaluate_only else f"learner.eval_every = {learner.eval_every}")
+
+
+def check_inputs(config: Config) -> None:
+    """Look at the model's configuration and tokenizer, and at the task, as far as they are on this machine; no weights.
+
+    Raises:
+        UsageError: a sentence that names file or option and what to do.
+    """
+    folder = config.model.path
+    if folder:
+        Tokenizer(folder)
+        check_against_model(config, ModelConfig.from_folder(folder).max_positions)
+    if config.task.kind != "datasets" or Path(config.task.path).exists():  # a name on the hub would be downloaded
+        load_task(config.task, config.run.seed, chat_template(folder) if folder else None)
 
 
 def _check_held_out(config: Config, why: str) -> None:

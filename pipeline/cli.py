@@ -426,6 +426,10 @@ def _dry_run(config: object, parts: tuple[str, ...], *, evaluate_only: bool = Fa
         if parts == ("engine",):
             check_connection(config, connect)
         load_reward(reward_name(config.task))
+    if "learner" in parts:
+        from learner.startup import check_inputs
+
+        check_inputs(config)
     sys.stdout.write(render(config))
     return 0
 

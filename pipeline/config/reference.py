@@ -76,7 +76,8 @@ def _plain(hint: Any) -> str:
 
 def _bounds(meta: msgspec.Meta) -> list[str]:
     signs = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
-    return [f"{words} {getattr(meta, name):g}" for name, words in signs if getattr(meta, name) is not None]
+    bounds = [(words, getattr(meta, name)) for name, words in signs]
+    return [f"{words} {'2^63 - 1' if n == 2**63 - 1 else f'{n:g}'}" for words, n in bounds if n is not None]
 
 
 def _default(option: msgspec.structs.FieldInfo) -> str:

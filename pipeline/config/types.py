@@ -31,7 +31,7 @@ class Section(Struct, kw_only=True, forbid_unknown_fields=True):
 class RunSection(Section):
     out: Annotated[str, option("run directory; an existing run in it is resumed")] = "runs/default"
     steps: Annotated[PositiveInt, option("optimiser batches to train")] = 100
-    seed: Annotated[Count, option("seed of prompts, sampling, initialisation")] = 0
+    seed: Annotated[Annotated[int, Meta(ge=0, le=2**63 - 1)], option("seed of prompts, sampling, initialisation")] = 0
     engines: Annotated[PositiveInt, option("engine processes that `rollahead run` starts")] = 1
     restarts: Annotated[Count, option("times `rollahead run` restarts a process killed by a signal")] = 3
     measure_drafting: Annotated[bool, option("after `rollahead run`, time generation with and without drafting")] = True

@@ -378,8 +378,8 @@ def check_connection(config: Config, connect: str | None) -> None:
 
 
 def check_pieces(config: Config) -> None:
-    """Refuse a drafter, a cache compression or a small model that does not exist or does not fit the policy, and those
-    that do not go together."""
+    """Refuse a device, a drafter, a cache compression or a small model that does not exist or does not fit the policy,
+    and those that do not go together."""
     from drafters.base import check_policy
     from drafters.registry import build
     from pipeline.engine.native.compression import KVCompression
@@ -392,6 +392,10 @@ def check_pieces(config: Config) -> None:
 
         require_vllm()
         check_needs(drafter)
+    else:
+        from pipeline.models.checkpoint import compute_device
+
+        compute_device(config.engine.device, "engine.device")
     path = config.model.path
     check_policy(drafter, Path(path) if path else None, brings_head=config.drafter.co_train)
     KVCompression.from_config(config.engine.kv_compression)

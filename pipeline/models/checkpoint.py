@@ -52,17 +52,26 @@ def compute_dtype(dtype: torch.dtype | str, config: ModelConfig, device: torch.d
     return kinds[name]
 
 
-def compute_device(device: torch.device | str) -> torch.device:
-    """`auto` is CUDA where there is a device, else the CPU."""
+def compute_device(device: torch.device | str, option: str = "device") -> torch.device:
+    """`auto` is CUDA where there is a device, else the CPU.
+
+    Raises:
+        UsageError: no such device here; `option` is what names it.
+    """
     if isinstance(device, torch.device):
         return device
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} is not available on this machine; use cpu or auto")
+        raise UsageError(f"{option} {name!r} is not available on this machine; use cpu or auto")
     try:
-        return torch.device(name)
+        found = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from None
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"{option} {name!r} is unknown; use auto, cpu, cuda or cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"{option} {name!r}: this machine shows {torch.cuda.device_count()} CUDA devices")
+    return found
 
 
 def load_weights_into(decoder: Decoder, folder: str | Path) -> None:

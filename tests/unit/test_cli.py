@@ -9,6 +9,8 @@ import tomllib
 import pytest
 
 from pipeline.cli import build_parser, main
+from tests.unit.test_bad_input import _write_tokenizer
+from tests.unit.tiny_models import VOCABULARY, save_tiny
 
 COMMAND_LINE = {
     "run": ["[config]", "--set", "--dry-run", "--out", "--insecure", "--eval-only"],
@@ -98,6 +100,11 @@ def test_dry_run_prints_the_resolved_configuration(capsys):
         (["run", "--dry-run", "--set", "transport.keys=/nope"], "/nope/learner.secret"),
         (["run", "--dry-run", "--set", "learner.device=cuda:99"], "learner.device 'cuda:99'"),
         (["run", "--dry-run", "--set", "learner.reference_path=/nope"], "learner.reference_path '/nope'"),
+        (["run", "--dry-run", "--set", "model.path=/nope"], "model folder /nope does not exist"),
+        (["run", "--dry-run", "--set", "task.kind=no_such_module:Task"], "No module named 'no_such_module'"),
+        (["run", "--dry-run", "--set", "engine.device=tpu"], "engine.device 'tpu' is unknown; use auto, cpu, cuda"),
+        (["run", "--dry-run", "--set", "engine.device=meta"], "engine.device 'meta' is unknown"),
+        (["run", "--dry-run", "--set", f"run.seed={2**63}"], f"run.seed = {2**63} is not valid"),
         ([*JSONL, "--eval-only"], "--eval-only needs task.held_out_path"),
         ([*JSONL, "--set", "learner.eval_every=5", "--set", "task.held_out_path=/nope"], "'/nope' is not a file"),
         (["keygen", __file__], f"{__file__} is a file"),
@@ -109,6 +116,19 @@ def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(arguments, said, cap
     assert captured.out == ""
     assert captured.err.startswith("rollahead: ") and captured.err.count("\n") == 1
     assert said in captured.err
+
+
+def test_a_dry_run_reads_model_and_task(tmp_path, capsys):
+    model, task = save_tiny(tmp_path / "model", max_position_embeddings=2048), tmp_path / "task.jsonl"
+    given = ["task.kind=jsonl", f"task.path={task}", f"model.path={model}"]
+    arguments = ["run", "--dry-run", *(part for setting in given for part in ("--set", setting))]
+    assert main(arguments) == 2 and "tokenizer.json is missing" in capsys.readouterr().err
+    _write_tokenizer(model, VOCABULARY)
+    assert main(arguments) == 2 and "task.jsonl' cannot be read" in capsys.readouterr().err
+    task.write_text('{"question": "12", "answer": "3"}\n')
+    (model / "model.safetensors").unlink()  # weights are not looked at
+    assert main(arguments) == 0
+    assert main([*arguments, "--set", "sampling.max_new_tokens=4096"]) == 2
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy():

@@ -23,7 +23,8 @@ from pipeline.tasks import load_task
 from pipeline.tasks.rewards import load_reward, score_group
 from pipeline.transport.keys import keygen
 from tests.unit.generation import finish, group, texts
-from tests.unit.tiny_models import save_tiny
+from tests.unit.test_bad_input import _write_tokenizer
+from tests.unit.tiny_models import VOCABULARY, save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -51,6 +52,10 @@ def examples(tmp_path, monkeypatch):
         for name, block in PYTHON_BLOCK.findall(text):
             (tmp_path / f"{name}.py").write_text(block)
             monkeypatch.delitem(sys.modules, name, raising=False)
+    for folder in ("DIR", "MODEL"):  # whose configuration and tokenizer a dry run reads
+        _write_tokenizer(save_tiny(tmp_path / folder, max_position_embeddings=1 << 20), VOCABULARY)
+    for file in ("FILE", "hard_train.jsonl"):
+        (tmp_path / file).write_text('{"question": "1", "answer": "1"}\n')
     (tmp_path / "c.toml").write_text("")
     monkeypatch.chdir(tmp_path)
     return tmp_path
