@@ -19,6 +19,18 @@ class UsageError(RollaheadError):
     exit_code = 2
 
 
+def check_text(text: str, option: str) -> None:
+    """Refuse what a command line had in bytes that are no text.
+
+    Raises:
+        UsageError: `option` is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{option} {text!r} is not UTF-8 at character {error.start + 1}; write it in UTF-8") from None
+
+
 def complaint(message: str) -> tuple[str, str]:
     """Key and sentence of what msgspec says: "Expected `int` >= 1 - at `$.tokens`" is of `tokens`, "expected int >= 1".
 

@@ -11,7 +11,7 @@ import tomli_w
 
 from pipeline.config.recipes import LISTS, SINGLE, apply_recipe, nearest
 from pipeline.config.types import Config, Section
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, check_text
 
 EMBEDDED = Path(__file__).with_name("embedded.toml")
 """What is trained when neither a configuration nor a model is given."""
@@ -58,6 +58,7 @@ def render(config: Config) -> str:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
+    check_text(override, "--set")
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):

@@ -30,7 +30,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     """
     names = recipe_names()
     if name not in names:
-        raise UsageError(f"there is no recipe {name!r}{nearest(name, names)}")
+        raise UsageError(f"there is no recipe {name!r}{nearest(str(name), names)}")
     return tomllib.loads(files("learner").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8"))
 
 

@@ -17,7 +17,7 @@ from pipeline.engine.native.compression import KVCompression
 from pipeline.engine.native.eviction import build as build_policy
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.native.switching import parse_rule
-from pipeline.errors import UsageError, complaint
+from pipeline.errors import UsageError, check_text, complaint
 from pipeline.messages import Sampler, SamplingParams
 from pipeline.models.config import ModelConfig
 from pipeline.models.tokenizer import Tokenizer
@@ -51,6 +51,7 @@ def generate(
         rule: window and least run, as `parse_rule` reads it.
         kv_compression: policy (None: none), budget and tokens between two compressions.
     """
+    check_text(prompt, "--prompt")
     tokenizer = Tokenizer(folder)
     params = sampling_params(sampling, tokenizer.eos_token_ids)
     max_new_tokens = params.max_new_tokens

@@ -86,6 +86,8 @@ def test_dry_run_prints_the_resolved_configuration(capsys):
         (["run", "--dry-run", "--set", "engine.drafter.name=no_such_module:Drafter"], "no_such_module"),
         (["run", "--dry-run", "--set", "objective.surrogate=ppo"], "ppo-clip"),
         (["run", "--dry-run", "--set", "objective.surrogate.clip_hgh=1"], "clip_high"),
+        (["run", "--dry-run", "--set", "objective.recipe=5"], "there is no recipe 5; known: "),
+        (["run", "--dry-run", "--set", "model.path=a\udcff"], "is not UTF-8 at character 13"),
         (["run", "--dry-run", "--set", "task.reward=nowhere:nothing"], "nowhere"),
         (["learner", "nowhere.toml"], "nowhere.toml"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere"),

@@ -27,6 +27,7 @@ def model(tmp_path_factory):
         (["--min-new-tokens", "9", "--max-new-tokens", "8"], "min_new_tokens = 9 is more than"),
         (["--temperature", "1e-40"], "--temperature = 1e-40 is too small to divide logits by"),
         (["--logit-bias", "4=1", "--logit-bias", "5=nan"], "--logit-bias 5=nan is not valid: expected float"),
+        (["--prompt", "a\udcfb"], r"--prompt 'a\udcfb' is not UTF-8 at character 2"),
         (["--top-k", "-1"], "--top-k -1 is not valid: expected int >= 0"),
         (["--drafter", '{name = "suffix-automaton", memory_mb = -1}'], "memory_mb = -1 is not valid"),
     ],
