@@ -30,7 +30,8 @@ def check_startup(config: Config, evaluate_only: bool = False) -> None:
         raise UsageError(
             f"learner.reference_path {learner.reference_path!r} is no Hugging Face checkpoint: it has no config.json"
         )
-    _check_apart(config.task)
+    if not evaluate_only:
+        _check_apart(config.task)
     if evaluate_only or learner.eval_every:
         _check_held_out(config, "--eval-only" if evaluate_only else f"learner.eval_every = {learner.eval_every}")
 

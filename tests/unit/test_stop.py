@@ -20,12 +20,12 @@ print(stop.requested)
 def asked(name: str, ignored: bool) -> bool:
     """Whether a process that gets the signal is asked to stop; `ignored`: it was started with the signal ignored."""
 
-    def ignore() -> None:
-        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    def start() -> None:
+        signal.signal(signal.Signals[name], signal.SIG_IGN if ignored else signal.SIG_DFL)
 
     command = [sys.executable, "-c", ASKED, name]
     ran = subprocess.run(
-        command, cwd=ROOT, preexec_fn=ignore if ignored else None, capture_output=True, text=True, check=True,
+        command, cwd=ROOT, preexec_fn=start, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return ran.stdout == "True\n"
 
