@@ -35,7 +35,7 @@ def allocate(
     price: float,
     trial: bool,
     reasons: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, float, float, float, float]:
+) -> tuple[np.ndarray, np.ndarray, int, float, float, float, float]:
     """Chooses among the drafts of D drafters for B rows.
 
     Args:
@@ -51,8 +51,8 @@ def allocate(
         price: least survival that was worth a token in the last step; chooses between drafters.
         reasons: int64 [REASONS], added to.
 
-    Returns the choice, int64 [B]: drafter, -1 for none; lengths int64 [B]; the new price; expected tokens by their
-    worth; expected seconds, and those of a verification without drafts.
+    Returns the choice, int64 [B]: drafter, -1 for none; lengths int64 [B], and their sum; the new price; expected
+    tokens by their worth; expected seconds, and those of a verification without drafts.
     """
     drafters, rows, width = confidences.shape
     choice, lengths = np.full(rows, -1, np.int64), np.zeros(rows, np.int64)
@@ -106,4 +106,4 @@ def allocate(
     # What the next token would cost, in tokens.
     longer = verification_seconds(table, scale, rows, rows + count + 1) + overhead
     price = min(max((longer - seconds) * (total + kept) / seconds, 0.0), 1.0)
-    return choice, lengths, price, total + kept, seconds, plain
+    return choice, lengths, count, price, total + kept, seconds, plain

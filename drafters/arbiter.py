@@ -36,6 +36,8 @@ which there is another: what not drafting takes is not learnt from drafting"""
 _URGENCY_EVERY = 8
 """steps after which urgency is computed anew: a few tokens more do not change who is ahead"""
 _RATE = 0.1
+_ONE = np.ones(1)
+"""urgency of a sequence alone"""
 
 
 @dataclass(slots=True)
@@ -226,14 +228,15 @@ class ArbiterDrafter(CompositeDrafter):
 
     def _decided(self, request: DraftRequest, proposals: list[Proposal], asked: list[int], drafters: slice) -> Proposal:
         """What is to be verified of the proposals of these drafters."""
-        rows, width = len(request.ids), max(p.token_ids.shape[1] for p in proposals)
-        drawn = None
+        rows, drawn = len(request.ids), None
         if any(p.probabilities is not None for p in proposals):
             drawn = np.stack([_drawn(p) for p in proposals])
-            width = max(width, int(request.budgets.max(initial=0)))
         if len(proposals) == 1 and drawn is None:
             stack = Stack.of_one(proposals[0])
         else:
+            width = max(p.token_ids.shape[1] for p in proposals)
+            if drawn is not None:
+                width = max(width, int(request.budgets.max(initial=0)))
             stack = Stack(len(proposals), rows, width)
             for place, proposal in enumerate(proposals):
                 stack.put(place, proposal)
@@ -245,9 +248,9 @@ class ArbiterDrafter(CompositeDrafter):
                 _blind(drawn[place], usual, assumed[place], stack.matches[place], stack.confidences[place])
         urgency = self._urgency(request.ids)
         seen = drafters, stack.matches, stack.confidences
-        choice, granted, *found = self._allocated(*seen, assumed, request, urgency, self._reasons)
+        choice, granted, drafted, *found = self._allocated(*seen, assumed, request, urgency, self._reasons)
         self._judge(asked, drafters, stack, assumed, request, urgency, *found)
-        if not granted.any():
+        if not drafted:
             proposal = Proposal.empty(rows)
         elif drawn is None:
             proposal = stack.chosen(choice, granted, self._names[drafters])
@@ -257,12 +260,15 @@ class ArbiterDrafter(CompositeDrafter):
                 proposal = beginnings(proposals[0], self._names[drafters.start], lengths)
             else:
                 proposal = joined(proposals, self._names[drafters], choice, lengths)
-        self._step = _Step(request.ids, drafters, drawn, stack, choice, granted, int(proposal.lengths.sum()))
-        return proposal if self._step.drafted else Proposal.empty(rows)
+            drafted = int(lengths.sum())
+        self._step = _Step(request.ids, drafters, drawn, stack, choice, granted, drafted)
+        return proposal if drafted else Proposal.empty(rows)
 
     def _urgency(self, ids: Sequence[int]) -> np.ndarray:
         """float64 [B]; of some steps ago while the batch is the same, and alike for all while nothing is drafted."""
-        if len(ids) == 1 or self.options.urgency == 0 or self._idle > 0:
+        if len(ids) == 1:
+            return _ONE
+        if self.options.urgency == 0 or self._idle > 0:
             return np.ones(len(ids))
         known, values, step = self._urgencies
         if known != tuple(ids) or self._steps - step >= _URGENCY_EVERY:
@@ -313,13 +319,14 @@ class ArbiterDrafter(CompositeDrafter):
     def _allocated(
         self, drafters: slice, matches: np.ndarray, confidences: np.ndarray, drafts: np.ndarray, request: DraftRequest,
         urgency: np.ndarray, reasons: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray, float, float, float]:  # fmt: skip
-        """Choice and lengths, int64 [B], expected tokens, seconds without those of asking, and those of no draft."""
-        choice, lengths, self._price, tokens, seconds, plain = allocate(
+    ) -> tuple[np.ndarray, np.ndarray, int, float, float, float]:  # fmt: skip
+        """Choice and lengths, int64 [B], the lengths' sum, expected tokens, seconds without those of asking, and those
+        of no draft."""
+        choice, lengths, count, self._price, tokens, seconds, plain = allocate(
             self._chances[drafters], matches, confidences, drafts, request.budgets, urgency, self.costs.table,
             self.costs.scale[0], self._deciding + self._learning, self._price, self._trial, reasons,
         )  # fmt: skip
-        return choice, lengths, tokens, seconds, plain
+        return choice, lengths, count, tokens, seconds, plain
 
     def _judge(
         self, asked: list[int], drafters: slice, stack: Stack, drafts: np.ndarray, request: DraftRequest,
@@ -337,14 +344,14 @@ class ArbiterDrafter(CompositeDrafter):
                     matches, confidences, all_drafts = _as_if_all(
                         index - drafters.start, self._sampled[index], matches, confidences, drafts
                     )
-                    _, _, found, taken, _ = self._allocated(
+                    _, _, _, found, taken, _ = self._allocated(
                         drafters, matches, confidences, all_drafts, request, urgency, self._unused
                     )
                 tokens_without, seconds_without = float(urgency.sum()), plain
                 if len(asked) > 1:
                     without = drafts.copy()
                     without[index - drafters.start] = 0
-                    _, _, tokens_without, seconds_without, _ = self._allocated(
+                    _, _, _, tokens_without, seconds_without, _ = self._allocated(
                         drafters, matches, confidences, without, request, urgency, self._unused
                     )
                 rate = found / (taken + standing.seconds)

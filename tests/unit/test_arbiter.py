@@ -151,11 +151,12 @@ def allocated(survivals, cost, urgency=None, trial=False):
     for d, b, k in np.ndindex(survivals.shape):
         chances[(d, *acceptance.bucket(matches[d, b], -1.0, k))] = conditional[d, b, k]
     costs, reasons = CostModel.of(cost), np.zeros(len(allocation.REASONS), np.int64)
-    choice, lengths, _, tokens, seconds, _ = allocation.allocate(
+    choice, lengths, count, _, tokens, seconds, _ = allocation.allocate(
         chances, matches, np.full(survivals.shape, -1, np.float32), np.full((drafters, rows), width),
         np.full(rows, width), np.ones(rows) if urgency is None else urgency, costs.table, 1.0, 0.0, 0.2, trial,
         reasons,
     )  # fmt: skip
+    assert count == lengths.sum()
     return choice, lengths, tokens / seconds, reasons
 
 
