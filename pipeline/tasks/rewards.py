@@ -51,7 +51,7 @@ class Scored:
 LARGEST = 1e18
 """magnitude of a reward; its square, summed over a batch, must fit into a float32"""
 _NUMBER = re.compile(r"\s*([-+]?)\s*\$?\s*([-+]?)((?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)")
-_GOES_ON = re.compile(r"[/^:]|\*+[\w({\\$]")
+_GOES_ON = re.compile(r"\^|/\s*[0-9(\\]|:[0-9]|\*+[\w({\\$]")
 """what makes the digits before it the beginning of an expression; asterisks alone are the end of emphasis"""
 _WORD = r"[^\W\d_](?:[./'-]?[^\W\d_])*"
 _UNIT = re.compile(rf"(?:\s*(?:%|€|°[CF]?)|(?:[^\W\d_]{{2,}}|\s+{_WORD})(?:\s+{_WORD})*)?\.?\s*")
