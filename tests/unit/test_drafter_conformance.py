@@ -60,6 +60,16 @@ MAKERS = {
     "sampled": Sampled,
     "draft-model": lambda: build({"name": "draft-model", "path": draft_checkpoint()}),
     "layer-skip": lambda: build({"name": "layer-skip", "stop_below": 0.3, "refresh_every": 5}),
+    "suffix-automaton and layer-skip": lambda: build(
+        {"name": "suffix-automaton", "auxiliary": {"name": "layer-skip", "stop_below": 0.3, "refresh_every": 5}}
+    ),
+    "arbiter of a draft model that stops early": lambda: build(
+        {
+            "name": "arbiter",
+            "measure": False,
+            "drafters": [{"name": "draft-model", "path": draft_checkpoint(), "stop_below": 0.3}],
+        }
+    ),
     "arbiter of models": lambda: build(
         {
             "name": "arbiter",
