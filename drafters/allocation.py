@@ -35,7 +35,7 @@ def allocate(
     price: float,
     trial: bool,
     reasons: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, int, float, float, float, float]:
+) -> tuple[np.ndarray, np.ndarray, int, float, float, float, float, float, float]:
     """Chooses among the drafts of D drafters for B rows.
 
     Args:
@@ -52,7 +52,8 @@ def allocate(
         reasons: int64 [REASONS], added to.
 
     Returns the choice, int64 [B]: drafter, -1 for none; lengths int64 [B], and their sum; the new price; expected
-    tokens by their worth; expected seconds, and those of a verification without drafts.
+    tokens by their worth; expected seconds, and those of a verification without drafts; expected tokens and seconds of
+    a verification of the chosen drafts in full length.
     """
     drafters, rows, width = confidences.shape
     choice, lengths = np.full(rows, -1, np.int64), np.zeros(rows, np.int64)
@@ -91,6 +92,7 @@ def allocate(
         longer = verification_seconds(table, scale, rows, rows + n) + overhead
         if (total + gained) / longer > best_rate:
             best_rate, count, kept, seconds = (total + gained) / longer, n, gained, longer
+    everything, longest = total + gained, verification_seconds(table, scale, rows, rows + slots)
     for n in range(count):
         lengths[owner[order[n]]] += 1
     for b in range(rows):
@@ -106,4 +108,4 @@ def allocate(
     # What the next token would cost, in tokens.
     longer = verification_seconds(table, scale, rows, rows + count + 1) + overhead
     price = min(max((longer - seconds) * (total + kept) / seconds, 0.0), 1.0)
-    return choice, lengths, count, price, total + kept, seconds, plain
+    return choice, lengths, count, price, total + kept, seconds, plain, everything, longest

@@ -4,13 +4,12 @@ Every drafter follows every sequence, and proposes where its usual gain is worth
 what of it is verified, from `drafters.acceptance` and `drafters.cost_model`.
 
 A draft that was drawn must be chosen and cut without regard to what was drawn: a token that is verified only where it,
-or what was drawn after it, looks good is not distributed as its probabilities say (`_blind`).
+or what was drawn after it, looks good is not distributed as its probabilities say (`decision.blind`).
 """
 
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
@@ -22,7 +21,10 @@ from drafters.allocation import REASONS, allocate
 from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
 from drafters.composite import CompositeDrafter, Ensemble, beginnings, joined
 from drafters.cost_model import CostModel
+from drafters.decision import Step, as_if_all, blind, drawn_rows
+from drafters.delegation import Delegation, Lull, Outlook
 from drafters.late import WAITS, Backlog, merged
+from drafters.plain_steps import PlainSteps
 from drafters.stack import Stack
 from drafters.standing import DEAR, SAMPLE, Standing, Standings
 from drafters.urgency import GroupProgress
@@ -30,31 +32,12 @@ from pipeline.errors import UsageError
 
 _TRIAL_EVERY = 24
 """asked-for drafts in a row that did not pay, after which some are verified to see whether they still do not"""
-_PLAIN_STEPS, _PLAIN_EVERY = 4, 128
-"""steps without drafts, of about as many sequences, that a decision to draft rests on at least, and drafted ones after
-which there is another: what not drafting takes is not learnt from drafting"""
 _URGENCY_EVERY = 8
 """steps after which urgency is computed anew: a few tokens more do not change who is ahead"""
 _RATE = 0.1
+_LONGEST_LULL = 64
 _ONE = np.ones(1)
 """urgency of a sequence alone"""
-
-
-@dataclass(slots=True)
-class _Step:
-    """What was proposed and chosen, until the step is observed; of the D drafters from the first to the last that was
-    asked."""
-
-    ids: Sequence[int]
-    drafters: slice
-    drawn: np.ndarray | None
-    """bool [D, B], drafts drawn from probabilities; None: there are none"""
-    stack: Stack
-    choice: np.ndarray
-    """int64 [B], drafter, counted from the first of them; -1: none"""
-    granted: np.ndarray
-    """int64 [B], tokens of the choice that were to be verified, if it has as many"""
-    drafted: int = 0
 
 
 _READS = Needs.TARGET_LAYERS | Needs.HIDDEN_STATES
@@ -120,23 +103,15 @@ class ArbiterDrafter(CompositeDrafter):
         self._urgencies: tuple[tuple[int, ...], np.ndarray, int] = (), np.ones(0), 0
         """of which sequences, what they are, since which step"""
         self._price, self._idle, self._steps = 0.1, 0, 0
+        self._plain_steps = PlainSteps(self.costs)
         self._reasons, self._unused = np.zeros(len(REASONS), np.int64), np.zeros(len(REASONS), np.int64)
-        self._resting = self._not_asked = self._measuring = 0
-        self._drafted_steps = 0
-        """since the last step without drafts"""
-        self._untimed = 0
-        """steps in a row of which nobody said what they took"""
-        self._rests = False
-        """whether everybody sleeps in this step"""
-        self._plain_steps: list[tuple[int, float]] = []
-        """sequences and seconds of steps in which everybody slept, of which the costs have not learnt yet"""
-        self._plain_known: set[int] = set()
-        """numbers of sequences for which what not drafting takes is known"""
+        self._resting = self._not_asked = self._measuring = self._delegated = 0
         self._trial = False
         """whether this step is one to learn what drafting costs"""
         self._sampled: dict[int, np.ndarray] = {}
         """drafters that were asked for a few sequences alone, bool [B]"""
-        self._step: _Step | None = None
+        self._step: Step | None = None
+        self._delegation, self._lull = Delegation(), Lull()
 
     def attach(self, target: Target) -> None:
         super().attach(target)
@@ -161,6 +136,8 @@ class ArbiterDrafter(CompositeDrafter):
 
     def weights_changed(self, version: int) -> None:
         self._deliver()
+        self._end_lull()
+        self._delegation.stop()
         super().weights_changed(version)
 
     def end(self, ids: Sequence[int]) -> None:
@@ -174,18 +151,24 @@ class ArbiterDrafter(CompositeDrafter):
         began = self._clock()
         self._steps += 1
         rows = len(request.ids)
-        self._step, self._rests = None, False
-        if self._measures_plain(rows):
+        self._step = None
+        if self._lull.goes_on(rows):
+            return self._undecided(request)
+        self._end_lull()
+        if self._plain_steps.due(rows):
             self._measuring += rows
             return Proposal.empty(rows)
         self._standings = [standings.of(rows) for standings in self._standings_by_size]
         asked = [i for i, standing in enumerate(self._standings) if standing.begin_step(rows)]
-        self._rests = not asked
-        if self._rests:
-            self._resting += rows
-            return Proposal.empty(rows)
-        self._learn_plain_steps()
+        if not asked:
+            self._lull.begin(None, rows, min(standing.asleep for standing in self._standings))
+            return self._undecided(request)
+        self._plain_steps.teach()
         self._not_asked += rows * (len(self._standings) - len(asked))
+        others = [standing.asleep for i, standing in enumerate(self._standings) if i != asked[0]]
+        if steps := self._delegation.take(asked, rows, min(others, default=_LONGEST_LULL) + 1):
+            self._lull.begin(asked[0], rows, steps - 1)
+            return self._undecided(request)
         self._trial = self.costs.learns and self._idle > 0 and self._idle % _TRIAL_EVERY == 0
         # Side by side are those from the first to the last that is asked: mostly one.
         drafters = slice(asked[0], asked[-1] + 1)
@@ -200,15 +183,35 @@ class ArbiterDrafter(CompositeDrafter):
         self._deciding = _smoothed(self._deciding, self._clock() - began - asking)
         return proposal
 
-    def _measures_plain(self, rows: int) -> bool:
-        """Whether this step is to show what a step without drafts takes."""
-        if not self.costs.learns or self._untimed >= _PLAIN_STEPS:
-            return False
-        if rows not in self._plain_known:
-            if self.costs.plain_steps(rows) < _PLAIN_STEPS:
-                return True
-            self._plain_known.add(rows)
-        return self._drafted_steps >= _PLAIN_EVERY
+    def _end_lull(self) -> None:
+        """With this step, or before."""
+        delegate = self._lull.delegate
+        if passed := self._lull.end():
+            for index, standing in enumerate(self._standings):
+                standing.pass_over(passed, index == delegate)
+
+    def _undecided(self, request: DraftRequest) -> Proposal:
+        """All that the delegate proposes."""
+        rows, index = len(request.ids), self._lull.delegate
+        if index is None:
+            self._resting += rows
+            return Proposal.empty(rows)
+        self._delegated += rows
+        self._tell(index)
+        proposal = self.ensemble.guards[index].propose(request)
+        if not proposal.token_ids.shape[1]:
+            return proposal
+        drawn, granted = None, proposal.lengths
+        if proposal.probabilities is not None:
+            drawn = drawn_rows(proposal)[None]
+            granted = np.minimum(request.budgets, self._standings[index].widest)
+        lengths = proposal.lengths.tolist()
+        stack, drafters, choice = Stack.of_one(proposal), slice(index, index + 1), np.zeros(rows, np.int64)
+        self._step = Step(request.ids, drafters, drawn, stack, choice, granted, sum(lengths))
+        if proposal.drafted_by is not None:
+            return proposal
+        by = [self._names[index] if length else "" for length in lengths]
+        return msgspec.structs.replace(proposal, drafted_by=by)
 
     def _ask(self, index: int, request: DraftRequest) -> tuple[Proposal, float]:
         rows, standing = len(request.ids), self._standings[index]
@@ -230,7 +233,7 @@ class ArbiterDrafter(CompositeDrafter):
         """What is to be verified of the proposals of these drafters."""
         rows, drawn = len(request.ids), None
         if any(p.probabilities is not None for p in proposals):
-            drawn = np.stack([_drawn(p) for p in proposals])
+            drawn = np.stack([drawn_rows(p) for p in proposals])
         if len(proposals) == 1 and drawn is None:
             stack = Stack.of_one(proposals[0])
         else:
@@ -245,11 +248,19 @@ class ArbiterDrafter(CompositeDrafter):
             assumed = assumed.copy()
             for index in asked:
                 place, usual = index - drafters.start, np.minimum(request.budgets, self._standings[index].widest)
-                _blind(drawn[place], usual, assumed[place], stack.matches[place], stack.confidences[place])
+                blind(drawn[place], usual, assumed[place], stack.matches[place], stack.confidences[place])
         urgency = self._urgency(request.ids)
         seen = drafters, stack.matches, stack.confidences
-        choice, granted, drafted, *found = self._allocated(*seen, assumed, request, urgency, self._reasons)
-        self._judge(asked, drafters, stack, assumed, request, urgency, *found)
+        choice, granted, drafted, decided, plain, whole = self._allocated(
+            *seen, assumed, request, urgency, self._reasons
+        )
+        if len(asked) == 1 and not self._sampled and not self._trial:
+            asking = self._standings[asked[0]].seconds
+            undrafted = Outlook(float(urgency.sum()), plain)
+            whole = whole.longer(self._learning)
+            if self._delegation.compare(asked[0], rows, undrafted, decided.longer(asking), whole.longer(asking)):
+                decided = whole
+        self._judge(asked, drafters, stack, assumed, request, urgency, decided, plain)
         if not drafted:
             proposal = Proposal.empty(rows)
         elif drawn is None:
@@ -261,7 +272,7 @@ class ArbiterDrafter(CompositeDrafter):
             else:
                 proposal = joined(proposals, self._names[drafters], choice, lengths)
             drafted = int(lengths.sum())
-        self._step = _Step(request.ids, drafters, drawn, stack, choice, granted, drafted)
+        self._step = Step(request.ids, drafters, drawn, stack, choice, granted, drafted)
         return proposal if drafted else Proposal.empty(rows)
 
     def _urgency(self, ids: Sequence[int]) -> np.ndarray:
@@ -280,16 +291,44 @@ class ArbiterDrafter(CompositeDrafter):
     def observe(self, verified: Verified) -> None:
         rows, step = len(verified.ids), self._step
         drafted = step.drafted if step else 0
-        self._drafted_steps = self._drafted_steps + 1 if drafted else 0
-        self._untimed = 0 if verified.seconds > 0 else self._untimed + 1
-        if self._rests and not any(self._must_know):
-            self._plain_steps.append((rows, verified.seconds))
+        self._plain_steps.count(drafted > 0, verified.seconds)
+        if self._lull.rests and not any(self._must_know):
+            self._plain_steps.keep(rows, verified.seconds)
             self._keep(verified)
             return
-        entered, telling = self._clock(), 0.0
-        self._learn_plain_steps()
+        if self._lull.delegate is not None:
+            self._tell_delegate(verified)
+            self._learn(verified)
+            return
+        entered = self._clock()
+        self._plain_steps.teach()
         self.costs.observe(rows, rows + drafted, verified.seconds)
-        told = []
+        telling = self._tell_awake(verified)
+        self._learn(verified)
+        self._learning = _smoothed(self._learning, self._clock() - entered - telling)
+
+    def _learn(self, verified: Verified) -> None:
+        """What became of the drafts."""
+        step, self._step = self._step, None
+        if step is None or tuple(step.ids) != tuple(verified.ids):
+            return
+        stack, lengths = step.stack, step.taught_lengths()
+        learn(
+            self._counts[step.drafters], self._chances[step.drafters], stack.tokens, lengths, stack.matches,
+            stack.confidences, *verified.flat(),
+        )  # fmt: skip
+
+    def _tell_delegate(self, verified: Verified) -> None:
+        """And those who must know."""
+        told = [i for i, must in enumerate(self._must_know) if must or i == self._lull.delegate]
+        for index in told:
+            self._tell(index)
+            self.ensemble.guards[index].observe(verified)
+        self._keep(verified, told)
+
+    def _tell_awake(self, verified: Verified) -> float:
+        """Seconds that it took."""
+        rows, told, telling = len(verified.ids), [], 0.0
         for index, (guard, standings) in enumerate(zip(self.ensemble, self._standings_by_size, strict=True)):
             standing = standings.of(rows)
             if self._must_know[index] or standing.awake(rows):
@@ -301,36 +340,23 @@ class ArbiterDrafter(CompositeDrafter):
                 telling += seconds
                 told.append(index)
         self._keep(verified, told)
-        if step is None or tuple(step.ids) != tuple(verified.ids):
-            return
-        self._step = None
-        stack, lengths = step.stack, step.stack.lengths
-        if step.drawn is not None:
-            # What was drawn but not verified teaches nothing. A draft that ended before what was granted teaches that
-            # it does: its missing tokens count as rejected.
-            for index, drawn in enumerate(step.drawn):
-                lengths[index, drawn] = np.where(step.choice == index, step.granted, 0)[drawn]
-        learn(
-            self._counts[step.drafters], self._chances[step.drafters], stack.tokens, lengths, stack.matches,
-            stack.confidences, *verified.flat(),
-        )  # fmt: skip
-        self._learning = _smoothed(self._learning, self._clock() - entered - telling)
+        return telling
 
     def _allocated(
         self, drafters: slice, matches: np.ndarray, confidences: np.ndarray, drafts: np.ndarray, request: DraftRequest,
         urgency: np.ndarray, reasons: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray, int, float, float, float]:  # fmt: skip
-        """Choice and lengths, int64 [B], the lengths' sum, expected tokens, seconds without those of asking, and those
-        of no draft."""
-        choice, lengths, count, self._price, tokens, seconds, plain = allocate(
+    ) -> tuple[np.ndarray, np.ndarray, int, Outlook, float, Outlook]:  # fmt: skip
+        """Choice and lengths, int64 [B], the lengths' sum, what that promises, seconds without drafts, and what whole
+        drafts promise where nothing is decided; seconds are without those of asking."""
+        choice, lengths, count, self._price, tokens, seconds, plain, all_tokens, longest = allocate(
             self._chances[drafters], matches, confidences, drafts, request.budgets, urgency, self.costs.table,
             self.costs.scale[0], self._deciding + self._learning, self._price, self._trial, reasons,
         )  # fmt: skip
-        return choice, lengths, count, tokens, seconds, plain
+        return choice, lengths, count, Outlook(tokens, seconds), plain, Outlook(all_tokens, longest)
 
     def _judge(
         self, asked: list[int], drafters: slice, stack: Stack, drafts: np.ndarray, request: DraftRequest,
-        urgency: np.ndarray, tokens: float, seconds: float, plain: float,
+        urgency: np.ndarray, decided: Outlook, plain: float,
     ) -> None:  # fmt: skip
         """What asking a drafter brought, its time included, against deciding without it, or where nobody else is asked
         against deciding nothing: of dear ones, and those that have slept, in every step, of the others by turns."""
@@ -339,23 +365,22 @@ class ArbiterDrafter(CompositeDrafter):
             standing = self._standings[index]
             dear = standing.part_of(plain) > DEAR
             if dear or standing.doubted or self._steps % (2 * len(asked)) == 2 * asked.index(index):
-                matches, confidences, found, taken = stack.matches, stack.confidences, tokens, seconds
+                matches, confidences, found = stack.matches, stack.confidences, decided
                 if index in self._sampled:
-                    matches, confidences, all_drafts = _as_if_all(
+                    matches, confidences, all_drafts = as_if_all(
                         index - drafters.start, self._sampled[index], matches, confidences, drafts
                     )
-                    _, _, _, found, taken, _ = self._allocated(
+                    _, _, _, found, _, _ = self._allocated(
                         drafters, matches, confidences, all_drafts, request, urgency, self._unused
                     )
-                tokens_without, seconds_without = float(urgency.sum()), plain
+                otherwise = Outlook(float(urgency.sum()), plain)
                 if len(asked) > 1:
                     without = drafts.copy()
                     without[index - drafters.start] = 0
-                    _, _, _, tokens_without, seconds_without, _ = self._allocated(
+                    _, _, _, otherwise, _, _ = self._allocated(
                         drafters, matches, confidences, without, request, urgency, self._unused
                     )
-                rate = found / (taken + standing.seconds)
-                gain = rate * seconds_without / tokens_without - 1
+                gain = found.longer(standing.seconds).rate / otherwise.rate - 1
                 standing.judged(gain, plain, 1 if dear else 2 * len(asked), deciding, len(self._standings))
         self._price = price
 
@@ -364,11 +389,6 @@ class ArbiterDrafter(CompositeDrafter):
         self._backlog.add(verified, told)
         if self._backlog.full:
             self._deliver()
-
-    def _learn_plain_steps(self) -> None:
-        if self._plain_steps:
-            self.costs.observe_plain(self._plain_steps)
-            self._plain_steps.clear()
 
     def _tell(self, index: int) -> None:
         if missed := self._backlog.take(index):
@@ -386,47 +406,16 @@ class ArbiterDrafter(CompositeDrafter):
     def counters(self) -> dict[str, float]:
         """Sequence steps by what was decided and why, and what the drafters say."""
         decisions = {reason: int(count) for reason, count in zip(REASONS, self._reasons, strict=True)}
-        own = {"resting": self._resting, "not asked": self._not_asked, "measuring": self._measuring}
+        own = {
+            "resting": self._resting, "not asked": self._not_asked, "measuring": self._measuring,
+            "not decided": self._delegated,
+        }  # fmt: skip
         return decisions | own | super().counters()
 
 
 def _smoothed(seconds: float, spent: float) -> float:
     """A pause of the machine is no cost."""
     return seconds + _RATE * (min(spent, 2 * seconds + 1e-4) - seconds)
-
-
-def _drawn(proposal: Proposal) -> np.ndarray:
-    """bool [B], rows whose draft was drawn from probabilities."""
-    if proposal.probabilities is None:
-        return np.zeros(len(proposal.lengths), np.bool_)
-    return proposal.lengths > 0 if proposal.sampled is None else proposal.sampled & (proposal.lengths > 0)
-
-
-def _as_if_all(index: int, asked: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
-    """Copies of arrays [D, B, ...] in which those rows of drafter `index` that it was not asked for are like those that
-    it was, bool `asked` [B]."""
-    rows, copies = np.flatnonzero(asked), []
-    for array in arrays:
-        copies.append(array.copy())
-        copies[-1][index] = array[index, rows[np.arange(len(asked)) % len(rows)]]
-    return copies
-
-
-def _blind(
-    drawn: np.ndarray, usual: np.ndarray, lengths: np.ndarray, matches: np.ndarray, confidences: np.ndarray
-) -> None:
-    """Hides what may depend on drawn tokens: how long a draft became, what it was found by, and every confidence but
-    the first, which the guard takes from the stated distribution.
-
-    Args:
-        drawn: bool [B].
-        usual: int64 [B], the length to assume instead.
-        lengths: int64 [B], changed.
-        matches: int64 [B], changed.
-        confidences: float32 [B, K], changed.
-    """
-    lengths[drawn], matches[drawn] = usual[drawn], -1
-    confidences[drawn] = confidences[drawn, :1]
 
 
 @functools.cache

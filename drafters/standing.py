@@ -9,7 +9,7 @@ _PATIENCE, _DEAR_PATIENCE = 12, 2
 """steps in a row in which it did not pay, after which it sleeps"""
 _EXPLORATION = 0.01
 """part of the time that asking drafters which do not pay is to take, all of them together; shorter sleeps take more"""
-_SHORTEST, _LONGEST, _LONGEST_OF_READERS = 16, 64, 512
+_SHORTEST, _LONGEST, _LONGEST_OF_READERS = 16, 128, 512
 """steps of a sleep when it is longest: at least, for drafters that cost next to nothing, at most, and at most for those
 that have to read what they missed"""
 _RETRY_AFTER = 8
@@ -71,6 +71,17 @@ class Standing:
             return True
         return not self.reads and step - self._asked >= _RETRY_AFTER and not 0.5 < rows / self._rows < 2
 
+    @property
+    def asleep(self) -> int:
+        """Further steps in which it is not asked, if the number of sequences stays."""
+        return max(self._wakes - self._step - 1, 0)
+
+    def pass_over(self, steps: int, asked: bool) -> None:
+        """So many steps went by, in which it was asked, or was not, without anything being measured."""
+        self._step += steps
+        if asked:
+            self._asked = self._step
+
     def samples(self, plain: float) -> bool:
         """Whether a few sequences are enough to ask it for, if it must read what it missed of each: it has slept, and
         did not pay."""
@@ -79,13 +90,13 @@ class Standing:
     def was_asked(self, rows: int, seconds: float, width: int, whole: bool = True) -> None:
         """It proposed drafts of up to `width` tokens, for all sequences where it was asked as a whole."""
         if whole:
-            self._asking = _least_of_late(self._asking, seconds)
+            self._asking = _usual(self._asking, seconds)
         self._latest, self._asked, self._rows = seconds, self._step, rows
         self._width = width
 
     def was_told(self, seconds: float) -> None:
         """It observed a step."""
-        self._telling = _least_of_late(self._telling, seconds)
+        self._telling = _usual(self._telling, seconds)
 
     def judged(self, gain: float, plain: float, steps: int = 1, deciding: float = 0.0, drafters: int = 1) -> None:
         """Asking it raised tokens a second by `gain`, where a step without drafts takes `plain` seconds; a sample of
@@ -120,6 +131,8 @@ class Standings:
         return self._of[size]
 
 
-def _least_of_late(before: float, seconds: float) -> float:
-    """A pause of the machine, or compiling in the first call, is not what it costs."""
-    return seconds if math.isnan(before) else min(seconds, 1.05 * before)
+def _usual(before: float, seconds: float) -> float:
+    """A running mean; a pause of the machine, or compiling in the first call, is not what it costs."""
+    if math.isnan(before) or seconds < before / 2:
+        return seconds
+    return before + _RATE * (min(seconds, 2 * before) - before)

@@ -13,8 +13,10 @@ from drafters import arbiter as arbiter_module
 from drafters.arbiter import ArbiterDrafter
 from drafters.base import BaseDrafter, Drafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
 from drafters.cost_model import PER_ROW, ROWS, CostModel
+from drafters.delegation import Delegation
 from drafters.guard import Guard
 from drafters.none import NoDrafter
+from drafters.plain_steps import PlainSteps
 from drafters.prompt_lookup import PromptLookupDrafter
 from drafters.replay import RecordedText, replay
 from drafters.suffix_automaton import SuffixAutomatonDrafter
@@ -151,7 +153,7 @@ def allocated(survivals, cost, urgency=None, trial=False):
     for d, b, k in np.ndindex(survivals.shape):
         chances[(d, *acceptance.bucket(matches[d, b], -1.0, k))] = conditional[d, b, k]
     costs, reasons = CostModel.of(cost), np.zeros(len(allocation.REASONS), np.int64)
-    choice, lengths, count, _, tokens, seconds, _ = allocation.allocate(
+    choice, lengths, count, _, tokens, seconds, *_ = allocation.allocate(
         chances, matches, np.full(survivals.shape, -1, np.float32), np.full((drafters, rows), width),
         np.full(rows, width), np.ones(rows) if urgency is None else urgency, costs.table, 1.0, 0.0, 0.2, trial,
         reasons,
@@ -320,7 +322,7 @@ def test_it_learns_from_steps_without_drafts_that_drafting_at_all_costs_somethin
         return replay(learning, recorded, slots=4, max_draft_tokens=2, costs=cost).tokens_per_second / plain
 
     assert of_plain() > 0.95
-    monkeypatch.setattr(ArbiterDrafter, "_measures_plain", lambda self, rows: False)
+    monkeypatch.setattr(PlainSteps, "due", lambda self, rows: False)
     assert of_plain() < 0.9
 
 
@@ -369,26 +371,47 @@ def test_a_dear_drafter_is_asked_where_it_pays_and_now_and_then_otherwise(second
     assert (dear.calls > 0.9 * totals.steps) if often else (2 <= dear.calls < 0.2 * totals.steps)
 
 
+class OneRight(Dear):
+    """The first token of each draft is right."""
+
+    def propose(self, request):
+        proposal = super().propose(request)
+        proposal.token_ids[:, 1:] = 9
+        return proposal
+
+
+def slow_decisions(monkeypatch, part, seconds, dear, cost):
+    """Replay of one long text by an arbiter of this drafter, whose part takes so long."""
+    stock = getattr(arbiter_module, part)
+
+    def slow(*arguments):
+        dear.clock.now += seconds
+        return stock(*arguments)
+
+    monkeypatch.setattr(arbiter_module, part, slow)
+    recorded = [RecordedText(np.array([1]), np.full(4000, 7), 0)]
+    drafter = ArbiterDrafter(costs=CostModel.of(cost), clock=dear.clock, drafters=[dear])
+    return drafter, replay(drafter, recorded, slots=1, max_draft_tokens=4, costs=cost)
+
+
 @pytest.mark.parametrize(
     ("part", "seconds", "often"), [("allocate", 0.0, True), ("allocate", 0.02, False), ("learn", 0.04, False)]
 )
 def test_where_deciding_takes_more_than_drafts_bring_the_only_drafter_sleeps(monkeypatch, part, seconds, often):
     """Its own time, of proposing and of observing, is spared where nobody is asked."""
-    clock, stock = Clock(), getattr(arbiter_module, part)
+    dear = OneRight(Clock(), 1e-5, True)
+    drafter, totals = slow_decisions(monkeypatch, part, seconds, dear, lambda rows, tokens: 0.001 + 4e-3 * tokens)
+    assert (dear.calls > 0.9 * totals.steps) if often else (2 <= dear.calls < 0.3 * totals.steps)
+    assert drafter.counters()["not decided"] == 0
 
-    def slow(*arguments):
-        clock.now += seconds
-        return stock(*arguments)
 
-    monkeypatch.setattr(arbiter_module, part, slow)
-    recorded, quick = [RecordedText(np.array([1]), np.full(4000, 7), 0)], Dear(clock, 1e-5, True)
-
-    def cost(rows, tokens):
-        return 0.004 + 1e-3 * tokens
-
-    drafter = ArbiterDrafter(costs=CostModel.of(cost), clock=clock, drafters=[quick])
-    totals = replay(drafter, recorded, slots=1, max_draft_tokens=4, costs=cost)
-    assert (quick.calls > 0.9 * totals.steps) if often else (2 <= quick.calls < 0.3 * totals.steps)
+def test_where_deciding_takes_more_than_it_brings_whole_drafts_are_verified(monkeypatch):
+    dear = Dear(Clock(), 1e-5, True)
+    drafter, totals = slow_decisions(monkeypatch, "allocate", 0.002, dear, lambda rows, tokens: 0.004 + 1e-3 * tokens)
+    assert dear.calls > 0.9 * totals.steps
+    assert 0.7 * totals.steps < drafter.counters()["not decided"] < 0.95 * totals.steps
+    assert totals.by_drafter == {"dear": (totals.drafted, totals.accepted)}
+    assert dear.clock.now < 0.3 * 0.002 * totals.steps
 
 
 @pytest.mark.parametrize("needs", [Needs.HIDDEN_STATES, Needs.NOTHING])
@@ -512,9 +535,25 @@ def test_choosing_among_drawn_drafts_leaves_the_distribution_as_it_is(monkeypatc
         return drafter
 
     check_distribution(make, 2000)
-    monkeypatch.setattr(arbiter_module, "_blind", lambda *arguments: None)
+    monkeypatch.setattr(arbiter_module, "blind", lambda *arguments: None)
     with pytest.raises(AssertionError, match="do not follow the target"):
         check_distribution(make, 2000)
+
+
+@pytest.mark.parametrize("needs", [Needs.NOTHING, Needs.LAYER_STATES])
+def test_whole_drafts_without_a_decision_leave_the_distribution_as_it_is(monkeypatch, needs):
+    """Some of them end by what was drawn, as a drafter's own drafts may."""
+    made = []
+
+    def make():
+        telling = Telling(Telling.Options())
+        telling.needs = needs
+        made.append(ArbiterDrafter(costs=CostModel.of(lambda rows, tokens: rows + 0.01 * tokens), drafters=[telling]))
+        return made[-1]
+
+    monkeypatch.setattr(Delegation, "take", lambda self, asked, rows, most: min(most, 3))
+    check_distribution(make, 1000)
+    assert made[-1].counters()["not decided"] > 500
 
 
 def remembering(propose, proposals):

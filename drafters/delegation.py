@@ -1,0 +1,115 @@
+"""Steps in which an arbiter does not decide: deciding takes time too, and where it changes little, it loses.
+
+While one drafter alone is asked, every decision is compared with verifying all of that drafter's draft without one. If
+that promises more tokens a second, the drafter's whole drafts are verified for some steps, after which decisions are
+compared again. What was drafted has no part in it but through what earlier steps taught.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_COMPARED = 8
+"""decisions that are compared before steps go without"""
+_MARGIN = 1.02
+"""whole drafts must promise this much more than decided ones"""
+_FEWEST, _MOST = 8, 64
+"""steps without a decision: twice as many every time, while they go on to promise more"""
+_MEMORY = 8.0
+"""comparisons that count fully; older ones fade"""
+
+
+class Outlook(NamedTuple):
+    """What a step promises."""
+
+    tokens: float
+    """by their worth"""
+    seconds: float
+
+    def longer(self, seconds: float) -> "Outlook":
+        return Outlook(self.tokens, self.seconds + seconds)
+
+    def towards(self, newer: "Outlook") -> "Outlook":
+        """A running mean."""
+        return Outlook(
+            self.tokens + (newer.tokens - self.tokens) / _MEMORY,
+            self.seconds + (newer.seconds - self.seconds) / _MEMORY,
+        )
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+class Delegation:
+    """To one of an arbiter's drafters, for batches of one size."""
+
+    def __init__(self) -> None:
+        self._plain = self._decided = self._whole = Outlook(0, 0)
+        self.stop()
+
+    def stop(self) -> None:
+        """What was compared does not hold any more."""
+        self._of = -1, 0
+        """drafter, and sequences"""
+        self._left = self._compared = 0
+        self._window = _FEWEST
+        """steps of the next delegation"""
+
+    def compare(self, drafter: int, rows: int, plain: Outlook, decided: Outlook, whole: Outlook) -> bool:
+        """A step of so many sequences in which this drafter alone was asked: without drafts, as decided, and with all
+        that it proposed. Whether the last is the best, by all that was compared."""
+        if self._of != (drafter, rows):
+            self.stop()
+            self._of = drafter, rows
+            self._plain, self._decided, self._whole = plain, decided, whole
+        self._plain, self._decided = self._plain.towards(plain), self._decided.towards(decided)
+        self._whole = self._whole.towards(whole)
+        self._compared += 1
+        best = self._whole.rate > max(_MARGIN * self._decided.rate, self._plain.rate)
+        if not best:
+            self._window = _FEWEST
+        elif self._compared >= _COMPARED:
+            self._left, self._compared = self._window, 0
+            self._window = min(2 * self._window, _MOST)
+        return best
+
+    def take(self, asked: Sequence[int], rows: int, most: int) -> int:
+        """Steps of so many sequences, in which these drafters are asked, that go without a decision from now on, `most`
+        or fewer. A step in which others are asked, too, to see what they bring, does not end it."""
+        if len(asked) > 1:
+            return 0
+        if self._of != (asked[0], rows):
+            self._left = 0
+        taken = min(self._left, most)
+        self._left -= taken
+        return taken
+
+
+class Lull:
+    """Steps of so many sequences that are all like the one in which they were decided on."""
+
+    def __init__(self) -> None:
+        self.rests = False
+        """whether nobody drafts in this step, nor in those left"""
+        self.delegate: int | None = None
+        """whose drafts are verified as they are"""
+        self._rows = self._steps = self._left = 0
+
+    def begin(self, delegate: int | None, rows: int, steps: int) -> None:
+        """This step and so many more."""
+        self.rests, self.delegate = delegate is None, delegate
+        self._rows, self._steps, self._left = rows, steps, steps
+
+    def goes_on(self, rows: int) -> bool:
+        """Whether another step, of so many sequences, is one of them."""
+        if not self._left or rows != self._rows:
+            return False
+        self._left -= 1
+        return True
+
+    def end(self) -> int:
+        """Steps that went by after the one that decided on them."""
+        passed = self._steps - self._left
+        self.begin(None, 0, 0)
+        self.rests = False
+        return passed

@@ -1,0 +1,46 @@
+"""Steps without drafts, from which an arbiter learns what drafting costs."""
+
+from drafters.cost_model import CostModel
+
+_NEEDED = 4
+"""steps without drafts, of about as many sequences, that a decision to draft rests on at least"""
+_EVERY = 128
+"""drafted steps after which there is another: what not drafting takes is not learnt from drafting"""
+
+
+class PlainSteps:
+    """Has enough of them made, and tells the costs what they took."""
+
+    def __init__(self, costs: CostModel) -> None:
+        self._costs = costs
+        self._kept: list[tuple[int, float]] = []
+        """sequences and seconds, of which the costs have not learnt yet"""
+        self._known: set[int] = set()
+        """numbers of sequences for which what not drafting takes is known"""
+        self._drafted = self._untimed = 0
+        """steps in a row that had drafts, and of which nobody said what they took"""
+
+    def due(self, rows: int) -> bool:
+        """Whether a step of so many sequences is to show what it takes without drafts."""
+        if not self._costs.learns or self._untimed >= _NEEDED:
+            return False
+        if rows not in self._known:
+            if self._costs.plain_steps(rows) < _NEEDED:
+                return True
+            self._known.add(rows)
+        return self._drafted >= _EVERY
+
+    def count(self, drafted: bool, seconds: float) -> None:
+        """A step that took so many seconds, 0 where that is not known."""
+        self._drafted = self._drafted + 1 if drafted else 0
+        self._untimed = 0 if seconds > 0 else self._untimed + 1
+
+    def keep(self, rows: int, seconds: float) -> None:
+        """A step without drafts, for the costs to learn from later."""
+        self._kept.append((rows, seconds))
+
+    def teach(self) -> None:
+        """The costs, what was kept."""
+        if self._kept:
+            self._costs.observe_plain(self._kept)
+            self._kept.clear()

@@ -1,0 +1,72 @@
+"""When an arbiter leaves its drafts as they are."""
+
+from drafters.delegation import Delegation, Lull, Outlook
+
+PLAIN, GOOD, BAD = Outlook(1.0, 1.0), Outlook(3.0, 1.0), Outlook(2.0, 1.0)
+
+
+def taken(delegation, rows=1, asked=(0,), most=1000):
+    """Steps until a decision is due."""
+    return delegation.take(asked, rows, most)
+
+
+def compared(delegation, decided, whole, drafter=0, rows=1, times=8, plain=PLAIN):
+    return [delegation.compare(drafter, rows, plain, decided, whole) for _ in range(times)]
+
+
+def test_steps_without_decisions_become_more_while_they_promise_more():
+    delegation, windows = Delegation(), []
+    for _ in range(5):
+        assert all(compared(delegation, BAD, GOOD))
+        windows.append(taken(delegation))
+    assert windows == [8, 16, 32, 64, 64]
+    assert not compared(delegation, Outlook(30.0, 1.0), GOOD, times=1)[0]
+    while not compared(delegation, BAD, GOOD, times=1)[0]:
+        pass
+    compared(delegation, BAD, GOOD, times=7)
+    assert taken(delegation) == 8
+
+
+def test_decisions_that_bring_as_much_are_made():
+    delegation = Delegation()
+    assert not any(compared(delegation, GOOD, BAD) + compared(delegation, GOOD, GOOD, drafter=1))
+    assert not any(compared(delegation, BAD, GOOD, drafter=2, plain=Outlook(3.1, 1.0)))  # nor where neither pays
+    assert taken(delegation) == taken(delegation, asked=(1,)) == taken(delegation, asked=(2,)) == 0
+
+
+def test_a_few_decisions_are_compared_first_and_means_decide():
+    delegation = Delegation()
+    compared(delegation, BAD, GOOD, times=7)
+    assert taken(delegation) == 0
+    compared(delegation, BAD, GOOD, times=1)
+    assert taken(delegation) == 8
+    # One large gain of a decision outweighs a few losses.
+    assert compared(delegation, Outlook(10, 1), GOOD, drafter=1, times=3)[-1] is False
+    assert compared(delegation, BAD, GOOD, drafter=1, times=2)[-1] is False
+
+
+def test_other_batches_and_drafters_need_decisions_but_one_that_is_asked_once_more_does_not_end_it():
+    delegation = Delegation()
+    compared(delegation, BAD, GOOD)
+    assert taken(delegation, most=3) == 3
+    assert taken(delegation, asked=(0, 1)) == 0
+    assert taken(delegation) == 5
+    compared(delegation, BAD, GOOD)
+    assert taken(delegation, rows=2) == 0 and taken(delegation) == 0
+    compared(delegation, BAD, GOOD, rows=2)
+    assert taken(delegation, asked=(1,), rows=2) == 0
+    compared(delegation, BAD, GOOD)
+    delegation.stop()
+    assert taken(delegation) == 0
+
+
+def test_a_lull_ends_with_its_steps_or_another_number_of_sequences():
+    lull = Lull()
+    assert not lull.goes_on(1) and lull.end() == 0
+    lull.begin(2, 4, 3)
+    assert (lull.delegate, lull.rests) == (2, False)
+    assert [lull.goes_on(4) for _ in range(4)] == [True, True, True, False]
+    assert lull.end() == 3 and lull.delegate is None and not lull.rests
+    lull.begin(None, 4, 3)
+    assert lull.rests and lull.goes_on(4) and not lull.goes_on(3)
+    assert lull.end() == 1 and not lull.goes_on(4) and not lull.rests
