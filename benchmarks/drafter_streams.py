@@ -12,7 +12,7 @@ from numba import njit
 
 from drafters.base import BaseDrafter, Drafter, DraftRequest, Proposal, SequenceStart, Verified
 from drafters.replay import RecordedText
-from drafters.suffix import kernels
+from drafters.suffix import matching
 from drafters.suffix_automaton import SuffixAutomatonDrafter
 from pipeline.errors import UsageError
 from pipeline.models.tokenizer import Tokenizer
@@ -108,8 +108,8 @@ def _follow(  # type: ignore[no-untyped-def]
     budgets, biases, borders = np.full(1, most), np.zeros(len(own), np.int64), np.array([0, 1])
     while position < len(text):
         if done.sum() == 0:
-            kernels.propose(heads, automata, places, lengths, row, budgets, biases, 1, 1.0, 1.0, 0.1, most)
-        full = kernels.observe(
+            matching.propose(heads, automata, places, lengths, row, budgets, biases, 1, 1.0, 1.0, 0.1, most)
+        full = matching.observe(
             heads, automata, places, lengths, own, row, text[position : position + 1], borders, done, False
         )
         if full >= 0:

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct, field
 
 from drafters.base import DraftRequest, Proposal, SequenceStart, Verified
 from drafters.composite import CompositeDrafter, Ensemble, joined, restricted
-from drafters.suffix import kernels
+from drafters.suffix import matching
 from drafters.suffix.corpus import load_corpus
 from drafters.suffix.memory import CORPORA, SuffixMemory
 from pipeline.errors import UsageError
@@ -100,7 +100,7 @@ class SuffixAutomatonDrafter(CompositeDrafter):
 
     def _copied(self, request: DraftRequest, shortest: int) -> Proposal:
         options, memory = self.options, self.memory
-        tokens, lengths, matches, confidences = kernels.propose(
+        tokens, lengths, matches, confidences = matching.propose(
             memory.pool.heads, memory.automata, memory.places, memory.lengths, memory.rows(request.ids),
             request.budgets, self._biases, shortest, options.base, options.factor, options.min_frequency,
             options.max_tokens,
@@ -131,7 +131,7 @@ def _compile() -> None:
     memory = SuffixMemory(2**20)
     memory.begin([SequenceStart(0, np.array([1, 2, 1]), 0, 1.0, 0)])
     memory.observe([0], np.arange(200), np.array([0, 200]))
-    kernels.propose(
+    matching.propose(
         memory.pool.heads, memory.automata, memory.places, memory.lengths, memory.rows([0]), np.ones(1, np.int64),
         np.zeros(CORPORA, np.int64), 1, 1.0, 1.0, 0.0, 1,
     )  # fmt: skip

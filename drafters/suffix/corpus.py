@@ -1,6 +1,6 @@
 """Corpora: suffix automata built beforehand from texts and mapped into memory when they are used.
 
-A corpus is a folder: `states.npy` and `slots.npy` (layout: `drafters.suffix.kernels`) and `corpus.json`.
+A corpus is a folder: `states.npy` and `slots.npy` (layout: `drafters.suffix.states`) and `corpus.json`.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from drafters.suffix import kernels as k
+from drafters.suffix import states as k
 from drafters.suffix.pool import AutomatonPool
 from pipeline.errors import UsageError
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from drafters.base import SequenceStart
 from drafters.slots import Slots, with_room
-from drafters.suffix import kernels as k
+from drafters.suffix import matching
+from drafters.suffix import states as k
 from drafters.suffix.corpus import Corpus
 from drafters.suffix.pool import AutomatonPool
 
@@ -146,7 +147,7 @@ class SuffixMemory:
         if only is not None:
             done[:, ~only] = len(tokens)
         while True:
-            full = k.observe(
+            full = matching.observe(
                 self.pool.heads, self.automata, self.places, self.lengths, self.own, rows, tokens, borders, done,
                 self.pool.latest,
             )  # fmt: skip

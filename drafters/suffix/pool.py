@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from drafters.suffix import kernels as k
+from drafters.suffix import states as k
 
 _FIRST_STATES, _FIRST_SLOTS = 64, 32
 _MANY_STATES = 1 << 17

@@ -18,9 +18,10 @@ from drafters.guard import Guard
 from drafters.none import NoDrafter
 from drafters.plain_steps import PlainSteps
 from drafters.prompt_lookup import PromptLookupDrafter
+from drafters.rehearsal import VOCABULARY
 from drafters.replay import RecordedText, replay
 from drafters.suffix_automaton import SuffixAutomatonDrafter
-from drafters.testing import VOCABULARY, check_distribution, check_drafter
+from drafters.testing import check_distribution, check_drafter
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from tests.unit.generation import Sampled, finish, group, texts

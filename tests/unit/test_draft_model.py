@@ -14,7 +14,8 @@ from drafters.base import DraftRequest, SequenceStart
 from drafters.draft_model import DraftModelDrafter
 from drafters.drawing import Drawing
 from drafters.registry import build
-from drafters.testing import Rehearsal, check_distribution
+from drafters.rehearsal import Rehearsal
+from drafters.testing import check_distribution
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from pipeline.models.checkpoint import load_decoder
@@ -94,7 +95,7 @@ def test_the_prompt_of_a_group_is_read_once(folder):
 
 def test_a_sequence_that_was_not_drafted_for_is_caught_up_with(folder, monkeypatch):
     """Budgets come and go; the policy itself is right all the same after any pause."""
-    monkeypatch.setattr("drafters.testing.STOP", -1)
+    monkeypatch.setattr("drafters.rehearsal.STOP", -1)
     ours = drafter(folder, stop_below=0.0)
     rehearsal = Rehearsal(ours, load_decoder(folder, "float32", "cpu"), budget=4)
     rehearsal.begin([SequenceStart(i, np.arange(1, 20 + i), i, 1.0, i) for i in range(6)], limit=60)

@@ -16,8 +16,9 @@ from drafters.mtp.head import FILE
 from drafters.none import NoDrafter
 from drafters.prompt_lookup import PromptLookupDrafter
 from drafters.registry import available, build
+from drafters.rehearsal import VOCABULARY, tiny_target
 from drafters.suffix_automaton import SuffixAutomatonDrafter
-from drafters.testing import VOCABULARY, NotADrafter, check_drafter, tiny_target
+from drafters.testing import NotADrafter, check_drafter
 from drafters.token_recycling import TokenRecyclingDrafter
 from pipeline.weights.filesystem import save_tensors
 from tests.unit.generation import Sampled as _Sampled

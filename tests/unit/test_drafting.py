@@ -11,8 +11,8 @@ import torch
 from drafters.base import BaseDrafter, DraftRequest, Proposal
 from drafters.composite import CompositeDrafter, Ensemble, joined
 from drafters.guard import Guard, checked
+from drafters.rehearsal import VOCABULARY, Rehearsal, tiny_target
 from drafters.suffix_automaton import SuffixAutomatonDrafter
-from drafters.testing import VOCABULARY, Rehearsal, tiny_target
 from pipeline.engine.native import generator as generator_module
 from pipeline.engine.native.drafting import Drafting
 from pipeline.engine.native.generator import NativeGenerator

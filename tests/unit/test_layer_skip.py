@@ -10,8 +10,8 @@ import torch
 from drafters.base import BaseDrafter, Needs, Places, SequenceStart
 from drafters.layer_skip import LayerSkipDrafter
 from drafters.registry import build
+from drafters.rehearsal import Rehearsal
 from drafters.skip_program import Probe, cosines, solve
-from drafters.testing import Rehearsal
 from pipeline.engine.native.compression import KVCompression
 from pipeline.engine.native.eviction import build as build_policy
 from pipeline.engine.native.generator import NativeGenerator

@@ -12,7 +12,8 @@ from drafters.mtp.drafter import MTPDrafter
 from drafters.mtp.head import FILE, MTPHead, load_head
 from drafters.mtp.module import MTPModule
 from drafters.registry import build
-from drafters.testing import check_drafter, tiny_target
+from drafters.rehearsal import tiny_target
+from drafters.testing import check_drafter
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from pipeline.models.checkpoint import load_decoder

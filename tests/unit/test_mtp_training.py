@@ -15,7 +15,7 @@ from drafters.mtp.head import FILE
 from drafters.mtp.losses import Objective
 from drafters.mtp.module import MTPModule
 from drafters.mtp.training import CHECKPOINT, FrozenHead, HeadTraining, Progress, batch_backward
-from drafters.testing import tiny_target
+from drafters.rehearsal import tiny_target
 from pipeline.cli import main
 from pipeline.config.types import DrafterSection
 from pipeline.drafter_training import _View

@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from drafters.testing import tiny_target
+from drafters.rehearsal import tiny_target
 
 VOCABULARY = 61
 MIMOS_LAYER = "model.mtp_layers.0."
@@ -54,7 +54,7 @@ def add_mimos_head(folder: Path) -> Path:
 
 
 def save_like_the_kits(folder: Path, noise: float = 0.05) -> Path:
-    """A checkpoint near the target of `drafters.testing`: its drafts are often accepted, not always."""
+    """A checkpoint near the target of `drafters.rehearsal`: its drafts are often accepted, not always."""
     target, generator = tiny_target(), torch.Generator().manual_seed(0)
     tensors = {
         name: weight + noise * torch.randn(weight.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""The suffix automaton's compiled core: append, match, continue, for many automata in one call.
+"""The suffix automaton's compiled core: its states and transitions, and how text is appended.
 
 A state is a row of eight int32, a transition beyond a state's first is a row of four in an open-addressing table with
 linear probing. Most states have one transition, so the table holds few and most lookups touch one cache line. State 0
@@ -30,10 +30,6 @@ two), tokens appended, largest DEGREE beside the root's"""
 STATE_WIDTH, SLOT_WIDTH, HEADER_WIDTH = 8, 4, 8
 
 WALK = 32
-ANCESTORS = 8
-"""suffixes tried for one that has a continuation"""
-SHORT, SUFFIXES = 6, 4
-"""a match of up to SHORT tokens is weighed against the next shorter ones, SUFFIXES in all; a longer one is trusted"""
 
 
 @intrinsic
@@ -47,12 +43,12 @@ def _int32_at(typing_context: Any, address: Any) -> Any:
 
 
 @njit(cache=True)
-def _states(head: np.ndarray) -> np.ndarray:
+def states_of(head: np.ndarray) -> np.ndarray:
     return carray(_int32_at(head[STATES_AT]), (head[STATE_ROOM], STATE_WIDTH))
 
 
 @njit(cache=True)
-def _slots(head: np.ndarray) -> np.ndarray:
+def slots_of(head: np.ndarray) -> np.ndarray:
     return carray(_int32_at(head[SLOTS_AT]), (head[SLOT_ROOM], SLOT_WIDTH))
 
 
@@ -145,7 +141,7 @@ def _split(
 
 
 @njit(cache=True)
-def _has_room(head: np.ndarray, states: np.ndarray, slots: np.ndarray, last: int, token: int) -> bool:
+def has_room(head: np.ndarray, states: np.ndarray, slots: np.ndarray, last: int, token: int) -> bool:
     """Whether appending `token` after `last` fits: checked before anything changes, so that it can be tried again."""
     if head[STATES] + 2 > head[STATE_ROOM]:
         return False
@@ -164,7 +160,7 @@ def _has_room(head: np.ndarray, states: np.ndarray, slots: np.ndarray, last: int
 
 
 @njit(cache=True)
-def _append(head: np.ndarray, states: np.ndarray, slots: np.ndarray, last: int, token: int, counted: bool) -> int:
+def append(head: np.ndarray, states: np.ndarray, slots: np.ndarray, last: int, token: int, counted: bool) -> int:
     """The state of the document that stood at `last`, one token longer, counted with all its suffixes or alone."""
     head[CLOCK] += 1
     target = target_of(states, slots, last, token)
@@ -188,7 +184,7 @@ def _append(head: np.ndarray, states: np.ndarray, slots: np.ndarray, last: int, 
 
 
 @njit(cache=True)
-def _mark(states: np.ndarray, slots: np.ndarray, last: int, state: int, token: int, latest: bool) -> None:
+def mark(states: np.ndarray, slots: np.ndarray, last: int, state: int, token: int, latest: bool) -> None:
     """Every suffix of the text, which stood at `last` and now stands at `state`, has occurred once more."""
     for _ in range(WALK):
         if state <= 0:
@@ -222,13 +218,13 @@ def extend(head: np.ndarray, tokens: np.ndarray, start: int, last: int, counted:
     Returns how many tokens of `tokens` are in, fewer than all where the automaton must grow first, and the document's
     new place.
     """
-    states, slots = _states(head), _slots(head)
+    states, slots = states_of(head), slots_of(head)
     for i in range(start, len(tokens)):
-        if not _has_room(head, states, slots, last, tokens[i]):
+        if not has_room(head, states, slots, last, tokens[i]):
             return i, last
-        state = _append(head, states, slots, last, tokens[i], counted)
+        state = append(head, states, slots, last, tokens[i], counted)
         if counted:
-            _mark(states, slots, last, state, tokens[i], latest)
+            mark(states, slots, last, state, tokens[i], latest)
         else:
             states[state, COUNT] += 1
         last = state
@@ -239,7 +235,7 @@ def extend(head: np.ndarray, tokens: np.ndarray, start: int, last: int, counted:
 def spread_counts(head: np.ndarray) -> None:
     """Counts of a whole automaton from those of the ends alone: longer states give theirs to the suffixes they link to.
     Then the best transitions."""
-    states, slots, n = _states(head), _slots(head), head[STATES]
+    states, slots, n = states_of(head), slots_of(head), head[STATES]
     longest = 0
     for state in range(n):
         longest = max(longest, states[state, LENGTH])
@@ -266,7 +262,7 @@ def spread_counts(head: np.ndarray) -> None:
 @njit(cache=True)
 def rehash(head: np.ndarray, old: np.ndarray, new: np.ndarray) -> None:
     """Moves all transitions into a larger, empty table; the order of a state's transitions stays."""
-    states = _states(head)
+    states = states_of(head)
     for state in range(head[STATES]):
         place, before, best = states[state, MORE], -1, states[state, BEST]
         while place != 0:
@@ -280,225 +276,3 @@ def rehash(head: np.ndarray, old: np.ndarray, new: np.ndarray) -> None:
             else:
                 new[before, NEXT] = spot + 1
             before, place = spot, following
-
-
-# ---- following -------------------------------------------------------------------------------------------------------
-
-
-@njit(cache=True)
-def _settle(states: np.ndarray, state: int, length: int) -> int:
-    """The state of a matched string of `length` after others have split states: its strings are longer than its
-    link's."""
-    while state != 0 and length <= states[states[state, LINK], LENGTH]:
-        state = states[state, LINK]
-    return state
-
-
-@njit(cache=True)
-def transfer(states: np.ndarray, slots: np.ndarray, state: int, length: int, token: int) -> tuple[int, int]:
-    """The longest suffix of (matched string + token) in the automaton: its state and length."""
-    state = _settle(states, state, length)
-    while True:
-        target = target_of(states, slots, state, token)
-        if target != 0:
-            return target, length + 1
-        if state == 0:
-            return 0, 0
-        state = states[state, LINK]
-        length = states[state, LENGTH]
-
-
-@njit(cache=True)
-def observe(
-    heads: np.ndarray,
-    automata: np.ndarray,
-    places: np.ndarray,
-    lengths: np.ndarray,
-    own: np.ndarray,
-    rows: np.ndarray,
-    tokens: np.ndarray,
-    borders: np.ndarray,
-    done: np.ndarray,
-    latest: bool,
-) -> int:
-    """Tokens that continue sequences, in every automaton they are followed in.
-
-    Args:
-        heads: int64 [A, HEADER_WIDTH].
-        automata: int64 [S, T], automaton of each track of each sequence; -1 for none.
-        places: int64 [S, T], where the sequence stands in it; changed.
-        lengths: int64 [S, T], tokens matched there; changed.
-        own: bool [T], tracks whose automaton the sequence's text becomes part of; the others are only followed.
-        rows: int64 [B], sequences.
-        tokens: int64 [N], those of row b at `borders[b]:borders[b + 1]`.
-        borders: int64 [B + 1].
-        done: int64 [B, T], tokens taken in so far; changed.
-        latest: whether the best transition is the latest one.
-
-    Returns the automaton that must grow before the call can be repeated; -1 when all is done.
-    """
-    for b in range(len(rows)):
-        row = rows[b]
-        for track in range(automata.shape[1]):
-            automaton = automata[row, track]
-            if automaton < 0:
-                continue
-            head = heads[automaton]
-            states, slots = _states(head), _slots(head)
-            place, length = places[row, track], lengths[row, track]
-            for i in range(borders[b] + done[b, track], borders[b + 1]):
-                if own[track]:
-                    if not _has_room(head, states, slots, place, tokens[i]):
-                        places[row, track], lengths[row, track] = place, length
-                        return automaton
-                    last = place
-                    place = _append(head, states, slots, place, tokens[i], True)
-                    length += 1
-                    _mark(states, slots, last, place, tokens[i], latest)
-                else:
-                    place, length = transfer(states, slots, place, length, tokens[i])
-                done[b, track] += 1
-            places[row, track], lengths[row, track] = place, length
-    return -1
-
-
-# ---- drafting --------------------------------------------------------------------------------------------------------
-
-
-@njit(cache=True)
-def _continued(states: np.ndarray, state: int) -> int:
-    """The longest suffix of the state's strings that has a continuation; 0 where there is none within reach."""
-    for _ in range(ANCESTORS):
-        if state <= 0 or states[state, TARGET] != 0:
-            return max(state, 0)
-        state = states[state, LINK]
-    return 0
-
-
-@njit(cache=True)
-def _best(states: np.ndarray, slots: np.ndarray, state: int) -> tuple[int, int]:
-    """Token and target of the best transition."""
-    place = states[state, BEST]
-    if place == 0:
-        return states[state, TOKEN], states[state, TARGET]
-    return slots[place - 1, LABEL], slots[place - 1, LEADS_TO]
-
-
-@njit(cache=True)
-def _confidence(states: np.ndarray, state: int, target: int) -> float:
-    """How often the transition was taken from here, shrunk towards one half: (c + 1/2)/(n + 1)."""
-    return (min(states[target, COUNT], states[state, COUNT]) + 0.5) / (states[state, COUNT] + 1.0)
-
-
-@njit(cache=True)
-def _surest(states: np.ndarray, slots: np.ndarray, state: int) -> int:
-    """Of the state and the next shorter suffixes, the one whose best transition is the surest; the longest of equals.
-
-    A short match seen once says less than a shorter one seen a hundred times.
-    """
-    surest, most = state, -1.0
-    for _ in range(SUFFIXES):
-        if state <= 0:
-            break
-        target = _best(states, slots, state)[1]
-        if target != 0:
-            confidence = _confidence(states, state, target)
-            if confidence > most:
-                surest, most = state, confidence
-        state = states[state, LINK]
-    return surest
-
-
-@njit(cache=True)
-def match(states: np.ndarray, state: int, length: int) -> tuple[int, int]:
-    """State and length of the longest suffix with a continuation, of a sequence that stands at `state`."""
-    state = _settle(states, state, length)
-    found = _continued(states, state)
-    return found, (length if found == state else states[found, LENGTH])
-
-
-@njit(cache=True)
-def draft(
-    states: np.ndarray,
-    slots: np.ndarray,
-    state: int,
-    count: int,
-    least: float,
-    tokens: np.ndarray,
-    confidences: np.ndarray,
-) -> int:
-    """Up to `count` tokens from a state with a continuation on, into `tokens`; returns how many.
-
-    `confidences` are as `_confidence` says. The draft ends where the product of c/n falls below `least`. Where a text
-    ends (a sibling's newest token, say) it goes on from that text's longest suffix that was continued: a repetition
-    goes on as it began.
-    """
-    survival = 1.0
-    for k in range(count):
-        state = _continued(states, state)
-        if state == 0:
-            return k
-        token, target = _best(states, slots, state)
-        survival *= min(1.0, states[target, COUNT] / max(states[state, COUNT], 1))
-        if survival < least:
-            return k
-        tokens[k] = token
-        confidences[k] = _confidence(states, state, target)
-        state = target
-    return count
-
-
-@njit(cache=True)
-def propose(
-    heads: np.ndarray,
-    automata: np.ndarray,
-    places: np.ndarray,
-    lengths: np.ndarray,
-    rows: np.ndarray,
-    budgets: np.ndarray,
-    biases: np.ndarray,
-    threshold: int,
-    base: float,
-    factor: float,
-    least: float,
-    most: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Drafts for B rows from the track whose match, less its bias, is longest; the first track among equals.
-
-    Args:
-        heads, automata, places, lengths, rows: as for `observe`.
-        budgets: int64 [B].
-        biases: int64 [T].
-        threshold: shortest match, bias taken off, that is drafted from.
-        base, factor: a match of m tokens gives a draft of `base + factor * m`.
-        least: where the draft's relative frequency falls below, it ends.
-        most: longest draft.
-
-    Returns tokens int64 [B, K], how many of each row are drafted, int64 [B], tokens of context that the draft rests
-    on, int64 [B], and confidences float32 [B, K].
-    """
-    width = 0
-    for b in range(len(rows)):
-        width = max(width, min(budgets[b], most))
-    tokens, confidences = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.float32)
-    counts, matches = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-    for b in range(len(rows)):
-        row, best, best_track, best_state = rows[b], threshold - 1, -1, 0
-        for track in range(automata.shape[1]):
-            if automata[row, track] < 0:
-                continue
-            states = _states(heads[automata[row, track]])
-            state, length = match(states, places[row, track], lengths[row, track])
-            if state != 0 and length - biases[track] > best:
-                best, best_track, best_state = length - biases[track], track, state
-                matches[b] = length
-        if best_track < 0:
-            continue
-        states, slots = _states(heads[automata[row, best_track]]), _slots(heads[automata[row, best_track]])
-        wanted = min(budgets[b], np.int64(base + factor * matches[b]), width)
-        if matches[b] <= SHORT:
-            surest = _surest(states, slots, best_state)
-            if surest != best_state:
-                best_state, matches[b] = surest, states[surest, LENGTH]
-        counts[b] = draft(states, slots, best_state, wanted, least, tokens[b], confidences[b])
-    return tokens, counts, matches, confidences

@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters.suffix import kernels as k
+from drafters.suffix import matching
+from drafters.suffix import states as k
 from drafters.suffix.pool import AutomatonPool
 
 texts = st.integers(1, 4).flatmap(lambda v: st.lists(st.integers(0, v - 1), max_size=30))
@@ -16,7 +17,7 @@ def ids(tokens):
 
 
 def arrays(pool, number):
-    return k._states(pool.heads[number]), k._slots(pool.heads[number])
+    return k.states_of(pool.heads[number]), k.slots_of(pool.heads[number])
 
 
 def state_of(pool, number, text):
@@ -96,7 +97,9 @@ def test_counts_spread_afterwards_are_those_kept_on_the_way(docs):
         for column in (k.COUNT, k.LENGTH, k.DEGREE):
             assert arrays(pool, online)[0][a, column] == arrays(pool, offline)[0][b, column]
         # Equally frequent continuations may differ, their frequency may not.
-        counts = [arrays(pool, n)[0][k._best(*arrays(pool, n), s)[1], k.COUNT] for n, s in ((online, a), (offline, b))]
+        counts = [
+            arrays(pool, n)[0][matching._best(*arrays(pool, n), s)[1], k.COUNT] for n, s in ((online, a), (offline, b))
+        ]
         assert counts[0] == counts[1] or not arrays(pool, online)[0][a, k.TARGET]
 
 
@@ -117,7 +120,7 @@ def test_a_followed_text_is_matched_as_far_back_as_it_occurs(docs, text):
         pool.extend(number, ids(doc))
     place = length = 0
     for n, token in enumerate(text, 1):
-        place, length = k.transfer(*arrays(pool, number), place, length, token)
+        place, length = matching.transfer(*arrays(pool, number), place, length, token)
         assert length == longest_suffix(docs, text[:n])
         assert place == (state_of(pool, number, text[n - length : n]) or 0)
 
@@ -131,10 +134,10 @@ def test_a_followed_text_keeps_its_place_while_the_automaton_grows(docs, text, n
         pool.extend(number, ids(doc))
     place = length = 0
     for token in text:
-        place, length = k.transfer(*arrays(pool, number), place, length, token)
+        place, length = matching.transfer(*arrays(pool, number), place, length, token)
     pool.extend(number, ids(new))
     states, _ = arrays(pool, number)
-    assert k._settle(states, place, length) == (state_of(pool, number, text[len(text) - length :]) or 0)
+    assert matching._settle(states, place, length) == (state_of(pool, number, text[len(text) - length :]) or 0)
 
 
 def longest_continued_suffix(docs, text):
@@ -152,19 +155,19 @@ def test_the_draft_follows_the_longest_suffix_by_its_most_frequent_continuation(
     for pool, number, grown, places in interleaved(docs, order):
         states, slots = arrays(pool, number)
         for doc, place in zip(grown, places, strict=True):
-            state, length = k.match(states, place, len(doc))
+            state, length = matching.match(states, place, len(doc))
             expected, following = longest_continued_suffix(grown, doc)
-            if _links(states, place) < k.ANCESTORS:
+            if _links(states, place) < matching.ANCESTORS:
                 assert length == expected
             if not length:
                 continue
             tokens, confidences = np.zeros(3, np.int64), np.zeros(3, np.float32)
-            assert k.draft(states, slots, state, 1, 0.0, tokens, confidences) == 1
+            assert matching.draft(states, slots, state, 1, 0.0, tokens, confidences) == 1
             often = max(following.count(t) for t in following)
             assert following.count(tokens[0]) == often
             seen = len(occurrences(grown, doc[len(doc) - length :]))
             np.testing.assert_allclose(confidences[0], (often + 0.5) / (seen + 1), rtol=1e-6)
-            count = k.draft(states, slots, state, 3, 0.0, tokens, confidences)
+            count = matching.draft(states, slots, state, 3, 0.0, tokens, confidences)
             assert 1 <= count <= 3
 
 
@@ -181,10 +184,10 @@ def test_the_latest_continuation_is_the_latest():
         number = pool.new()
         place = pool.extend(number, ids([1, 2, 8, 1, 2, 8, 1, 2, 9, 1, 2]))
         states, slots = arrays(pool, number)
-        state, length = k.match(states, place, 11)
+        state, length = matching.match(states, place, 11)
         tokens, confidences = np.zeros(1, np.int64), np.zeros(1, np.float32)
         assert length == 2
-        k.draft(states, slots, state, 1, 0.0, tokens, confidences)
+        matching.draft(states, slots, state, 1, 0.0, tokens, confidences)
         assert tokens[0] == expected
 
 
@@ -200,7 +203,7 @@ def test_the_latest_continuation_is_followed_where_that_is_asked_for(docs, order
         said[id(doc)] = list(doc)
         for text, token in said.items():
             if isinstance(text, tuple):
-                assert k._best(states, slots, state_of(pool, number, text) or 0)[0] == token
+                assert matching._best(states, slots, state_of(pool, number, text) or 0)[0] == token
 
 
 def test_a_short_match_gives_way_to_a_surer_shorter_one():
@@ -210,12 +213,12 @@ def test_a_short_match_gives_way_to_a_surer_shorter_one():
         pool.extend(number, ids([5, 2, 3]))
     pool.extend(number, ids([4, 2, 7]))
     states, slots = arrays(pool, number)
-    assert k._surest(states, slots, state_of(pool, number, [4, 2])) == state_of(pool, number, [2])
+    assert matching._surest(states, slots, state_of(pool, number, [4, 2])) == state_of(pool, number, [2])
     pool.extend(number, ids([4, 2, 7]))
     for _ in range(20):
         pool.extend(number, ids([4, 2, 7]))
     states, slots = arrays(pool, number)
-    assert k._surest(states, slots, state_of(pool, number, [4, 2])) == state_of(pool, number, [4, 2])
+    assert matching._surest(states, slots, state_of(pool, number, [4, 2])) == state_of(pool, number, [4, 2])
 
 
 def test_a_draft_ends_where_the_text_rarely_went_on_so():
@@ -227,7 +230,7 @@ def test_a_draft_ends_where_the_text_rarely_went_on_so():
     state = state_of(pool, number, [1, 2])
     tokens, confidences = np.zeros(8, np.int64), np.zeros(8, np.float32)
     for least, count in ((0.8, 0), (0.7, 1), (0.45, 2), (0.2, 3)):
-        assert k.draft(states, slots, state, 8, least, tokens, confidences) == count
+        assert matching.draft(states, slots, state, 8, least, tokens, confidences) == count
     np.testing.assert_allclose(confidences[:2], [3.5 / 5, 2.5 / 4])
 
 
@@ -239,7 +242,7 @@ def test_no_match_reaches_across_documents():
     assert state_of(pool, number, [3, 4]) is None
     states, slots = arrays(pool, number)
     tokens, confidences = np.zeros(9, np.int64), np.zeros(9, np.float32)
-    count = k.draft(states, slots, state_of(pool, number, [1, 2]), 9, 0.0, tokens, confidences)
+    count = matching.draft(states, slots, state_of(pool, number, [1, 2]), 9, 0.0, tokens, confidences)
     assert tokens[:count].tolist() == [3]
 
 
@@ -248,13 +251,13 @@ def test_a_repetition_goes_on_and_costs_no_more_than_other_text():
     number = pool.new()
     place = pool.extend(number, ids([7] * 20_000))
     states, slots = arrays(pool, number)
-    state, length = k.match(states, place, 20_000)
+    state, length = matching.match(states, place, 20_000)
     tokens, confidences = np.zeros(12, np.int64), np.zeros(12, np.float32)
     assert length == 19_999
-    assert k.draft(states, slots, state, 12, 0.0, tokens, confidences) == 12 and set(tokens.tolist()) == {7}
+    assert matching.draft(states, slots, state, 12, 0.0, tokens, confidences) == 12 and set(tokens.tolist()) == {7}
     place = pool.extend(number, ids([8]), place)  # a transition from every suffix at once: more than there was room for
     states, slots = arrays(pool, number)
-    assert k.match(states, place, 20_001) == (0, 0)
+    assert matching.match(states, place, 20_001) == (0, 0)
     for n in (1, 2, 19_999):
         assert k.target_of(states, slots, state_of(pool, number, [7] * n), 8) == place
 
