@@ -8,7 +8,8 @@ import tomllib
 
 import pytest
 
-from pipeline.cli import build_parser, main
+from pipeline.cli import main
+from pipeline.command_line import build_parser
 from tests.unit.test_bad_input import _write_tokenizer
 from tests.unit.tiny_models import VOCABULARY, save_tiny
 

@@ -13,7 +13,8 @@ import pytest
 from drafters.registry import build
 from learner.testing import check_piece
 from pipeline.bench import available
-from pipeline.cli import COMMAND_EXAMPLES, EXAMPLES, build_parser, main
+from pipeline.cli import main
+from pipeline.command_line import COMMAND_EXAMPLES, EXAMPLES, build_parser
 from pipeline.config.types import TaskSection
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.vllm import own_drafters
