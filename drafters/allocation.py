@@ -55,33 +55,10 @@ def allocate(
     tokens by their worth; expected seconds, and those of a verification without drafts; expected tokens and seconds of
     a verification of the chosen drafts in full length.
     """
-    drafters, rows, width = confidences.shape
-    choice, lengths = np.full(rows, -1, np.int64), np.zeros(rows, np.int64)
-    survivals = np.zeros((rows, width))
-    candidate = np.zeros(width)
-    slots, total = 0, 0.0
-    for b in range(rows):
-        best = 0.0
-        total += urgency[b]
-        for drafter in range(drafters):
-            survival, value = 1.0, 0.0
-            for k in range(drafts[drafter, b]):
-                m, c, d = bucket(matches[drafter, b], confidences[drafter, b, k], k)
-                survival *= chances[drafter, m, c, d]
-                candidate[k] = survival
-                # Below the price a token is worth a little still, so that a choice is made where nothing pays.
-                value += max(survival - price, 0.01 * survival)
-            if value > best:
-                best, choice[b] = value, drafter
-                survivals[b, : drafts[drafter, b]] = candidate[: drafts[drafter, b]]
-        if choice[b] >= 0:
-            slots += drafts[choice[b], b]
-    worth, owner = np.empty(slots), np.empty(slots, np.int64)
-    i = 0
-    for b in range(rows):
-        for k in range(drafts[choice[b], b] if choice[b] >= 0 else 0):
-            worth[i], owner[i] = -survivals[b, k] * urgency[b], b
-            i += 1
+    choice, survivals = _chosen(chances, matches, confidences, drafts, price)
+    worth, owner = _slots(choice, survivals, drafts, urgency)
+    rows, slots, total = len(choice), len(worth), float(urgency.sum())
+    lengths = np.zeros(rows, np.int64)
     order = np.argsort(worth, kind="mergesort")
     count, gained, kept = 0, 0.0, 0.0
     plain = verification_seconds(table, scale, rows, rows)
@@ -95,7 +72,58 @@ def allocate(
     everything, longest = total + gained, verification_seconds(table, scale, rows, rows + slots)
     for n in range(count):
         lengths[owner[order[n]]] += 1
+    _count_reasons(choice, lengths, drafts, budgets, reasons)
+    # What the next token would cost, in tokens.
+    longer = verification_seconds(table, scale, rows, rows + count + 1) + overhead
+    price = min(max((longer - seconds) * (total + kept) / seconds, 0.0), 1.0)
+    return choice, lengths, count, price, total + kept, seconds, plain, everything, longest
+
+
+@njit(cache=True)
+def _chosen(
+    chances: np.ndarray, matches: np.ndarray, confidences: np.ndarray, drafts: np.ndarray, price: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The drafter of each row, int64 [B], -1 for none, and the survival of its tokens, float64 [B, K]."""
+    drafters, rows, width = confidences.shape
+    choice, survivals, candidate = np.full(rows, -1, np.int64), np.zeros((rows, width)), np.zeros(width)
     for b in range(rows):
+        best = 0.0
+        for drafter in range(drafters):
+            survival, value = 1.0, 0.0
+            for k in range(drafts[drafter, b]):
+                m, c, d = bucket(matches[drafter, b], confidences[drafter, b, k], k)
+                survival *= chances[drafter, m, c, d]
+                candidate[k] = survival
+                # Below the price a token is worth a little still, so that a choice is made where nothing pays.
+                value += max(survival - price, 0.01 * survival)
+            if value > best:
+                best, choice[b] = value, drafter
+                survivals[b, : drafts[drafter, b]] = candidate[: drafts[drafter, b]]
+    return choice, survivals
+
+
+@njit(cache=True)
+def _slots(
+    choice: np.ndarray, survivals: np.ndarray, drafts: np.ndarray, urgency: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of all tokens of the chosen drafts, minus what they are worth, float64 [N], and their rows, int64 [N]."""
+    slots = 0
+    for b in range(len(choice)):
+        if choice[b] >= 0:
+            slots += drafts[choice[b], b]
+    worth, owner, i = np.empty(slots), np.empty(slots, np.int64), 0
+    for b in range(len(choice)):
+        for k in range(drafts[choice[b], b] if choice[b] >= 0 else 0):
+            worth[i], owner[i] = -survivals[b, k] * urgency[b], b
+            i += 1
+    return worth, owner
+
+
+@njit(cache=True)
+def _count_reasons(
+    choice: np.ndarray, lengths: np.ndarray, drafts: np.ndarray, budgets: np.ndarray, reasons: np.ndarray
+) -> None:
+    for b in range(len(choice)):
         if lengths[b] > 0:
             reasons[DRAFTED] += 1
             reasons[SHORTENED] += lengths[b] < drafts[choice[b], b]
@@ -105,7 +133,3 @@ def allocate(
             reasons[NOTHING_KNOWN] += 1
         else:
             reasons[DOES_NOT_PAY] += 1
-    # What the next token would cost, in tokens.
-    longer = verification_seconds(table, scale, rows, rows + count + 1) + overhead
-    price = min(max((longer - seconds) * (total + kept) / seconds, 0.0), 1.0)
-    return choice, lengths, count, price, total + kept, seconds, plain, everything, longest
