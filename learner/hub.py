@@ -5,6 +5,7 @@ The training loop calls the hub; what engines send is handled by `learner.recept
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from learner.evaluation import Evaluation
 from learner.hub_stats import HubStats
@@ -17,6 +18,9 @@ from pipeline.errors import RunFailed
 from pipeline.messages import BadMessage, Capabilities, Lease
 from pipeline.transport.base import LearnerSocket
 from pipeline.weights.stream import WeightsServer
+
+if TYPE_CHECKING:
+    from pipeline.weights.sending import WeightsBroadcaster
 
 __all__ = ["Hub", "HubStats", "Limits"]
 
@@ -41,6 +45,7 @@ class Hub:
         limits: Limits,
         on_event: Callable[[str], None],
         weights: WeightsServer | None = None,
+        broadcaster: "WeightsBroadcaster | None" = None,
     ) -> None:
         """
         Args:
@@ -54,15 +59,17 @@ class Hub:
             limits: of samples.
             on_event: gets a line about an engine that comes, goes or fails; from any thread.
             weights: answers engines that cannot read the folder of publications; None: nobody asks.
+            broadcaster: sends publications to engines that join a process group; None: there are none.
         """
         self._socket, self._journal, self._ledger, self._source = socket, journal, ledger, source
         self._heartbeat_seconds, self._on_event = heartbeat_seconds, on_event
         self._reception = Reception(
             socket, journal, ledger, source, run_id=run_id, digest=digest, needs=needs,
-            lease_seconds=lease_seconds, limits=limits, on_event=on_event, on_weights_request=self._weights_requested,
+            lease_seconds=lease_seconds, limits=limits, on_event=on_event, on_weights=self._weights_asked,
+            on_gone=self._gone, broadcasts=broadcaster is not None,
         )  # fmt: skip
         self._changed = self._reception.changed
-        self._weights = weights
+        self._weights, self._broadcaster = weights, broadcaster
 
     @property
     def address(self) -> str:
@@ -96,11 +103,15 @@ class Hub:
         self._socket.start(self._reception)
         if self._weights is not None:
             self._weights.start(self._send, self._socket.waiting)
+        if self._broadcaster is not None:
+            self._broadcaster.start(self._send)
 
     def stop(self) -> None:
         """Send what is queued, close the socket."""
         if self._weights is not None:
             self._weights.stop()
+        if self._broadcaster is not None:
+            self._broadcaster.stop()
         self._socket.stop(_LINGER_SECONDS)
 
     def publish(self, version: int) -> None:
@@ -240,10 +251,19 @@ class Hub:
         if stale := [group for group in self._ledger.ready() if group.age(self._reception.version) > age]:
             self.drop(stale, "stale")
 
-    def _weights_requested(self, peer: bytes, request: messages.WeightsRequest) -> None:
-        if self._weights is None:
-            raise BadMessage('it asks for weights, which weights.transport = "filesystem" does not send')
-        self._weights.request(peer, request)
+    def _weights_asked(self, peer: bytes, message: messages.WeightsQuestion) -> None:
+        if isinstance(message, messages.WeightsRequest):
+            if self._weights is None:
+                raise BadMessage('it asks for weights, which weights.transport = "filesystem" does not send')
+            self._weights.request(peer, message)
+        elif self._broadcaster is None:
+            raise BadMessage('it asks for a process group, which weights.transfer = "files" does not have')
+        else:
+            self._broadcaster.handle(peer, message)
+
+    def _gone(self, peer: bytes) -> None:
+        if self._broadcaster is not None:
+            self._broadcaster.gone(peer)
 
     def _send(self, peer: bytes, message: messages.LearnerMessage) -> None:
         self._socket.send(peer, codec.encode(message))

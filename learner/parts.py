@@ -10,6 +10,7 @@ from learner.hub import Hub, Limits
 from learner.journal import Journal
 from learner.leases import Ledger
 from learner.objective import Objective
+from learner.policy import resolve_device
 from learner.prompts import LeaseSource
 from learner.warm_start import ensure_embedded_model
 from pipeline.config import Config
@@ -26,6 +27,8 @@ from pipeline.telemetry.progress import WarmStartView
 from pipeline.transport.keys import load_learner_keys
 from pipeline.transport.router import ZmqLearnerSocket
 from pipeline.weights import WeightsServer
+from pipeline.weights.group import Meeting, check_broadcasting
+from pipeline.weights.sending import WeightsBroadcaster
 
 
 def model_folder(config: Config, stop: StopSignal) -> Path:
@@ -96,4 +99,14 @@ def build_hub(
         limits=limits,
         on_event=log,
         weights=WeightsServer(run.weights) if config.weights.transport == "stream" else None,
+        broadcaster=_broadcaster(config, run, log),
     )
+
+
+def _broadcaster(config: Config, run: RunDirectory, log: Log) -> WeightsBroadcaster | None:
+    weights = config.weights
+    if weights.transfer == "files":
+        return None
+    check_broadcasting(weights.address, config.transport.insecure)
+    device = resolve_device(config.learner.device)
+    return WeightsBroadcaster(run.weights, Meeting(weights.address), device, weights.transfer_seconds, log)

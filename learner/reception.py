@@ -45,9 +45,11 @@ class Reception:
         lease_seconds: float,
         limits: Limits,
         on_event: Callable[[str], None],
-        on_weights_request: Callable[[bytes, messages.WeightsRequest], None],
+        on_weights: Callable[[bytes, messages.WeightsQuestion], None],
+        on_gone: Callable[[bytes], None],
+        broadcasts: bool,
     ) -> None:
-        """Arguments as of `learner.hub.Hub`."""
+        """Arguments as of `learner.hub.Hub`; `on_gone` hears of peers that are no engines any more."""
         self._socket, self._journal, self._ledger, self._source = socket, journal, ledger, source
         self._run_id, self._digest, self._needs, self._limits = run_id, digest, needs, limits
         self._lease_seconds, self._on_event = lease_seconds, on_event
@@ -70,7 +72,7 @@ class Reception:
         """when the last sample arrived that was wanted; or, if that is later, when samples were asked for after a time
         in which none were, or when an engine came after a time without one"""
         self.sequences = Sequences()
-        self._on_weights_request = on_weights_request
+        self._on_weights, self._on_gone, self._broadcasts = on_weights, on_gone, broadcasts
         self._lines = LineLimit(_LINES_A_MINUTE)
         self._error: RunFailed | None = None
         self._grants = Grants(socket, journal, ledger, source, self.roster)
@@ -181,7 +183,8 @@ class Reception:
         self._replace(self.roster.add(engine), engine)
         received = self._ledger.hello(hello.producer, hello.running, hello.spooled, hello.version, now)
         self._send(peer, messages.Welcome(
-            schema=messages.SCHEMA, run=self._run_id, version=self.version, received=tuple(received)
+            schema=messages.SCHEMA, run=self._run_id, version=self.version, received=tuple(received),
+            broadcasts=self._broadcasts,
         ))  # fmt: skip
         self._share_window()
         self._acknowledgements.repeat(engine, received)
@@ -211,8 +214,8 @@ class Reception:
                 # not only those it names: a grant may have crossed its farewell
                 self._ledger.lost(engine.producer)
                 self._gone(engine, "left")
-            case messages.WeightsRequest():
-                self._on_weights_request(engine.peer, message)
+            case messages.WeightsRequest() | messages.WeightsJoin() | messages.WeightsWanted():
+                self._on_weights(engine.peer, message)
             case messages.Fatal():
                 self._end(engine, message.message, f"failed: {message.message}\n{message.traceback}".rstrip())
 
@@ -303,6 +306,7 @@ class Reception:
         """The same producer was connected elsewhere: the connection is an old one, or its process is."""
         if before is None:
             return
+        self._on_gone(before.peer)
         if before.incarnation < engine.incarnation:
             reason = _TAKEN_OVER.format(engine.producer, engine.incarnation)
             self._send(before.peer, messages.Refused(reason=reason))
@@ -331,6 +335,7 @@ class Reception:
 
     def _gone(self, engine: Engine, how: str) -> None:
         self._ledger.gone(engine.producer)
+        self._on_gone(engine.peer)
         if self.evaluation is not None:
             self.evaluation.lost(engine.producer)
         self._share_window()

@@ -12,6 +12,7 @@ from pipeline.models.tokenizer import Tokenizer
 from pipeline.tasks import Task, load_task
 from pipeline.transport.keys import load_learner_keys
 from pipeline.transport.options import check_address, check_listening
+from pipeline.weights.group import check_broadcasting
 
 
 def check_startup(config: Config, evaluate_only: bool = False) -> None:
@@ -25,6 +26,8 @@ def check_startup(config: Config, evaluate_only: bool = False) -> None:
     check_listening(transport.address, bool(transport.keys), transport.insecure, lambda line: None)
     if transport.keys:
         load_learner_keys(Path(transport.keys))
+    if config.weights.transfer == "collective":
+        check_broadcasting(config.weights.address, transport.insecure)
     resolve_device(learner.device)
     if learner.reference_path and not (Path(learner.reference_path) / "config.json").is_file():
         raise UsageError(

@@ -25,10 +25,11 @@ NAMES = (
     "ack.handled",
     "step.trained", "publish.written", "publish.renamed", "publish.announced", "step.counted", "records.write",
     "step.recorded", "batches.write", "tensors.write",
+    "weights.sent", "weights.received",
     "checkpoint.begun", "checkpoint.written", "checkpoint.renamed", "checkpoint.done",
 )  # fmt: skip
 """In the order of a sample's life. `torn` lies in the middle of a write; `tensors` are those of publications,
-checkpoints, draft heads and small models."""
+checkpoints, draft heads and small models; `weights` pieces of a publication that is broadcast."""
 
 
 _random = random.SystemRandom()  # forked processes must not fail in step

@@ -5,7 +5,7 @@ arrays follow in one raw little-endian frame. New fields go last and have a defa
 """
 
 from enum import IntEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -32,6 +32,10 @@ LARGEST_HEADER = 4 << 20
 """bytes of frame 0 that the learner looks at"""
 LARGEST_CHUNK = 1 << 18
 """bytes of weights in one message; a slow connection must pass one within a few heartbeats"""
+MOST_TENSORS = 1 << 17
+"""of a publication that is broadcast"""
+MOST_MEMBERS = 1 << 12
+"""processes of one engine that receive weights"""
 LARGEST_ORIGINS = 1 << 18
 """response tokens of a sample that tells how each of them came"""
 _LONGEST_ERROR = 1 << 16
@@ -230,6 +234,23 @@ class WeightsRequest(Message, tag="weights-request", kw_only=True, frozen=True):
     offset: Id = 0
 
 
+class WeightsJoin(Message, tag="weights-join", kw_only=True, frozen=True):
+    """Asks for a process group of this engine's own, in which the learner broadcasts publications; of a learner whose
+    WELCOME offers that. It takes the place of an earlier one."""
+
+    devices: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=MOST_MEMBERS)]
+    """Of the processes that receive, by rank from 1 on: "cpu", or "cuda" and the GPU's own name."""
+    order: Annotated[tuple[Name, ...], Meta(max_length=MOST_TENSORS)] = ()
+    """Tensors that are to come first, in this order; the others follow, layer by layer."""
+
+
+class WeightsWanted(Message, tag="weights-wanted", kw_only=True, frozen=True):
+    """The engine waits, between two steps, for this publication or a newer one in its group."""
+
+    group: Id
+    version: Id
+
+
 # ---- learner -> engine -------------------------------------------------------------------------------------------
 
 
@@ -240,6 +261,8 @@ class Welcome(Message, tag="welcome", kw_only=True, frozen=True):
     """Newest publication; the engine follows the weights folder of its own configuration."""
     received: SampleIds = ()
     """Of the samples in HELLO, those that need not be sent again."""
+    broadcasts: bool = False
+    """An engine can ask for a process group in which it receives weights."""
 
 
 class Window(Message, tag="window", kw_only=True, frozen=True):
@@ -329,6 +352,45 @@ class WeightsChunk(Message, tag="weights-chunk", kw_only=True, frozen=True):
     data: Annotated[bytes, Meta(max_length=LARGEST_CHUNK)]
 
 
+class WeightsGroup(Message, tag="weights-group", kw_only=True, frozen=True):
+    """A process group to join: the learner is rank 0 of it."""
+
+    group: Id
+    address: Name
+    """tcp://HOST:PORT of the store (torch's TCPStore) where its members find each other, under the prefix `group`."""
+    backend: Literal["gloo", "nccl"]
+    size: Annotated[int, Meta(ge=2, le=MOST_MEMBERS + 1)]
+    """Members, the learner included."""
+    seconds: Seconds
+    """That one member waits for another."""
+
+
+class WeightsTensor(Struct, kw_only=True, frozen=True):
+    """What a tensor of a publication is."""
+
+    name: Name
+    dtype: Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+    shape: Annotated[tuple[Small, ...], Meta(max_length=16)]
+
+
+class WeightsManifest(Message, tag="weights-manifest", kw_only=True, frozen=True):
+    """What is broadcast in the group from now on: these tensors in this order, in buckets as `pipeline.weights.buckets`
+    lays them out."""
+
+    group: Id
+    version: Id
+    bucket_bytes: Annotated[int, Meta(ge=1 << 10, le=1 << 31)]
+    """Of one bucket, at most, unless a single tensor is larger; and of one broadcast."""
+    tensors: Annotated[tuple[WeightsTensor, ...], Meta(max_length=MOST_TENSORS)]
+
+
+class WeightsClosed(Message, tag="weights-closed", kw_only=True, frozen=True):
+    """The group is no more; what was wanted in it comes as files."""
+
+    group: Id
+    reason: Text
+
+
 class Drain(Message, tag="drain", kw_only=True, frozen=True):
     """The run is over: stop generating, flush, leave."""
 
@@ -349,11 +411,10 @@ def fatal(message: str, traceback: str = "") -> Fatal:
     return Fatal(message=message[:_LONGEST_ERROR], traceback=traceback[-_LONGEST_ERROR:])
 
 
-EngineMessage = Hello | Progress | TrajectoryHeader | SampleFailed | Leaving | WeightsRequest | Fatal
-LearnerMessage = (
-    Welcome | Window | Refused | Grant | Committed | Published | Revoke | WeightsFiles | WeightsChunk
-    | Drain | Fatal
-)  # fmt: skip
+WeightsQuestion = WeightsRequest | WeightsJoin | WeightsWanted
+WeightsAnswer = WeightsFiles | WeightsChunk | WeightsGroup | WeightsManifest | WeightsClosed
+EngineMessage = Hello | Progress | TrajectoryHeader | SampleFailed | Leaving | WeightsQuestion | Fatal
+LearnerMessage = Welcome | Window | Refused | Grant | Committed | Published | Revoke | WeightsAnswer | Drain | Fatal
 
 
 class Trajectory(Struct, kw_only=True):

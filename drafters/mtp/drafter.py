@@ -12,7 +12,7 @@ from torch import Tensor
 from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
 from drafters.drawing import Chained, Drawing, Wanted, draw_whole
 from drafters.mtp.fitting import check_fits
-from drafters.mtp.head import MTPHead, head_files, load_head
+from drafters.mtp.head import PREFIX, MTPHead, head_files, load_head, load_published
 from drafters.mtp.texts import Text, Texts
 from pipeline.errors import UsageError
 from pipeline.models.config import ModelConfig
@@ -93,8 +93,10 @@ class MTPDrafter(BaseDrafter):
 
     def weights_changed(self, version: int) -> None:
         """Embedding and output head are the target's own; a publication may bring a head beside them."""
-        source = self._target.source
-        if source is not None and self._weights is None and head_files(source):
+        source, beside = self._target.source, self._target.beside
+        if self._weights is None and any(name.startswith(PREFIX) for name in beside):
+            load_published(self._head, beside)
+        elif source is not None and self._weights is None and head_files(source):
             load_head(self._head, source)
         self._texts.forget_prompts()
 

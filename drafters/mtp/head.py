@@ -14,7 +14,7 @@ round, h_t taken before the target's final norm, and h' going round after its ow
 read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -190,6 +190,16 @@ def load_head(head: MTPHead, folder: Path | str) -> None:
     except UsageError as error:
         raise UsageError(f"the multi-token-prediction head does not fit the model: {error}") from None
     head.normed_goes_round = is_mimos(files)
+
+
+def load_published(head: MTPHead, tensors: Mapping[str, Tensor]) -> None:
+    """The head's weights from tensors that came with a publication, in memory.
+
+    Raises:
+        UsageError: they are of another shape; nothing has changed then.
+    """
+    _load(head, {n: t for n, t in tensors.items() if n.startswith(PREFIX)}, "the publication")
+    head.normed_goes_round = False
 
 
 def _load(head: MTPHead, tensors: dict[str, Tensor], folder: Path | str) -> None:

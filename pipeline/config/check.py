@@ -195,7 +195,7 @@ _FREE_TO_CHANGE = {
     "drafter": None,
     "transport": None,
     "telemetry": None,
-    "weights": {"keep", "transport"},
+    "weights": {"keep", "transport", "transfer", "address", "transfer_seconds"},
     "objective": {"recipe", "reconstructed"},
     "learner": {
         "threads",

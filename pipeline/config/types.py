@@ -202,6 +202,16 @@ class WeightsSection(Section):
     transport: Annotated[
         Literal["filesystem", "stream"], option("filesystem: engines read run.out; stream: over the connection")
     ] = "filesystem"
+    transfer: Annotated[
+        Literal["files", "collective"],
+        option("files: as transport says; collective: running engines receive by torch.distributed"),
+    ] = "files"
+    address: Annotated[str, option("collective: where the learner's end of it listens; port 0: any that is free")] = (
+        "tcp://127.0.0.1:0"
+    )
+    transfer_seconds: Annotated[
+        PositiveFloat, option("collective: wait of one side for the other, after which the version is read as files")
+    ] = 60.0
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], option("type of published weights; auto: the checkpoint's")
     ] = "auto"

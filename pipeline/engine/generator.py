@@ -4,12 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from pipeline.errors import RunFailed
-from pipeline.messages import Capabilities, DraftCounts, SamplingParams
+from pipeline.messages import (
+    Capabilities,
+    DraftCounts,
+    SamplingParams,
+    WeightsGroup,
+    WeightsJoin,
+    WeightsManifest,
+)
 
 
 class GeneratorLost(RunFailed):
@@ -119,3 +126,31 @@ class Generator(Protocol):
         """Sequences running or queued."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class ReceivesWeights(Protocol):
+    """A generator that takes part in broadcasts of weights; others read files."""
+
+    version: int
+
+    def receiving(self) -> WeightsJoin:
+        """Which of its processes receive weights that are broadcast, and the order in which they like them."""
+
+    def join_group(self, group: WeightsGroup) -> None:
+        """In each of these processes; leaves an earlier group.
+
+        Raises:
+            TransferFailed: the learner, or another of the processes, is not reached.
+        """
+
+    def receive_weights(self, manifest: WeightsManifest) -> None:
+        """As `Generator.load_weights`, of what is broadcast in the group now.
+
+        Raises:
+            TransferFailed: not all of it came; the weights are of no version until `load_weights` has been called, and
+                nothing may be sampled before.
+        """
+
+    def leave_group(self) -> None:
+        """There may be none."""

@@ -55,7 +55,7 @@ class Link:
         heartbeat_seconds: float,
         connect_timeout: float,
         on_event: Callable[[str], None],
-        on_weights: Callable[[messages.WeightsFiles | messages.WeightsChunk], None] = lambda message: None,
+        on_weights: Callable[[messages.WeightsAnswer], None] = lambda message: None,
     ) -> None:
         """
         Args:
@@ -64,7 +64,7 @@ class Link:
             heartbeat_seconds: between progress messages; the learner is lost after five without a word.
             connect_timeout: seconds to wait for the learner, at first and whenever it is lost; 0: for ever.
             on_event: gets a line about the connection; from any thread.
-            on_weights: gets the answers to `request_weights`; from the socket's thread, must not block.
+            on_weights: gets the answers to `ask_for_weights`; from the socket's thread, must not block.
         """
         self._socket, self._spool, self._on_event = socket, spool, on_event
         self._outbox = Outbox(socket, spool, self._spool_failed, on_event)
@@ -81,6 +81,11 @@ class Link:
     def run(self) -> str:
         """Identity of the learner's run; empty before the first WELCOME."""
         return self._session.run
+
+    @property
+    def broadcasts(self) -> bool | None:
+        """Whether the learner broadcasts weights to engines that ask for a group; None while it is away."""
+        return self._session.broadcasts if self._session.welcomed else None
 
     @property
     def connections(self) -> int:
@@ -188,9 +193,9 @@ class Link:
             outbox.blocked_seconds, self._socket.damaged, self._spool.corrupt,
         )  # fmt: skip
 
-    def request_weights(self, request: messages.WeightsRequest) -> bool:
+    def ask_for_weights(self, message: messages.WeightsQuestion) -> bool:
         """Ask the learner for a publication; False when it is not connected now."""
-        return self._session.send(request)
+        return self._session.send(message)
 
     def _too_large(self, frames: list[bytes]) -> str:
         """Why the learner would refuse to look at a sample; empty when it would not."""

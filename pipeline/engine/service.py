@@ -18,12 +18,23 @@ from msgspec import structs
 from pipeline.capabilities import capabilities_of
 from pipeline.config import Config, check_config, resolve_threads
 from pipeline.digest import run_digest
-from pipeline.engine.generator import FinishedSample, Generator, GeneratorLost, GroupRequest
+from pipeline.engine.generator import FinishedSample, Generator, GeneratorLost, GroupRequest, ReceivesWeights
 from pipeline.engine.link import Drained, Failed, Granted, Link, Revoked, VersionHint
+from pipeline.engine.live_weights import LiveWeights
 from pipeline.engine.observer import EngineObserver
 from pipeline.engine.rewarding import FinishedGroup, RewardWorker, ScoredGroup, Scorer, build_scorers
 from pipeline.errors import RollaheadError, RunFailed, UsageError
-from pipeline.messages import LARGEST_ORIGINS, SCHEMA, Lease, Role, Trajectory, TrajectoryHeader
+from pipeline.messages import (
+    LARGEST_ORIGINS,
+    SCHEMA,
+    Lease,
+    Role,
+    Trajectory,
+    TrajectoryHeader,
+    WeightsAnswer,
+    WeightsChunk,
+    WeightsFiles,
+)
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.telemetry import Log
@@ -50,10 +61,10 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
     Log.structured = config.telemetry.log_format == "json"
     scorers = build_scorers(config.task)
     check_pieces(config)  # before anything waits
-    link, follower = _connect(config, connect, connect_timeout, log)
+    link, follower, live = _connect(config, connect, connect_timeout, log)
     watchdog = Watchdog(config.transport.stall_seconds, lambda why, where: _stalled(link, why, where))
     observer = EngineObserver(config, log)
-    engine = Engine(config, link, follower, scorers, stop, log, watchdog.beat, observer)
+    engine = Engine(config, link, follower, scorers, stop, log, watchdog.beat, observer, live)
     link.start()
     try:
         engine.run()
@@ -79,8 +90,9 @@ def run_engine(config: Config, connect: str | None, connect_timeout: float | Non
 
 def _connect(
     config: Config, connect: str | None, connect_timeout: float | None, log: Log
-) -> tuple[Link, WeightsFollower]:
-    """The link to the learner, and what follows its weights: a folder both see, or the link itself."""
+) -> tuple[Link, WeightsFollower, LiveWeights | None]:
+    """The link to the learner, and what follows its weights: a folder both see, or the link itself; and broadcasts
+    before either, if that is asked for."""
     transport, run = config.transport, RunDirectory(Path(config.run.out))
     address = connect or transport.address
     check_connection(config, connect)
@@ -90,6 +102,7 @@ def _connect(
     owner = keys.fingerprint if keys else ""
     spool = Spool.acquire(run.spool, config.engine.spool_bytes, owner=owner, fsync=transport.fsync)
     stream: StreamFollower | None = None
+    live: LiveWeights | None = None
     link = Link(
         ZmqEngineSocket(
             address, heartbeat_seconds=transport.heartbeat_seconds, max_message_bytes=transport.max_message_bytes,
@@ -101,12 +114,23 @@ def _connect(
         heartbeat_seconds=transport.heartbeat_seconds,
         connect_timeout=transport.connect_timeout if connect_timeout is None else connect_timeout,
         on_event=log,
-        on_weights=lambda message: stream.receive(message) if stream else None,
+        on_weights=lambda message: receive(message),
     )  # fmt: skip
-    if config.weights.transport == "filesystem":
-        return link, FilesystemFollower(run.weights)
-    stream = StreamFollower(run.received / spool.producer, link.request_weights, log, lambda: link.connections)
-    return link, stream
+    if config.weights.transfer == "collective":
+        seconds = config.weights.transfer_seconds
+        live = LiveWeights(
+            link.ask_for_weights, lambda: link.broadcasts, lambda: link.connections, seconds, log
+        )  # fmt: skip
+    if config.weights.transport == "stream":
+        stream = StreamFollower(run.received / spool.producer, link.ask_for_weights, log, lambda: link.connections)
+
+    def receive(message: WeightsAnswer) -> None:
+        if stream is not None and isinstance(message, (WeightsFiles, WeightsChunk)):
+            stream.receive(message)
+        elif live is not None:
+            live.receive(message)
+
+    return link, stream or FilesystemFollower(run.weights), live
 
 
 def _stalled(link: Link, why: str, where: str) -> None:
@@ -153,7 +177,9 @@ class Engine:
         log: Log,
         beat: Callable[[], None],
         observer: EngineObserver,
+        live: LiveWeights | None = None,
     ) -> None:
+        self._live = live
         self.config, self.link, self.follower, self.stop, self.log = config, link, follower, stop, log
         self._scorers, self._beat, self.observer = scorers, beat, observer
         self._weights_due = 0.0
@@ -205,8 +231,10 @@ class Engine:
 
     def _follow_weights(self) -> None:
         """Load a newer version before the next step; sequences under way go on under it."""
+        if self._receive_weights():
+            return
         loaded = self.generator.version if self.generator is not None else -1
-        if self.wanted_version <= loaded or time.monotonic() < self._weights_due:
+        if (self.wanted_version <= loaded and not self._torn) or time.monotonic() < self._weights_due:
             return
         if self.generator is None:
             self._check_run()
@@ -216,15 +244,31 @@ class Engine:
         except WeightsPending:
             return
         except WeightsError as error:
-            self.log(f"{error}; going on with version {loaded}, trying again")
+            meanwhile = "waiting for it" if self._torn else f"going on with version {loaded}"
+            self.log(f"{error}; {meanwhile}, trying again")
             self._weights_due = time.monotonic() + WEIGHTS_RETRY_SECONDS
             return
-        if publication.version <= loaded:
+        if publication.version <= loaded and not self._torn:
             return
         if self.generator is None:
             self._build(folder)
         assert self.generator is not None
         self.generator.load_weights(folder, publication.version)
+        if self._live is not None:
+            self._live.loaded()
+
+    def _receive_weights(self) -> bool:
+        """Whether the version that is wanted is here, or comes by broadcast."""
+        if self._live is None or not isinstance(self.generator, ReceivesWeights):
+            return False
+        if self._live.arriving:
+            self.observer.enter("loading weights")
+        return self._live.follow(self.generator, self.wanted_version)
+
+    @property
+    def _torn(self) -> bool:
+        """Whether a broadcast ended in the middle: nothing is sampled from such weights."""
+        return self._live is not None and self._live.torn
 
     def _begin_again(self, error: GeneratorLost) -> None:
         """Leases stay ours; what is not finished of them is generated anew, under the newest weights."""
@@ -232,6 +276,8 @@ class Engine:
         if self.generator is not None:
             self.generator.close()
             self.generator = None
+        if self._live is not None:
+            self._live.forget()
         if self._lost > MOST_LOST:
             raise RunFailed(
                 f"{error}, {self._lost} times without a sample between; its own lines above say why"
@@ -264,11 +310,13 @@ class Engine:
 
         tokenizer = Tokenizer(folder)
         self.generator = build_generator(self.config, folder, self.log)
+        if self._live is not None and not isinstance(self.generator, ReceivesWeights):
+            self.log('weights.transfer = "collective", but this generator takes no part in broadcasts: it reads files')
         if self._rewards is None:
             self._rewards = RewardWorker(self._scorers, tokenizer.decode)
 
     def _start_leases(self) -> None:
-        if self.generator is None:
+        if self.generator is None or self._torn:
             return
         for work in self.work.values():
             lease = work.lease
@@ -278,7 +326,7 @@ class Engine:
                 self.generator.add(request_of(lease, prompt_ids, self.config))
 
     def _generate(self) -> None:
-        if self.generator is None or not self.generator.has_work():
+        if self.generator is None or self._torn or not self.generator.has_work():
             return
         self.observer.enter("generating")
         began = time.perf_counter()

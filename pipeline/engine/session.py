@@ -42,7 +42,7 @@ class Session:
         heartbeat_seconds: float,
         connect_timeout: float,
         on_event: Callable[[str], None],
-        on_weights: Callable[[messages.WeightsFiles | messages.WeightsChunk], None],
+        on_weights: Callable[[messages.WeightsAnswer], None],
     ) -> None:
         """Arguments as of `pipeline.engine.link.Link`."""
         self._socket, self._spool, self._outbox = socket, spool, outbox
@@ -68,6 +68,8 @@ class Session:
         """the learner has answered HELLO on this connection"""
         self.run = ""
         """identity of its run"""
+        self.broadcasts = False
+        """whether it broadcasts weights to engines that ask for a group"""
         self.connections = 0
         """so far; what was asked on an earlier one is not answered"""
 
@@ -225,7 +227,10 @@ class Session:
                 self._hint_at(version)
             case messages.Window(samples=samples, bytes=size):
                 self._outbox.set_window(samples, size)
-            case messages.WeightsFiles() | messages.WeightsChunk():
+            case (
+                messages.WeightsFiles() | messages.WeightsChunk() | messages.WeightsGroup()
+                | messages.WeightsManifest() | messages.WeightsClosed()
+            ):  # fmt: skip
                 self._on_weights(message)
             case messages.Revoke(leases=leases):
                 self._emit(Revoked(leases))
@@ -257,7 +262,7 @@ class Session:
                 "and start the engine again", refused=False,
             )  # fmt: skip
             return
-        self.run = message.run
+        self.run, self.broadcasts = message.run, message.broadcasts
         if not self.welcomed:
             self._on_event(f"connected to the learner at {self._socket.address}")
         self.welcomed = True

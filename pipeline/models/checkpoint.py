@@ -1,6 +1,6 @@
 """Weights from safetensors, single file or sharded, into a decoder."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,7 +83,7 @@ def load_weights_into(decoder: Decoder, folder: str | Path) -> None:
         UsageError: as for `load_decoder`.
     """
     load_tensors(decoder, _shard_paths(Path(folder)), "model.", beside=MTP_LAYERS)
-    decoder.source = Path(folder)
+    decoder.source, decoder.beside = Path(folder), {}
 
 
 class _Prefixed:
@@ -131,20 +131,39 @@ def load_tensors(model: Loads, files: Sequence[Path], prefix: str, beside: str |
     """
     with _open(files) as shards:
         sources = {name: (file, path) for path, file in shards for name in file.keys()}  # noqa: SIM118
-        shapes = model.shapes
-        for name, wanted in shapes.items():
-            if name not in sources:
-                raise UsageError(f"{files[0].parent} has no tensor {name}; is it the checkpoint of this model?")
-            file, path = sources[name]
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != wanted:
-                raise UsageError(f"{path}: tensor {name} has shape {shape} where the model needs {wanted}")
-        for name, (_, path) in sources.items():
-            # A bias or layer the configuration does not announce would silently change what the model computes.
-            known = name in shapes or name.endswith("rotary_emb.inv_freq") or (beside and name.startswith(beside))
-            if name.startswith(prefix) and not known:
-                raise UsageError(f"{path}: tensor {name} has no place in the model that config.json describes")
+        found = {name: tuple(file.get_slice(name).get_shape()) for name, (file, _) in sources.items()}
+        check_shapes(model.shapes, found, prefix, beside, lambda name: sources[name][1] if name else files[0].parent)
         model.load(lambda name: sources[name][0].get_tensor(name))
+
+
+def check_shapes(
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    prefix: str,
+    beside: str | None,
+    place: Callable[[str], object],
+) -> None:
+    """
+    Args:
+        wanted: shape of every tensor that a model needs.
+        found: of every tensor that there is.
+        prefix: of names that only the model's tensors have, unless they begin with `beside`.
+        beside: None: all are the model's.
+        place: where a tensor is, for people; of an empty name, where all are.
+
+    Raises:
+        UsageError: a tensor is missing, too much, or of the wrong shape.
+    """
+    for name, shape in wanted.items():
+        if name not in found:
+            raise UsageError(f"{place('')} has no tensor {name}; is it the checkpoint of this model?")
+        if found[name] != shape:
+            raise UsageError(f"{place(name)}: tensor {name} has shape {found[name]} where the model needs {shape}")
+    for name in found:
+        # A bias or layer the configuration does not announce would silently change what the model computes.
+        known = name in wanted or name.endswith("rotary_emb.inv_freq") or (beside and name.startswith(beside))
+        if name.startswith(prefix) and not known:
+            raise UsageError(f"{place(name)}: tensor {name} has no place in the model that config.json describes")
 
 
 def holds(files: Sequence[Path], prefix: str) -> bool:

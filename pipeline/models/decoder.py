@@ -89,6 +89,11 @@ class LayerWeights:
             shapes |= linear.shapes
         return shapes
 
+    @property
+    def loads(self) -> list[str]:
+        """Names in the order in which `load` asks for tensors; a tied head's that is packed is asked for again."""
+        return [*self._plain, *(name for linear in self._linears for name in linear.loads)]
+
     @torch.no_grad()
     def load(self, tensor: Callable[[str], Tensor]) -> None:
         """Overwrites every weight with the tensor of its name, cast to the compute type."""
@@ -153,7 +158,10 @@ class Decoder(LayerWeights):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(config, dtype, device)
         self.source: Path | None = None
-        """folder that the weights were last loaded from"""
+        """folder that the weights were last loaded from; None: they did not come as files"""
+        self.beside: dict[str, Tensor] = {}
+        """Tensors that came beside weights that did not come as files: of a draft head, say. Kept while new weights are
+        made known."""
         self.embedding = torch.zeros(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self._plain["model.embed_tokens.weight"] = self.embedding
         for i in range(config.layers):

@@ -55,6 +55,11 @@ class Linear:
             shapes |= {f"{n}.bias": (rows,) for n, rows in self._rows.items()}
         return shapes
 
+    @property
+    def loads(self) -> list[str]:
+        """Names of the tensors that `load` asks for, in that order."""
+        return [name for name in self.shapes if not (self._borrowed and name.endswith(".weight"))]
+
     def load(self, tensor: Callable[[str], Tensor]) -> None:
         """Overwrites the weight from the named tensors, cast to the compute type.
 

@@ -16,6 +16,7 @@ from pipeline.engine.native.batch import Batch
 from pipeline.engine.native.compression import Compressor, KVCompression
 from pipeline.engine.native.drafting import Drafting
 from pipeline.engine.native.memory import Memory, page_budget
+from pipeline.engine.native.receiving import WeightsReceiver
 from pipeline.engine.native.running import Running
 from pipeline.engine.native.scheduler import Scheduler
 from pipeline.engine.native.scoring import Scorer, Scores
@@ -27,7 +28,7 @@ from pipeline.engine.native.switching import SwitchingRule
 from pipeline.engine.native.target import PolicyTarget
 from pipeline.engine.native.verifier import Verifier
 from pipeline.errors import UsageError
-from pipeline.messages import Capabilities
+from pipeline.messages import Capabilities, WeightsGroup, WeightsJoin, WeightsManifest
 from pipeline.models.checkpoint import load_decoder, load_weights_into
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import KVCache
@@ -132,6 +133,7 @@ class NativeGenerator:
         self._processors = Processors(self.decoder.config.vocab_size, self.decoder.device)
         self._scorer = Scorer(self.decoder, self._memory, self.small)
         self._verifier = Verifier(self._processors, self.small, verification, entropy)
+        self._receiver = WeightsReceiver(self.decoder, self.small)
         self._stats = GeneratorStats()
         self._laps = Laps(self._stats)
 
@@ -160,6 +162,27 @@ class NativeGenerator:
         """
         load_weights_into(self.decoder, folder)
         small = self.small is not None and self.small.load_weights(folder)
+        self._weights_changed(version, small)
+
+    def receiving(self) -> WeightsJoin:
+        return self._receiver.request()
+
+    def join_group(self, group: WeightsGroup) -> None:
+        self._receiver.join(group)
+
+    def receive_weights(self, manifest: WeightsManifest) -> None:
+        """As `load_weights`."""
+        small = self._receiver.receive(manifest)
+        if self.small is not None and small:
+            self.small.weights_changed()
+        self._weights_changed(manifest.version, small)
+        self.decoder.beside = {}
+
+    def leave_group(self) -> None:
+        self._receiver.leave()
+
+    def _weights_changed(self, version: int, small: bool) -> None:
+        """`small`: the small model's, too."""
         self.version = version
         self._memory.forget_prompts()
         self._running.restart(live=self._recompute)
@@ -209,6 +232,7 @@ class NativeGenerator:
 
     def close(self) -> None:
         """Forgets everything under way and frees the cache."""
+        self._receiver.leave()
         for group in self._scheduler.groups:
             self.cancel(group)
         self._memory.clear()

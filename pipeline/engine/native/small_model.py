@@ -135,8 +135,12 @@ class SmallModel:
         """
         loaded = load_small_model_into(self.decoder, folder)
         if loaded:
-            self.memory.forget_prompts()
+            self.weights_changed()
         return loaded
+
+    def weights_changed(self) -> None:
+        """They are others now."""
+        self.memory.forget_prompts()
 
     def begin(self, sequence: Sequence, recorded: bool) -> None:
         """`recorded`: whether entropies are."""
