@@ -30,8 +30,10 @@ from pipeline.failpoints import NAMES, arm
 from pipeline.messages import Capabilities
 
 STEPS, GROUP, BATCH = 12, 4, 16
-ENGINE_FAILPOINTS = tuple(name for name in NAMES if name.startswith(("spool.", "sample.sent", "ack.handled")))
-LEARNER_FAILPOINTS = tuple(name for name in NAMES if name not in ENGINE_FAILPOINTS)
+KILLED_AT = tuple(name for name in NAMES if not name.startswith("weights."))
+"""its engines read files: nothing is broadcast"""
+ENGINE_FAILPOINTS = tuple(name for name in KILLED_AT if name.startswith(("spool.", "sample.sent", "ack.handled")))
+LEARNER_FAILPOINTS = tuple(name for name in KILLED_AT if name not in ENGINE_FAILPOINTS)
 CURVE = ("loss", "grad_norm", "reward_mean", "entropy", "clip_fraction", "tokens_trained")
 RUN_SECONDS = 120.0
 

@@ -16,12 +16,11 @@ import torch
 
 from benchmarks.fault_disk import disk_full
 from benchmarks.fault_fuzz import fuzz
-from benchmarks.fault_kills import kill_matrix
+from benchmarks.fault_kills import KILLED_AT, kill_matrix
 from benchmarks.fault_network import BYTE_FAULTS, MESSAGE_FAULTS, network_faults
 from benchmarks.fault_soak import soak
 from benchmarks.options import SEED, Parser, minutes
 from benchmarks.results import write_results
-from pipeline.failpoints import NAMES
 
 PARTS = ("kills", "disk", "network", "fuzz", "soak")
 SHORT_FAILPOINTS = (
@@ -67,7 +66,7 @@ def _share(part: str, seconds: float, chosen: list[str]) -> float:
 def _kills(root: Path, seconds: float, seed: int) -> dict[str, Any]:
     long = seconds > 0
     return kill_matrix(
-        root, names=NAMES * 2 if long else SHORT_FAILPOINTS, random_kills=200 if long else 4, seed=seed,
+        root, names=KILLED_AT * 2 if long else SHORT_FAILPOINTS, random_kills=200 if long else 4, seed=seed,
         deadline=time.monotonic() + (seconds or 150),
     )  # fmt: skip
 
