@@ -90,11 +90,13 @@ def placed(tokens: list[int], drafts: list[list[int]], first: int) -> dict[int, 
     return found
 
 
-def compared_drafts(model: Path, head: Path, *newer: Path) -> list[list[tuple[tuple[int, ...], ...]]]:
+def compared_drafts(
+    model: Path, head: Path, *newer: Path, how: str = "files"
+) -> list[list[tuple[tuple[int, ...], ...]]]:
     """(ours, vLLM's) wherever both drafted after the same text, of the model and of what it is updated to, which holds
     its own head."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.vllm.mtp_drafts", *map(str, (model, head, *newer))],
+        [sys.executable, "-m", "tests.vllm.mtp_drafts", *map(str, (model, head, *newer)), *([how] if newer else [])],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -113,9 +115,10 @@ def compared_drafts(model: Path, head: Path, *newer: Path) -> list[list[tuple[tu
     return found
 
 
-def test_both_generators_give_the_same_greedy_drafts_also_after_an_update(model):
+@pytest.mark.parametrize("how", ["files", "broadcast"])
+def test_both_generators_give_the_same_greedy_drafts_also_after_an_update(model, how):
     old, head, newer = model
-    before, after = compared_drafts(old, head, newer)
+    before, after = compared_drafts(old, head, newer, how=how)
     assert all(mine == its for mine, its in before + after)
     assert set(before) != set(after)
 

@@ -10,9 +10,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from pipeline.engine.generator import GeneratorLost
 from pipeline.engine.vllm.refusals import reason
 from pipeline.errors import RollaheadError, RunFailed, UsageError
+from pipeline.messages import WeightsGroup, WeightsManifest
+from pipeline.weights.group import TransferFailed
 
 T = TypeVar("T")
 Key = tuple[int, int, int]
@@ -137,15 +141,45 @@ class EngineClient:
             GeneratorLost: vLLM's engine has died.
             RunFailed: a worker could not load them; generation stays paused.
         """
-        self._call(self._update(folder, version, keep_cache))
-
-    async def _update(self, folder: Path, version: int, keep_cache: bool) -> None:
-        await self._engine.pause_generation(mode="keep", clear_cache=not keep_cache)
-        problems = await self._workers("rollahead_load_weights", str(folder), version)
-        if problem := next(filter(None, problems), ""):
+        if problem := self._call(self._update(version, keep_cache, "rollahead_load_weights", str(folder), version)):
             raise RunFailed(f"publication {version} cannot be loaded: {problem}")
+
+    def receive_weights(self, manifest: WeightsManifest, keep_cache: bool) -> None:
+        """As `load_weights`, of what is broadcast in the group that was joined.
+
+        Raises:
+            GeneratorLost: vLLM's engine has died.
+            TransferFailed: not every worker has all of it; generation stays paused.
+        """
+        encoded = msgspec.msgpack.encode(manifest)
+        if problem := self._call(self._update(manifest.version, keep_cache, "rollahead_receive_weights", encoded)):
+            raise TransferFailed(problem)
+
+    def receivers(self) -> dict[str, str]:
+        """Workers, by the names they have among themselves, and the device of each."""
+        return dict(sorted(self.workers("rollahead_receiver")))
+
+    def join_group(self, group: WeightsGroup) -> None:
+        """Every worker does.
+
+        Raises:
+            GeneratorLost: vLLM's engine has died.
+            TransferFailed: one of them cannot.
+        """
+        ranks = {name: rank for rank, name in enumerate(self.receivers(), 1)}
+        problems = self.workers("rollahead_join_group", msgspec.msgpack.encode(group), ranks)
+        if problem := next(filter(None, problems), ""):
+            raise TransferFailed(problem)
+
+    async def _update(self, version: int, keep_cache: bool, method: str, *arguments: Any) -> str:
+        """What a worker could not do, else nothing."""
+        await self._engine.pause_generation(mode="keep", clear_cache=not keep_cache)
+        problems = await self._workers(method, *arguments)
+        if problem := next(filter(None, problems), ""):
+            return str(problem)
         await self._engine.update_weight_version(str(version))
         await self._engine.resume_generation()
+        return ""
 
     def stamp(self, version: int) -> None:
         """Tokens from now on are of this version."""

@@ -19,7 +19,7 @@ from pipeline.engine.vllm.client import Ended, EngineClient, Key
 from pipeline.engine.vllm.install import require_vllm
 from pipeline.engine.vllm.sampling import translated
 from pipeline.errors import RunFailed, UsageError
-from pipeline.messages import DraftCounts, Sampler
+from pipeline.messages import DraftCounts, Sampler, WeightsGroup, WeightsJoin, WeightsManifest
 from pipeline.models.tokenizer import Tokenizer
 
 WAIT_SECONDS = 0.1
@@ -123,6 +123,23 @@ class VllmGenerator:
             RunFailed: it cannot load them.
         """
         self._client.load_weights(folder, version, keep_cache=not self._recompute)
+        self._weights_changed(version)
+
+    def receiving(self) -> WeightsJoin:
+        return WeightsJoin(devices=tuple(self._client.receivers().values()))
+
+    def join_group(self, group: WeightsGroup) -> None:
+        self._client.join_group(group)
+
+    def receive_weights(self, manifest: WeightsManifest) -> None:
+        """As `load_weights`, by all workers together."""
+        self._client.receive_weights(manifest, keep_cache=not self._recompute)
+        self._weights_changed(manifest.version)
+
+    def leave_group(self) -> None:
+        self._client.workers("rollahead_leave_group")
+
+    def _weights_changed(self, version: int) -> None:
         self.version = version
         for group in self._groups.values():
             group.updated = True

@@ -3,7 +3,7 @@
 vLLM's dense models refuse tensors that they do not know. This load format is vLLM's own, less the head's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,20 @@ from drafters.mtp.head import PREFIX
 from pipeline.models.config import FAMILIES
 
 
+def without_head(
+    tensors: Iterable[tuple[str, Tensor]], model: Any, head: dict[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Of a publication's tensors those that vLLM's class of the model knows; those of a draft head go to `head`."""
+    # Classes of other families take the names for themselves, or for their heads.
+    headless = type(model).__name__ in FAMILIES
+    for name, tensor in tensors:
+        of_head = name.startswith(PREFIX)
+        if of_head and head is not None:
+            head[name] = tensor
+        if not (of_head and headless):
+            yield name, tensor
+
+
 @register_model_loader("rollahead")
 class CheckpointLoader(DefaultModelLoader):
     """At the start and for every update, of models and drafters."""
@@ -25,8 +39,4 @@ class CheckpointLoader(DefaultModelLoader):
         super().__init__(replace(load_config, load_format="auto"))
 
     def get_all_weights(self, model_config: ModelConfig, model: Any) -> Iterator[tuple[str, Tensor]]:
-        # Classes of other families take the names for themselves, or for their heads.
-        headless = type(model).__name__ in FAMILIES
-        for name, tensor in super().get_all_weights(model_config, model):
-            if not (headless and name.startswith(PREFIX)):
-                yield name, tensor
+        yield from without_head(super().get_all_weights(model_config, model), model)
