@@ -12,6 +12,7 @@ from learner.hub_stats import HubStats
 from learner.journal import Dropped, Journal
 from learner.leases import Batch, Group, Ledger, LedgerState, Source
 from learner.reception import Reception
+from learner.roster import short_name
 from learner.validation import Limits
 from pipeline import codec, messages
 from pipeline.errors import RunFailed
@@ -259,7 +260,8 @@ class Hub:
         elif self._broadcaster is None:
             raise BadMessage('it asks for a process group, which weights.transfer = "files" does not have')
         else:
-            self._broadcaster.handle(peer, message)
+            engine = self._reception.roster.get(peer)
+            self._broadcaster.handle(peer, message, f"engine {short_name(engine.producer)}" if engine else "an engine")
 
     def _gone(self, peer: bytes) -> None:
         if self._broadcaster is not None:

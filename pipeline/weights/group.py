@@ -159,7 +159,8 @@ class TransferGroup:
         import torch
 
         done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self.device))
+        with torch.cuda.device(self.device):
+            done.record()
         deadline = time.monotonic() + self._seconds
         while not done.query():
             if time.monotonic() > deadline:

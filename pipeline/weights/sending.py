@@ -49,6 +49,7 @@ class _Member:
     peer: bytes
     join: WeightsJoin
     group: int
+    name: str
     wanted: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)
     """versions; None: it is over"""
     thread: threading.Thread | None = None
@@ -81,8 +82,11 @@ class WeightsBroadcaster:
         """`send` queues a message for a peer."""
         self._send = send
 
-    def handle(self, peer: bytes, message: WeightsJoin | WeightsWanted) -> None:
+    def handle(self, peer: bytes, message: WeightsJoin | WeightsWanted, name: str = "an engine") -> None:
         """What an engine asks for; returns at once.
+
+        Args:
+            name: of the engine, for people.
 
         Raises:
             BadMessage: it asks for one group after the other.
@@ -96,7 +100,7 @@ class WeightsBroadcaster:
             if sum(member.peer == peer for member in self._alive) >= _MOST_WAITING:
                 raise BadMessage(f"more than {_MOST_WAITING} groups for weights at once")
             self._end(peer)
-            member = _Member(peer, message, next(self._numbers))
+            member = _Member(peer, message, next(self._numbers), name)
             member.thread = threading.Thread(target=self._serve, args=(member,), name="broadcast", daemon=True)
             self._members[peer] = member
             self._alive.add(member)
@@ -131,9 +135,9 @@ class WeightsBroadcaster:
             while (version := self._next(member)) >= 0:
                 self._broadcast(member, group, version)
         except (WeightsError, OSError, RuntimeError) as error:  # RuntimeError: of a device that is out of memory, say
-            what = f"weights version {version} to an engine" if version >= 0 else "the way for weights to an engine"
+            what = f"broadcasting weights version {version}" if version >= 0 else "a process group for weights"
+            self._on_event(f"{member.name}: {what} failed ({error}); it reads files instead")
             if not self._is_over(member):
-                self._on_event(f"broadcasting {what} failed: {error}; it reads files instead")
                 self._send(member.peer, WeightsClosed(group=member.group, reason=str(error)))
         finally:
             if group is not None:
@@ -159,7 +163,7 @@ class WeightsBroadcaster:
         )  # fmt: skip
         self._send(member.peer, message)
         group = self._meeting.lead(message, self._device)
-        self._on_event(f"weights go to an engine's {len(devices) - 1} processes over {message.backend}")
+        self._on_event(f"{member.name}: weights go to {len(devices) - 1} of its processes over {message.backend}")
         return group
 
     def _broadcast(self, member: _Member, group: TransferGroup, wanted: int) -> None:

@@ -88,3 +88,34 @@ def test_an_engine_with_another_configuration_is_refused_by_name(configuration, 
     assert refused.returncode == 2 and "sampling" in refused.stderr
     learner.terminate()
     learner.wait(60)
+
+
+def test_weights_are_broadcast_whoever_is_killed_meanwhile(tmp_path, cache):
+    options = SMALL | {
+        "transport__address": free_address(),
+        "transport__lease_seconds": 5,
+        "learner__checkpoint_every": 4,
+        "learner__max_staleness": 0,
+        "run__steps": 16,
+        "weights__transfer": "collective",
+        "weights__transfer_seconds": 10,
+    }
+    run, path = tmp_path / "run", tmp_path / "c.toml"
+    path.write_text(rollahead("run", *settings(**options), "--out", str(run), "--dry-run", cache=cache).stdout)
+
+    def begin(kind):
+        return start(kind, str(path), cache=cache, log=tmp_path / f"{kind}.log")
+
+    learner, engine = begin("learner"), begin("engine")
+    wait_until(lambda: len(rows(run)) >= 5, 120, "step 5", learner, engine)
+    kill(learner)
+    learner = begin("learner")
+    wait_until(lambda: len(rows(run)) >= 10, 120, "step 10", learner, engine)
+    kill(engine)
+    engine = begin("engine")
+    assert learner.wait(180) == 0 and engine.wait(60) == 0
+    assert [row["step"] for row in rows(run)] == list(range(1, 17))
+    mismatches = [row["mismatch_k3"] for row in rows(run) if row["mismatch_k3"] is not None]
+    assert len(mismatches) > 8 and max(mismatches) < 1e-4, "the engine computes with what was published"
+    said = (tmp_path / "engine.log").read_text()
+    assert said.count("weights come over gloo") == 3

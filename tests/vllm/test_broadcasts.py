@@ -142,7 +142,7 @@ def test_workers_that_share_tensors_all_receive(tmp_path):
         made.get(version)
         made.check(version)
         assert made.asked() == 1 and not [line for line in made.events if "files" in line]
-        assert any("2 processes over gloo" in line for line in made.learner.events)
+        assert any("2 of its processes over gloo" in line for line in made.learner.events)
     finally:
         made.end()
 
