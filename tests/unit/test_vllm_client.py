@@ -5,11 +5,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from pipeline.engine.vllm.client import EngineClient
 from pipeline.engine.vllm.generator import VllmGenerator
 from pipeline.errors import RunFailed
+from pipeline.messages import WeightsGroup, WeightsManifest
+from pipeline.weights.group import TransferFailed
+
+MANIFEST = WeightsManifest(group=1, version=7, bucket_bytes=1024, tensors=())
 
 
 class Engine:
@@ -33,22 +38,53 @@ class Engine:
 def client(engine: Engine) -> EngineClient:
     made = EngineClient.__new__(EngineClient)
     made._engine = engine
+    made._call = asyncio.run  # type: ignore[method-assign]
     return made
 
 
 def test_a_publication_that_a_worker_cannot_load_ends_in_one_sentence():
     engine = Engine(["", ""], ["", "model.safetensors is cut short"])
     with pytest.raises(RunFailed, match=r"^publication 7 cannot be loaded: model\.safetensors is cut short$"):
-        asyncio.run(client(engine)._update(Path("weights"), 7, True))
+        client(engine).load_weights(Path("weights"), 7, keep_cache=True)
     assert "resume_generation" not in engine.calls
 
 
-def test_generation_goes_on_where_every_worker_has_loaded_a_publication():
+def test_a_broadcast_that_a_worker_has_not_all_of_leaves_generation_paused():
+    engine = Engine(["", ""], ["", "Connection reset by peer"])
+    with pytest.raises(TransferFailed, match=r"^Connection reset by peer$"):
+        client(engine).receive_weights(MANIFEST, keep_cache=True)
+    assert "resume_generation" not in engine.calls
+
+
+@pytest.mark.parametrize("how", ["load", "receive"])
+def test_generation_goes_on_where_every_worker_has_a_publication(how):
     engine = Engine(["", ""])
-    asyncio.run(client(engine)._update(Path("weights"), 7, True))
+    if how == "load":
+        client(engine).load_weights(Path("weights"), 7, keep_cache=True)
+    else:
+        client(engine).receive_weights(MANIFEST, keep_cache=True)
     assert engine.calls == [
-        "pause_generation", "rollahead_load_weights", "update_weight_version", "resume_generation"
+        "pause_generation", f"rollahead_{how}_weights", "update_weight_version", "resume_generation"
     ]  # fmt: skip
+
+
+def test_workers_of_all_engines_are_members_of_one_group_each_with_its_rank():
+    made, joined = EngineClient.__new__(EngineClient), []
+
+    def workers(method: str, *arguments: Any) -> list[Any]:
+        if method == "rollahead_receiver":
+            return [("1.0", "cuda c"), ("0.1", "cuda b"), ("0.0", "cuda a")]
+        joined.append(arguments)
+        return ["", "", "" if len(joined) == 1 else "it is not reached"]
+
+    made.workers = workers  # type: ignore[method-assign]
+    group = WeightsGroup(group=3, address="tcp://127.0.0.1:1", backend="nccl", size=4, seconds=1.0)
+    made.join_group(group)
+    assert tuple(made.receivers().values()) == ("cuda a", "cuda b", "cuda c")
+    assert joined[0][1] == {"0.0": 1, "0.1": 2, "1.0": 3}
+    assert msgspec.msgpack.decode(joined[0][0], type=WeightsGroup) == group
+    with pytest.raises(TransferFailed, match="not reached"):
+        made.join_group(group)
 
 
 def generator(*answers: Any) -> VllmGenerator:
