@@ -109,4 +109,7 @@ def _broadcaster(config: Config, run: RunDirectory, log: Log) -> WeightsBroadcas
         return None
     check_broadcasting(weights.address, config.transport.insecure)
     device = resolve_device(config.learner.device)
-    return WeightsBroadcaster(run.weights, Meeting(weights.address), device, weights.transfer_seconds, log)
+    return WeightsBroadcaster(
+        run.weights, Meeting(weights.address), device, weights.transfer_seconds, log,
+        max_message_bytes=config.transport.max_message_bytes,
+    )  # fmt: skip

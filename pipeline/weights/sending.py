@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pipeline.codec import encode
 from pipeline.failpoints import failpoint
 from pipeline.messages import (
+    MOST_TENSORS,
     BadMessage,
     LearnerMessage,
     WeightsClosed,
@@ -60,7 +62,7 @@ class WeightsBroadcaster:
 
     def __init__(
         self, root: Path, meeting: Meeting, device: torch.device, seconds: float, on_event: Callable[[str], None],
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int = BUCKET_BYTES, max_message_bytes: int = 1 << 20,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -70,7 +72,9 @@ class WeightsBroadcaster:
             seconds: that one side waits for the other.
             on_event: gets a line about a group that came about or failed; from any thread.
             bucket_bytes: of a broadcast, at most; a multiple of 16.
+            max_message_bytes: that engines accept; a manifest must not end their connection.
         """
+        self._max_message_bytes = max_message_bytes
         self._root, self._meeting, self._device = root, meeting, device
         self._seconds, self._on_event, self._bucket_bytes = seconds, on_event, bucket_bytes
         self._lock = threading.Lock()
@@ -171,12 +175,23 @@ class WeightsBroadcaster:
         version, opened = self._open(wanted)
         with opened as file:
             tensors = _described(file, member.join.order)
-            self._send(member.peer, WeightsManifest(
+            self._announce(member, WeightsManifest(
                 group=member.group, version=version, bucket_bytes=self._bucket_bytes, tensors=tensors
             ))  # fmt: skip
             pieces = _Pieces(file, version, self._bucket_bytes, group.device)
             for bucket in buckets(tensors, self._bucket_bytes):
                 pieces.broadcast(bucket, group)
+
+    def _announce(self, member: _Member, manifest: WeightsManifest) -> None:
+        size, most = len(encode(manifest)[0]), self._max_message_bytes
+        if len(manifest.tensors) > MOST_TENSORS:
+            raise TransferFailed(f"it has {len(manifest.tensors)} tensors, more than {MOST_TENSORS}")
+        if size > most:
+            raise TransferFailed(
+                f"the list of its tensors takes {size} bytes, more than transport.max_message_bytes = {most}; raise it "
+                "on both sides"
+            )
+        self._send(member.peer, manifest)
 
     def _open(self, wanted: int) -> tuple[int, AbstractContextManager[Any]]:
         newest = max(versions(self._root), default=-1)

@@ -111,6 +111,16 @@ def test_an_engine_that_does_not_take_part_costs_its_own_thread_some_seconds(tmp
         assert same(engine.generator, tmp_path / "weights" / "v2")
 
 
+def test_a_manifest_that_would_end_the_connection_is_not_sent(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    with following("collective", tmp_path, model) as (learner, engine):
+        learner.broadcaster._max_message_bytes = 1000
+        learner.publisher.publish(altered(model, 1), 1)
+        engine.get(1)
+        assert any("transport.max_message_bytes = 1000" in line for line in engine.events)
+        assert same(engine.generator, tmp_path / "weights" / "v1")
+
+
 def test_a_learner_that_restarted_is_asked_for_a_group_again(tmp_path):
     model = save_tiny(tmp_path / "model")
     with following("collective", tmp_path, model) as (learner, engine):
