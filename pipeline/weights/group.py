@@ -75,7 +75,8 @@ class Meeting:
         shown = f"[{self.host}]" if ":" in self.host else self.host
         self.address = f"tcp://{shown}:{port}"
         """that members connect to"""
-        self.store = TCPStore(
+        self._port = port
+        self._server = TCPStore(
             self.host, port, None, True, timedelta(seconds=_STORE_SECONDS), False, master_listen_fd=listening.detach()
         )
 
@@ -85,7 +86,9 @@ class Meeting:
         Raises:
             TransferFailed: they have not, in time.
         """
-        return TransferGroup(self.store, message, 0, self.host, device)
+        # A connection of its own: on one that is shared, who waits for a member keeps all other groups waiting.
+        store = _connected(self.host, self._port, message.seconds)
+        return TransferGroup(store, message, 0, self.host, device)
 
 
 def join(message: WeightsGroup, rank: int, device: "torch.device") -> "TransferGroup":
@@ -94,14 +97,12 @@ def join(message: WeightsGroup, rank: int, device: "torch.device") -> "TransferG
     Raises:
         TransferFailed: the learner's end is not reached, or the others have not come in time.
     """
-    from torch.distributed import TCPStore
-
     host, port = _parts(message.address)
     try:
         # tried first: torch writes pages about a connection that does not come about
         with socket.create_connection((host, port), timeout=message.seconds) as found:
             own = found.getsockname()[0]
-        store = TCPStore(host, port, None, False, timedelta(seconds=message.seconds), False)
+        store = _connected(host, port, message.seconds)
     except (OSError, RuntimeError) as error:
         raise TransferFailed(
             f"the learner's weights.address {message.address} is not reached ({_why(error)}); name one there that this "
@@ -190,6 +191,12 @@ def backend_for(devices: tuple[str, ...]) -> Literal["gloo", "nccl"]:
     """Of a group with members on these devices, as `device_name` calls them: NCCL wants a GPU for each of them."""
     alone = len(set(devices)) == len(devices) and all(name.startswith("cuda") for name in devices)
     return "nccl" if alone else "gloo"
+
+
+def _connected(host: str, port: int, seconds: float) -> Any:
+    from torch.distributed import TCPStore
+
+    return TCPStore(host, port, None, False, timedelta(seconds=seconds), False)
 
 
 def _gloo(store: Any, rank: int, size: int, host: str, seconds: float) -> Any:

@@ -22,7 +22,6 @@ from pipeline.codec import encode
 from pipeline.failpoints import failpoint
 from pipeline.messages import (
     MOST_TENSORS,
-    BadMessage,
     LearnerMessage,
     WeightsClosed,
     WeightsGroup,
@@ -41,7 +40,7 @@ _DTYPES: dict[str, Any] = {
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _MOST_WAITING = 4
-"""groups of one engine that have not ended"""
+"""groups of one engine that have not ended: one that is never joined takes its time to"""
 
 
 @dataclass(slots=True, eq=False)
@@ -91,9 +90,6 @@ class WeightsBroadcaster:
 
         Args:
             name: of the engine, for people.
-
-        Raises:
-            BadMessage: it asks for one group after the other.
         """
         with self._lock:
             if isinstance(message, WeightsWanted):
@@ -101,9 +97,11 @@ class WeightsBroadcaster:
                 if member is not None and member.group == message.group:
                     member.wanted.put(message.version)
                 return
-            if sum(member.peer == peer for member in self._alive) >= _MOST_WAITING:
-                raise BadMessage(f"more than {_MOST_WAITING} groups for weights at once")
             self._end(peer)
+            if sum(member.peer == peer for member in self._alive) >= _MOST_WAITING:
+                reason = f"{_MOST_WAITING} of its groups for weights have not ended yet"
+                self._send(peer, WeightsClosed(group=0, reason=reason))
+                return
             member = _Member(peer, message, next(self._numbers), name)
             member.thread = threading.Thread(target=self._serve, args=(member,), name="broadcast", daemon=True)
             self._members[peer] = member

@@ -17,7 +17,14 @@ from pipeline.engine.live_weights import LiveWeights
 from pipeline.engine.native.switching import SwitchingRule
 from pipeline.errors import UsageError
 from pipeline.failpoints import arm
-from pipeline.messages import BadMessage, WeightsGroup, WeightsJoin, WeightsManifest, WeightsTensor, WeightsWanted
+from pipeline.messages import (
+    WeightsClosed,
+    WeightsGroup,
+    WeightsJoin,
+    WeightsManifest,
+    WeightsTensor,
+    WeightsWanted,
+)
 from pipeline.models.checkpoint import SMALL_MODEL, load_decoder
 from pipeline.models.config import ModelConfig
 from pipeline.weights.buckets import buckets
@@ -253,13 +260,32 @@ def test_gpus_alone_and_each_its_own_make_a_group_of_nccl_s():
     assert device_name(torch.device("cpu")) == "cpu"
 
 
-def test_an_engine_that_asks_for_one_group_after_the_other_is_told_off(tmp_path):
+def test_an_engine_that_asks_for_one_group_after_the_other_gets_none_for_a_while(tmp_path):
     model = save_tiny(tmp_path / "model")
     with following("collective", tmp_path, model) as (learner, _):
-        for _ in range(3):
+        answers = []
+        learner.answer = answers.append
+        for _ in range(5):
             learner.ask(WeightsJoin(devices=("cpu",)))
-        with pytest.raises(BadMessage, match="groups for weights at once"):
-            learner.ask(WeightsJoin(devices=("cpu",)))
+        closed = [answer for answer in answers if isinstance(answer, WeightsClosed)]
+        assert closed and all("have not ended yet" in answer.reason for answer in closed)
+
+
+def test_an_engine_that_never_joins_its_group_keeps_no_other_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_routes, "SECONDS", 4.0)
+    model = save_tiny(tmp_path / "model")
+    with following("collective", tmp_path, model) as (learner, engine):
+        learner.answer, heard = (lambda message: None), learner.answer
+        learner.broadcaster.handle(b"another peer", WeightsJoin(devices=("cpu",)))
+        time.sleep(0.2)
+        learner.answer = heard
+        learner.connections += 1
+        began = time.monotonic()
+        engine.engine._follow_weights()
+        engine.ready()
+        learner.publisher.publish(altered(model, 1), 1)
+        engine.get(1)
+        assert time.monotonic() - began < 3.0 and not [line for line in engine.events if "files" in line]
 
 
 def test_a_learner_without_broadcasts_is_named_once_and_not_asked():
