@@ -15,8 +15,9 @@ from learner.tokens import Needs
 from learner.trainer import Trainer
 from pipeline.config import Config
 from pipeline.engine.generator import FinishedSample, GroupRequest
+from pipeline.engine.leased import trajectory_of
 from pipeline.engine.rewarding import FinishedGroup, ScoredGroup
-from pipeline.engine.service import build_generator, trajectory_of
+from pipeline.engine.startup import build_generator
 from pipeline.messages import Lease, Trajectory
 from pipeline.models.chat import chat_template
 from pipeline.models.tokenizer import Tokenizer

@@ -182,7 +182,7 @@ def _dry_run(config: object, parts: tuple[str, ...], *, evaluate_only: bool = Fa
         check_startup(config, evaluate_only)
     if "engine" in parts:
         from learner.composition import check_engine_gives
-        from pipeline.engine.service import check_connection, check_pieces
+        from pipeline.engine.startup import check_connection, check_pieces
         from pipeline.tasks.rewards import load_reward, reward_name
 
         check_engine_gives(config)

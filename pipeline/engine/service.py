@@ -9,38 +9,28 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from msgspec import structs
 
 from pipeline.capabilities import capabilities_of
-from pipeline.config import Config, check_config, resolve_threads
+from pipeline.config import Config, check_config
 from pipeline.digest import run_digest
-from pipeline.engine.generator import FinishedSample, Generator, GeneratorLost, GroupRequest, ReceivesWeights
+from pipeline.engine.generator import Generator, GeneratorLost, ReceivesWeights
+from pipeline.engine.leased import LeaseWork, request_of, trajectory_of
 from pipeline.engine.link import Drained, Failed, Granted, Link, Revoked, VersionHint
 from pipeline.engine.live_weights import LiveWeights
 from pipeline.engine.observer import EngineObserver
-from pipeline.engine.rewarding import FinishedGroup, RewardWorker, ScoredGroup, Scorer, build_scorers
+from pipeline.engine.rewarding import FinishedGroup, RewardWorker, Scorer, build_scorers
+from pipeline.engine.startup import build_generator, check_connection, check_pieces
 from pipeline.errors import RollaheadError, RunFailed, UsageError
-from pipeline.messages import (
-    LARGEST_ORIGINS,
-    SCHEMA,
-    Lease,
-    Role,
-    Trajectory,
-    TrajectoryHeader,
-    WeightsAnswer,
-    WeightsChunk,
-    WeightsFiles,
-)
+from pipeline.messages import WeightsAnswer, WeightsChunk, WeightsFiles
 from pipeline.run_directory import RunDirectory
 from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.telemetry import Log
 from pipeline.transport.dealer import ZmqEngineSocket
 from pipeline.transport.keys import load_engine_keys
-from pipeline.transport.options import check_address, is_local
+from pipeline.transport.options import is_local
 from pipeline.transport.spool import Spool
 from pipeline.watchdog import Watchdog
 from pipeline.weights import FilesystemFollower, StreamFollower, WeightsError, WeightsFollower, WeightsPending
@@ -149,19 +139,6 @@ class LearnerRefused(LearnerEnded, UsageError):
     """The learner does not want this engine's configuration."""
 
     exit_code = 2
-
-
-@dataclass(slots=True)
-class LeaseWork:
-    """A lease under way: samples arrive one by one, rewards need the whole group."""
-
-    lease: Lease
-    started: bool = False
-    samples: dict[int, FinishedSample] = field(default_factory=dict)
-
-    @property
-    def unfinished(self) -> int:
-        return self.lease.group_size - len(self.samples)
 
 
 class Engine:
@@ -384,123 +361,3 @@ class Engine:
         self.link.leave(tuple(self.work))
         if not self.link.flush(FLUSH_SECONDS):
             self.log("left before the learner had everything; the rest stays in the spool for the next engine")
-
-
-def trajectory_of(scored: ScoredGroup, index: int) -> Trajectory:
-    """One sample of a scored group as it travels; the link fills in producer, incarnation and sequence."""
-    lease, sample, score = scored.group.lease, scored.group.samples[index], scored.scores[index]
-    tokens = len(sample.token_ids)
-    assert score.reward is not None
-    header = TrajectoryHeader(
-        schema=SCHEMA, producer="", incarnation=0, sequence=0, lease=lease.id, sample=index,
-        prompt_tokens=len(lease.prompt_ids), response_tokens=tokens, has_entropy=sample.entropies is not None,
-        reward=score.reward, reward_parts=score.parts, finish_reason=sample.finish_reason,
-        sampling=lease.sampling_of(index), drafters=sample.drafters, verifications=sample.verifications,
-        kv_kept_across_update=sample.kv_kept_across_update,
-        kept_ids=None if sample.kept is None else len(sample.kept.ids),
-    )  # fmt: skip
-    if not index and sample.origins is not None and sample.draft_sources is not None and tokens <= LARGEST_ORIGINS:
-        # of the first sample of a group: what people are shown is a few samples of every batch
-        origins, sources = sample.origins.tobytes(), sample.draft_sources.tobytes()
-        header = structs.replace(header, origins=origins, draft_sources=sources)
-    return Trajectory(
-        header=header,
-        prompt_ids=np.asarray(lease.prompt_ids, np.uint32),
-        token_ids=sample.token_ids.astype(np.uint32),
-        logprobs=sample.logprobs,
-        entropies=sample.entropies,
-        versions=sample.versions.astype(np.uint32),
-        samplers=sample.samplers,
-        roles=np.full(tokens, Role.GENERATED, np.uint8),
-        kept_counts=None if sample.kept is None else sample.kept.counts,
-        kept_ids=None if sample.kept is None else sample.kept.ids,
-    )
-
-
-def check_connection(config: Config, connect: str | None) -> None:
-    """Refuse what is no address, and keys that cannot be used, before anything is loaded."""
-    transport = config.transport
-    check_address(connect or transport.address, "--connect" if connect else "transport.address")
-    if transport.keys:
-        load_engine_keys(Path(transport.keys), transport.engine_key)
-
-
-def check_pieces(config: Config) -> None:
-    """Refuse a device, a drafter, a cache compression or a small model that does not exist or does not fit the policy,
-    and those that do not go together."""
-    from drafters.base import check_policy
-    from drafters.registry import build
-    from pipeline.engine.native.compression import KVCompression
-    from pipeline.engine.native.small_model import check_switching
-
-    drafter = build(config.engine.drafter)
-    if config.engine.generator == "vllm":
-        from pipeline.engine.vllm.install import require_vllm
-        from pipeline.engine.vllm.proposer import check_needs
-
-        require_vllm()
-        check_needs(drafter)
-    else:
-        from pipeline.models.checkpoint import compute_device
-
-        compute_device(config.engine.device, "engine.device")
-    path = config.model.path
-    check_policy(drafter, Path(path) if path else None, brings_head=config.drafter.co_train)
-    KVCompression.from_config(config.engine.kv_compression)
-    check_switching(config, drafter)
-
-
-def request_of(lease: Lease, prompt_ids: np.ndarray, config: Config) -> GroupRequest:
-    """A lease's group; evaluations are of the policy as it is, unless the configuration asks otherwise."""
-    evaluates, engine = lease.kind == "eval", config.engine
-    return GroupRequest(
-        lease.id,
-        prompt_ids,
-        lease.sampling,
-        lease.seeds,
-        lease.temperatures,
-        full_cache=evaluates and not engine.kv_compression.evaluation,
-        policy_only=evaluates and not engine.switching.evaluation,
-    )
-
-
-def build_generator(config: Config, folder: Path, log: Log) -> Generator:
-    """The generator of the configuration, on the model in `folder`."""
-    if config.engine.generator == "vllm":
-        from pipeline.engine.vllm.configured import vllm_generator
-
-        return vllm_generator(config, folder, log)
-    import torch
-
-    from drafters.registry import build
-    from pipeline.engine.native.calibration import calibrate_for_run
-    from pipeline.engine.native.compression import KVCompression
-    from pipeline.engine.native.generator import NativeGenerator
-    from pipeline.engine.native.switching import SwitchingRule
-    from pipeline.models.precision import choose
-
-    torch.set_num_threads(resolve_threads(config.engine.threads, config))
-    switching = config.engine.switching
-    generator = NativeGenerator(
-        folder,
-        drafter=build(config.engine.drafter),
-        max_sequences=config.engine.max_sequences,
-        max_draft_tokens=config.engine.max_draft_tokens,
-        stagger=config.engine.stagger,
-        max_length=config.sampling.max_prompt_tokens + config.sampling.max_new_tokens,
-        dtype=config.engine.dtype,
-        device=config.engine.device,
-        verification=config.engine.verification,
-        kv_bytes=config.engine.kv_bytes,
-        kv_compression=KVCompression.from_config(config.engine.kv_compression),
-        prefill_tokens=config.engine.prefill_tokens,
-        recompute_on_update=config.engine.update_kv == "recompute",
-        small_model=switching.small_model or None,
-        switching=SwitchingRule.from_config(switching),
-        on_event=log,
-    )
-    if config.engine.dtype == "auto":
-        log(f"engine.dtype = auto: {choose(generator.decoder.config, generator.decoder.device)}")
-    if switching.small_model and switching.policy_share:
-        calibrate_for_run(generator, config, folder, log)
-    return generator

@@ -7,7 +7,7 @@ from msgspec import structs
 
 from learner.evaluation import EVAL_LEASES, Evaluation, evaluation_source, pass_at_k
 from pipeline.config import Config
-from pipeline.engine.service import request_of
+from pipeline.engine.leased import request_of
 from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
 from pipeline.tasks.base import Example

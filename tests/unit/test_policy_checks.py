@@ -8,7 +8,7 @@ from drafters.mtp.head import FILE
 from drafters.mtp.module import MTPModule
 from pipeline.cli import main
 from pipeline.config.load import load_config
-from pipeline.engine.service import check_pieces
+from pipeline.engine.startup import check_pieces
 from pipeline.errors import UsageError
 from pipeline.models.config import ModelConfig
 from pipeline.weights.filesystem import save_tensors

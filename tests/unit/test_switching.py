@@ -18,7 +18,7 @@ from pipeline.engine.native.calibration import calibrate, calibrate_for_run, pol
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.native.small_model import Copy, SmallModel
 from pipeline.engine.native.switching import SwitchingRule, SwitchState, in_nats, parse_rule
-from pipeline.engine.service import check_pieces
+from pipeline.engine.startup import check_pieces
 from pipeline.errors import UsageError
 from pipeline.messages import Sampler, SamplingParams
 from pipeline.models.config import ModelConfig

@@ -11,9 +11,9 @@ from pipeline.codec import decode_from_engine, encode_trajectory
 from pipeline.config import check_config, load_config
 from pipeline.config.types import LearnerSection, ObjectiveSection
 from pipeline.engine.generator import GroupRequest
+from pipeline.engine.leased import trajectory_of
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.rewarding import FinishedGroup, ScoredGroup
-from pipeline.engine.service import trajectory_of
 from pipeline.errors import UsageError
 from pipeline.messages import SCHEMA, BadMessage, Capabilities, Hello, Lease, SamplingParams
 from pipeline.tasks.prompts import rollout_sampling
