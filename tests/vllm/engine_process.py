@@ -4,9 +4,9 @@ import sys
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # vLLM's processes read this file, too, and want to be alone with what they import
-    from pipeline.engine.vllm.generator import VllmGenerator
+from pipeline.engine.vllm.generator import VllmGenerator  # at the top: vLLM's processes run it, too, as numba's import
 
+if __name__ == "__main__":
     generator = VllmGenerator(
         Path(sys.argv[1]), drafter={"name": "none"}, max_sequences=2, max_length=32, stop_token_ids=(),
         options={"enforce_eager": True},

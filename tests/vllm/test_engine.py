@@ -99,6 +99,13 @@ def test_every_setting_keeps_its_distribution_and_log_probs_are_those_of_a_fresh
     assert len(checks) > 20 and not failures(checks), failures(checks)
 
 
+def test_a_single_text_with_a_top_k_gets_its_last_token(setup):
+    """A step whose drafts are all empty ends the stock sampler."""
+    for length in range(1, 10):
+        (sample,) = generate(setup.generator, [setup.request(SamplingParams(top_k=3, max_new_tokens=length), 1)])
+        assert len(sample.token_ids) == length
+
+
 def test_the_drafter_sees_the_texts_that_are_returned_over_preemption_and_moving_rows(setup):
     before = setup.seen()
     samples = generate(setup.generator, [setup.request(SamplingParams(max_new_tokens=150), 12) for _ in range(2)])

@@ -1,5 +1,8 @@
 """The installed vLLM's rejection sampler, as it comes and corrected, and the guard at engine start."""
 
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks.exactness_suite.model import random_checkpoint
@@ -17,6 +20,32 @@ def test_the_stock_sampler_is_wrong_and_the_corrected_one_is_not():
     for drafts in ("unlikely drafts", "missing drafts", "drawn drafts"):
         assert set(found[drafts]) == set(rejection.SETTINGS)
         assert min(found[drafts].values()) > 1e-4, found[drafts]
+
+
+def test_a_step_in_which_no_draft_has_a_token_ends_the_stock_sampler_and_not_the_corrected_one():
+    assert step_without_drafts("stock") == "RuntimeError"
+    assert step_without_drafts("corrected") == "(0, 6)"
+
+
+def step_without_drafts(which: str) -> str:
+    """Of two sequences with a top-k, in a process of its own: what is corrected stays so."""
+    code = f"""
+import torch
+from pipeline.engine.vllm import rejection
+rejection.prepare()
+from types import SimpleNamespace
+from vllm.v1.sample import rejection_sampler as sampler
+if {which!r} == "corrected":
+    rejection.correct(sampler)
+metadata = SimpleNamespace(all_greedy=False, temperature=torch.ones(2), top_k=torch.tensor([3, 3]), top_p=None)
+ends = torch.zeros(2, dtype=torch.int32)
+try:
+    print(tuple(sampler.apply_sampling_constraints(torch.zeros(0, 6), ends, metadata).shape))
+except RuntimeError:
+    print("RuntimeError")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1]
 
 
 def test_an_engine_whose_sampler_follows_its_drafts_is_refused_by_version(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from transformers import AutoConfig, Qwen3Config
 
 from drafters.mtp.vllm_form import ARCHITECTURE, MODEL_TYPE
 from pipeline.engine.vllm.environment import end_with_starter
+from pipeline.engine.vllm.install import let_vllm_search
 
 CLASS = "pipeline.engine.vllm.head_model:RollaheadMTP"
 
@@ -20,6 +21,7 @@ def register() -> None:
     from vllm import ModelRegistry
 
     end_with_starter()
+    let_vllm_search()  # a spawned process runs the top of the script that started it, which may import anything
     AutoConfig.register(MODEL_TYPE, HeadConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, CLASS)

@@ -1,6 +1,7 @@
 """Whether vLLM is here, in a version that this generator drives."""
 
 import importlib.util
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from pipeline.errors import UsageError
@@ -48,8 +49,8 @@ def require_vllm() -> str:
 
 
 def let_vllm_search() -> None:
-    """For a process that has imported numba and runs a worker of vLLM itself: on a CPU vLLM looks with `vars` into what
-    every module holds, which llvmlite's library object answers with a function where vLLM wants a dictionary."""
-    from llvmlite.binding import ffi
-
-    ffi.lib._fntab.setdefault("__dict__", {})
+    """For a process that has imported numba and runs a worker of vLLM: on a CPU vLLM looks with `vars` into what every
+    module holds, which llvmlite's library object answers with a function where vLLM wants a dictionary."""
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is not None and isinstance(known := getattr(ffi.lib, "_fntab", None), dict):
+        known.setdefault("__dict__", {})

@@ -1,8 +1,9 @@
 """vLLM's rejection sampler: what is wrong with it on a CPU is corrected, and the installed one is tested.
 
 In vLLM 0.32 on a CPU, `expand_batch_to_tokens` writes into a converted copy of its output, so that temperature, top-k
-and top-p of drafted positions are uninitialised memory and what is sampled follows the draft; and a draft of -1, which
-stands for "none", indexes in front of a row of probabilities.
+and top-p of drafted positions are uninitialised memory and what is sampled follows the draft; a draft of -1, which
+stands for "none", indexes in front of a row of probabilities; and a step whose drafts are all empty, as of the last
+tokens that sequences have room for, ends the worker where there is a top-k.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,7 @@ def correct(sampler: Any) -> None:
     if sampler.expand_batch_to_tokens is not expand_batch_to_tokens:
         sampler.expand_batch_to_tokens = expand_batch_to_tokens
         sampler.rejection_sample = without_missing_drafts(sampler.rejection_sample)
+        sampler.apply_sampling_constraints = with_nothing_to_constrain(sampler.apply_sampling_constraints)
 
 
 def expand_batch_to_tokens(
@@ -44,6 +46,15 @@ def expand_batch_to_tokens(
         x = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     return x.repeat_interleave(counts.long(), output_size=num_tokens)
+
+
+def with_nothing_to_constrain(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`apply_sampling_constraints` of logits [0, V] as well."""
+
+    def apply_sampling_constraints(logits: Tensor, *rest: Any, **named: Any) -> Tensor:
+        return stock(logits, *rest, **named) if len(logits) else logits
+
+    return apply_sampling_constraints
 
 
 def without_missing_drafts(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
