@@ -15,6 +15,7 @@ from learner.attention import PACKED_ATTENTION
 from learner.lean import keep_less
 from learner.linear import use_fast_products
 from pipeline.errors import UsageError
+from pipeline.models.checkpoint import compute_device
 from pipeline.weights import COMPANION_FILES
 
 _UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale")
@@ -26,16 +27,9 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         UsageError: no such device here.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"learner.device {device!r} is not a device; use auto, cpu, cuda or cuda:N") from error
-    if resolved.type == "cuda" and resolved.index is None:
-        resolved = torch.device("cuda", ranks.local_rank())
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"learner.device {device!r}: this machine shows {torch.cuda.device_count()} CUDA devices")
+    resolved = compute_device(device, "learner.device")
+    if resolved == torch.device("cuda"):
+        return compute_device(f"cuda:{ranks.local_rank()}", "learner.device")
     return resolved
 
 

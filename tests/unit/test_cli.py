@@ -102,6 +102,7 @@ def test_dry_run_prints_the_resolved_configuration(capsys):
         (["run", "--dry-run", "--set", "transport.address=tcp://0.0.0.0:5757"], "needs keys"),
         (["run", "--dry-run", "--set", "transport.keys=/nope"], "/nope/learner.secret"),
         (["run", "--dry-run", "--set", "learner.device=cuda:99"], "learner.device 'cuda:99'"),
+        (["run", "--dry-run", "--set", "learner.device=meta"], "learner.device 'meta' is unknown"),
         (["run", "--dry-run", "--set", "learner.reference_path=/nope"], "learner.reference_path '/nope'"),
         (["run", "--dry-run", "--set", "model.path=/nope"], "model folder /nope does not exist"),
         (["run", "--dry-run", "--set", "task.kind=no_such_module:Task"], "No module named 'no_such_module'"),
