@@ -1,5 +1,6 @@
 """The order in which samples start, alone and in the generator."""
 
+import gc
 import sys
 
 import numpy as np
@@ -86,11 +87,13 @@ def calls_of_steps(folder, queued):
             nonlocal calls
             calls += event in ("call", "c_call")
 
+        gc.disable()  # it would call finalizers of what other tests have left
         sys.setprofile(count)
         try:
             generator.step()
         finally:
             sys.setprofile(None)
+            gc.enable()
         counts.append(calls)
     return counts[2:]  # the first ones fill caches
 
