@@ -35,11 +35,8 @@ _TRIAL_EVERY = 24
 _URGENCY_EVERY = 8
 """steps after which urgency is computed anew: a few tokens more do not change who is ahead"""
 _RATE = 0.1
-_LONGEST_LULL = 64
 _ONE = np.ones(1)
 """urgency of a sequence alone"""
-
-
 _READS = Needs.TARGET_LAYERS | Needs.HIDDEN_STATES
 """what drafters ask for that compute a model"""
 
@@ -166,7 +163,7 @@ class ArbiterDrafter(CompositeDrafter):
         self._plain_steps.teach()
         self._not_asked += rows * (len(self._standings) - len(asked))
         others = [standing.asleep for i, standing in enumerate(self._standings) if i != asked[0]]
-        if steps := self._delegation.take(asked, rows, min(others, default=_LONGEST_LULL) + 1):
+        if steps := self._delegation.take(asked, rows, others):
             self._lull.begin(asked[0], rows, steps - 1)
             return self._undecided(request)
         self._trial = self.costs.learns and self._idle > 0 and self._idle % _TRIAL_EVERY == 0

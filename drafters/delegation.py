@@ -73,14 +73,20 @@ class Delegation:
             self._window = min(2 * self._window, _MOST)
         return best
 
-    def take(self, asked: Sequence[int], rows: int, most: int) -> int:
-        """Steps of so many sequences, in which these drafters are asked, that go without a decision from now on, `most`
-        or fewer. A step in which others are asked, too, to see what they bring, does not end it."""
+    def take(self, asked: Sequence[int], rows: int, asleep: Sequence[int] = ()) -> int:
+        """Steps of so many sequences, in which these drafters are asked, that go without a decision from now on. A step
+        in which others are asked, too, to see what they bring, comes between and does not end it.
+
+        Args:
+            asked: drafters.
+            rows: sequences.
+            asleep: steps after this one in which each of the others sleeps.
+        """
         if len(asked) > 1:
             return 0
         if self._of != (asked[0], rows):
             self._left = 0
-        taken = min(self._left, most)
+        taken = min(self._left, *(steps + 1 for steps in asleep)) if asleep else self._left
         self._left -= taken
         return taken
 

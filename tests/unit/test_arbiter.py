@@ -552,7 +552,7 @@ def test_whole_drafts_without_a_decision_leave_the_distribution_as_it_is(monkeyp
         made.append(ArbiterDrafter(costs=CostModel.of(lambda rows, tokens: rows + 0.01 * tokens), drafters=[telling]))
         return made[-1]
 
-    monkeypatch.setattr(Delegation, "take", lambda self, asked, rows, most: min(most, 3))
+    monkeypatch.setattr(Delegation, "take", lambda self, asked, rows, asleep: 3)
     check_distribution(make, 1000)
     assert made[-1].counters()["not decided"] > 500
 

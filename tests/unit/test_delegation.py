@@ -5,9 +5,9 @@ from drafters.delegation import Delegation, Lull, Outlook
 PLAIN, GOOD, BAD = Outlook(1.0, 1.0), Outlook(3.0, 1.0), Outlook(2.0, 1.0)
 
 
-def taken(delegation, rows=1, asked=(0,), most=1000):
+def taken(delegation, rows=1, asked=(0,), asleep=()):
     """Steps until a decision is due."""
-    return delegation.take(asked, rows, most)
+    return delegation.take(asked, rows, asleep)
 
 
 def compared(delegation, decided, whole, drafter=0, rows=1, times=8, plain=PLAIN):
@@ -48,7 +48,7 @@ def test_a_few_decisions_are_compared_first_and_means_decide():
 def test_other_batches_and_drafters_need_decisions_but_one_that_is_asked_once_more_does_not_end_it():
     delegation = Delegation()
     compared(delegation, BAD, GOOD)
-    assert taken(delegation, most=3) == 3
+    assert taken(delegation, asleep=[2, 7]) == 3
     assert taken(delegation, asked=(0, 1)) == 0
     assert taken(delegation) == 5
     compared(delegation, BAD, GOOD)
