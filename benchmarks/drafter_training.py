@@ -61,8 +61,11 @@ def main(arguments: Sequence[str]) -> int:
     for loss, figures in summary.items():
         print(f"{loss} over {options.losses[0]}, points: {figures}")
     settings = {
-        key: getattr(options, key) for key in ("warm_steps", "steps", "learning_rate", "batch_tokens", "depths")
-    }
+        key: getattr(options, key)
+        for key in (
+            "warm_steps", "steps", "optimizer", "matrix_learning_rate", "learning_rate", "batch_tokens", "depths"
+        )
+    }  # fmt: skip
     path = write_results(
         options.out, "drafter-training", rows, model=str(options.model), settings=settings, paired=summary
     )
@@ -76,22 +79,29 @@ def _seed(
     options: argparse.Namespace, seed: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each loss."""
-    section = DrafterSection(depths=options.depths, batch_tokens=options.batch_tokens)
+    section = DrafterSection(
+        depths=options.depths, batch_tokens=options.batch_tokens, optimizer=options.optimizer,
+        matrix_learning_rate=options.matrix_learning_rate, learning_rate=options.learning_rate,
+        steps=options.warm_steps + options.steps,
+    )  # fmt: skip
     tensors = {name: tensor.float() for name, tensor in decoder.tensors().items()}
     frozen = FrozenHead.of(decoder, tensors, decoder.dtype)
     module = new_module(decoder.config, tensors, [], seed)
     order = _batches(texts, options, seed)
     warm = HeadTraining(module, frozen, section, seed, decoder.dtype)
     for index in order[: options.warm_steps]:
-        warm.fit(texts.batch(index, options.depths), "ce", options.learning_rate)
-    begun = copy.deepcopy(module.state_dict()), copy.deepcopy(warm.optimizer.state_dict())
+        warm.step += 1
+        warm.fit(texts.batch(index, options.depths), "ce", warm.factor)
+    begun = copy.deepcopy(module.state_dict()), copy.deepcopy(warm.optimizer.moments())
     rows = [_row(decoder, warm, held_out, kept, options, seed, "warm start")]
     for loss in options.losses:
         branch = HeadTraining(copy.deepcopy(module), frozen, section, seed, decoder.dtype)
         branch.module.load_state_dict(begun[0])
-        branch.optimizer.load_state_dict(copy.deepcopy(begun[1]))
+        branch.optimizer.load(begun[1])
+        branch.step = warm.step
         for index in order[options.warm_steps :]:
-            branch.fit(texts.batch(index, options.depths), loss, options.learning_rate)
+            branch.step += 1
+            branch.fit(texts.batch(index, options.depths), loss, branch.factor)
         rows.append(_row(decoder, branch, held_out, kept, options, seed, loss))
     return rows
 
@@ -206,7 +216,9 @@ def _parser() -> Parser:
     add("--seeds", type=at_least(1), default=3, metavar="N")
     add("--warm-steps", type=at_least(0), default=300, metavar="N")
     add("--steps", type=at_least(1), default=300, metavar="N", help="of each loss after the warm start")
-    add("--learning-rate", type=float, default=1e-3)
+    add("--optimizer", choices=["muon", "adamw"], default="muon")
+    add("--matrix-learning-rate", type=float, default=0.1, help="of Muon")
+    add("--learning-rate", type=float, default=1e-3, help="of AdamW")
     add("--batch-tokens", type=at_least(1), default=4096, metavar="N")
     add("--depths", type=at_least(1), default=3, metavar="K", help="drafted tokens")
     add("--held-out", type=at_least(1), default=64, metavar="N", help="texts")

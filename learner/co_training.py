@@ -49,7 +49,8 @@ class HeadCoTraining:
         self._model, self._section, self._compute = model, section, compute
         state = {} if start else {name: t.float().cpu() for name, t in policy_state(model).items()}
         module = new_module(config, state, start, seed).to(model.device)
-        self.training = HeadTraining(module, self._frozen(), section, seed, compute)
+        own = msgspec.structs.replace(section, optimizer="adamw", learning_rate=section.co_learning_rate)
+        self.training = HeadTraining(module, self._frozen(), own, seed, compute)
 
     @staticmethod
     def from_config(config: Config, model: PreTrainedModel, folder: Path) -> "HeadCoTraining | None":
@@ -76,7 +77,7 @@ class HeadCoTraining:
             return {}
         self.training.step += 1
         self.training.frozen = self._frozen()
-        loss, alphas = self.training.fit(batch, self.training.objective, self._section.co_learning_rate)
+        loss, alphas = self.training.fit(batch, self.training.objective)
         depths = {f"draft_head_acceptance_{depth}": alpha for depth, alpha in enumerate(alphas, 1)}
         return {"draft_head_loss": loss, **depths}
 

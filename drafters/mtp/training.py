@@ -17,6 +17,7 @@ from drafters.mtp.data import Batch, TrainingTexts
 from drafters.mtp.head import FILE, head_tensors
 from drafters.mtp.losses import NEEDS_WARM_UP, Objective, expected_accepted
 from drafters.mtp.module import MTPModule
+from drafters.mtp.optimizer import HeadOptimizer
 from pipeline.config.types import DrafterSection
 from pipeline.errors import RunFailed
 from pipeline.models.config import ModelConfig
@@ -24,6 +25,8 @@ from pipeline.models.decoder import Decoder
 from pipeline.weights.filesystem import replace_tensors
 
 CHECKPOINT = "training.safetensors"
+_MOMENTS = "optimizer."
+"""before the names of moments among its tensors"""
 _ELEMENTS = 1 << 22
 """logits computed at once; rows are taken in parts of so many"""
 
@@ -93,10 +96,12 @@ def batch_backward(
     for begin in range(0, len(batch.rows), part):
         rows, valid = batch.rows[begin : begin + part], batch.valid[begin : begin + part]
         ahead = [(rows + d + 1).clamp_max(len(tokens) - 2) for d in range(depths)]
-        with torch.no_grad():
-            log_p = [F.log_softmax(frozen.logits(hidden[at]).float(), -1) for at in ahead]
-            p = [x.exp() for x in log_p]
-            entropies.append(torch.stack([-(x * y).sum(-1) for x, y in zip(p, log_p, strict=True)], -1))
+        with torch.no_grad():  # neighbours' drafts are over the same places
+            places, which = torch.stack(ahead).unique(return_inverse=True)
+            log_p = F.log_softmax(frozen.logits(hidden[places]).float(), -1)
+            laws = log_p.exp()
+            entropies.append(-(laws * log_p).sum(-1)[which.T])
+            p = [laws[index] for index in which]
         own = place[begin : begin + part]
         logits = [frozen.logits(leaf[own]) for leaf in leaves]
         value, alpha = objective(logits, p, [tokens[at + 1] for at in ahead], valid, counts)
@@ -137,13 +142,10 @@ class HeadTraining:
     """of the head's matrix products"""
     step: int = 0
     seconds: float = 0.0
-    optimizer: torch.optim.AdamW = field(init=False)
+    optimizer: HeadOptimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        decayed = [p for p in self.module.parameters() if p.dim() > 1]
-        others = [p for p in self.module.parameters() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.section.learning_rate, betas=(0.9, 0.95), fused=True)
+        self.optimizer = HeadOptimizer(self.module, self.section)
 
     @property
     def device(self) -> torch.device:
@@ -167,13 +169,14 @@ class HeadTraining:
             began = time.perf_counter()
             self.step += 1
             name = self.objective
-            loss, alphas = self.fit(batch, name, self._rate())
+            loss, alphas = self.fit(batch, name, self.factor)
             self.seconds += time.perf_counter() - began
             last = self.step >= section.steps or 0 < section.seconds <= self.seconds
             evaluate = last or self.step % section.eval_every == 0
             progress = Progress(
-                self.step, loss, name, alphas, self._rate(), self.seconds, self.evaluate(held_out) if evaluate else None
-            )
+                self.step, loss, name, alphas, self.factor * self._learning_rate, self.seconds,
+                self.evaluate(held_out) if evaluate else None,
+            )  # fmt: skip
             if self.step % section.checkpoint_every == 0 or last:
                 save()
             if not on_step(progress) or last:
@@ -189,16 +192,14 @@ class HeadTraining:
                 done += 1
             epoch += 1
 
-    def fit(self, batch: Batch, name: str, rate: float) -> tuple[float, list[float]]:
-        """One optimiser step; the loss, and mean chances of acceptance by depth.
+    def fit(self, batch: Batch, name: str, factor: float = 1.0) -> tuple[float, list[float]]:
+        """One optimiser step, at `factor` times the section's learning rates; the loss, and mean chances of acceptance
+        by depth.
 
         Raises:
             RunFailed: the loss is no number.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         batch = batch.to(self.device)
-        self.optimizer.zero_grad()
         with self._autocast():
             loss, alphas, _ = batch_backward(
                 self.module, self.frozen, batch, Objective(name, self.section.depth_decay), self.section.depths
@@ -206,7 +207,7 @@ class HeadTraining:
         if not math.isfinite(loss):
             raise RunFailed(f"the draft head's loss is {loss} at step {self.step}; lower its learning rate")
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.section.max_grad_norm)
-        self.optimizer.step()
+        self.optimizer.step(factor)
         return loss, (alphas.sum(0) / batch.valid.sum(0).clamp_min(1)).tolist()
 
     @property
@@ -216,13 +217,19 @@ class HeadTraining:
         warm = section.loss in NEEDS_WARM_UP and self.step <= section.warm_up * section.steps
         return section.warm_up_loss if warm else section.loss
 
-    def _rate(self) -> float:
-        """Linear warm-up over 3% of the steps, then a cosine to a tenth."""
+    @property
+    def _learning_rate(self) -> float:
+        """What is told of the learning rates: that of the matrices."""
+        section = self.section
+        return section.matrix_learning_rate if section.optimizer == "muon" else section.learning_rate
+
+    @property
+    def factor(self) -> float:
+        """Of the learning rates in the step under way: linear warm-up over 3% of the steps, then a cosine to a tenth."""
         total, warm = self.section.steps, max(1, round(0.03 * self.section.steps))
         if self.step <= warm:
-            return self.section.learning_rate * self.step / warm
-        left = 0.5 * (1 + math.cos(math.pi * (self.step - warm) / max(1, total - warm)))
-        return self.section.learning_rate * (0.1 + 0.9 * left)
+            return self.step / warm
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * (self.step - warm) / max(1, total - warm)))
 
     def _autocast(self) -> Any:
         if self.compute == torch.float32:
@@ -250,9 +257,7 @@ class HeadTraining:
         weights = self.module.weights()
         replace_tensors({name: w.to(dtype).contiguous() for name, w in weights.items()}, folder / FILE)
         state = {"step": torch.tensor(self.step), "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
-        for name, parameter in self.module.named_parameters():
-            moments = self.optimizer.state.get(parameter, {})
-            state |= {f"adam.{key}.{name}": value for key, value in moments.items() if isinstance(value, Tensor)}
+        state |= {_MOMENTS + name: value for name, value in self.optimizer.moments().items()}
         replace_tensors(weights | state, folder / CHECKPOINT)
 
     def resume(self, folder: Path) -> bool:
@@ -267,11 +272,7 @@ class HeadTraining:
         tensors = load_file(path)
         self.step, self.seconds = int(tensors["step"]), float(tensors["seconds"])
         self.module.load_weights(tensors)
-        for name, parameter in self.module.named_parameters():
-            if f"adam.step.{name}" in tensors:  # not before the first step
-                self.optimizer.state[parameter] = {
-                    key: tensors[f"adam.{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+        self.optimizer.load({n.removeprefix(_MOMENTS): t for n, t in tensors.items() if n.startswith(_MOMENTS)})
         return True
 
 

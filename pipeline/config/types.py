@@ -334,6 +334,10 @@ class DrafterSection(Section):
         NonNegativeFloat, option("training ends after so many seconds of steps; 0: at the last step")
     ] = 0
     batch_tokens: Annotated[PositiveInt, option("tokens an optimiser step, with padding")] = 4096
+    optimizer: Annotated[
+        Literal["muon", "adamw"], option("what steps a head's matrices; its vectors are AdamW's. Co-training: adamw")
+    ] = "muon"
+    matrix_learning_rate: Annotated[PositiveFloat, option("Muon learning rate of the matrices after warm-up")] = 0.1
     learning_rate: Annotated[PositiveFloat, option("AdamW learning rate after warm-up")] = 1e-3
     max_grad_norm: Annotated[PositiveFloat, option("gradient norm is clipped to this")] = 1.0
     dtype: Annotated[
