@@ -160,6 +160,10 @@ class ArbiterDrafter(CompositeDrafter):
         if not asked:
             self._lull.begin(None, rows, min(standing.asleep for standing in self._standings))
             return self._undecided(request)
+        for index in asked:
+            self._standings[index].consider(
+                self._counts[index], rows, self.costs.seconds, self._deciding + self._learning
+            )
         self._plain_steps.teach()
         self._not_asked += rows * (len(self._standings) - len(asked))
         others = [standing.asleep for i, standing in enumerate(self._standings) if i != asked[0]]
@@ -195,13 +199,14 @@ class ArbiterDrafter(CompositeDrafter):
             return Proposal.empty(rows)
         self._delegated += rows
         self._tell(index)
+        request = _limited(request, self._standings[index])
         proposal = self.ensemble.guards[index].propose(request)
         if not proposal.token_ids.shape[1]:
             return proposal
         drawn, granted = None, proposal.lengths
         if proposal.probabilities is not None:
             drawn = drawn_rows(proposal)[None]
-            granted = np.minimum(request.budgets, self._standings[index].widest)
+            granted = self._usual(index, request)
         lengths = proposal.lengths.tolist()
         stack, drafters, choice = Stack.of_one(proposal), slice(index, index + 1), np.zeros(rows, np.int64)
         self._step = Step(request.ids, drafters, drawn, stack, choice, granted, sum(lengths))
@@ -221,10 +226,15 @@ class ArbiterDrafter(CompositeDrafter):
             request = msgspec.structs.replace(request, budgets=np.where(newest, request.budgets, 0))
         began = self._clock()
         self._tell(index)
-        proposal = self.ensemble.guards[index].propose(request)
+        proposal = self.ensemble.guards[index].propose(_limited(request, standing))
         seconds = self._clock() - began
         standing.was_asked(rows, seconds, proposal.token_ids.shape[1], whole)
         return proposal, seconds
+
+    def _usual(self, index: int, request: DraftRequest) -> np.ndarray:
+        """int64 [B], how long a draft of this drafter is taken to be before it is seen."""
+        standing = self._standings[index]
+        return np.minimum(request.budgets, min(standing.widest, standing.limit))
 
     def _decided(self, request: DraftRequest, proposals: list[Proposal], asked: list[int], drafters: slice) -> Proposal:
         """What is to be verified of the proposals of these drafters."""
@@ -244,8 +254,8 @@ class ArbiterDrafter(CompositeDrafter):
         if drawn is not None:
             assumed = assumed.copy()
             for index in asked:
-                place, usual = index - drafters.start, np.minimum(request.budgets, self._standings[index].widest)
-                blind(drawn[place], usual, assumed[place], stack.matches[place], stack.confidences[place])
+                place = index - drafters.start
+                blind(drawn[place], self._usual(index, request), assumed[place], stack.matches[place], stack.confidences[place])
         urgency = self._urgency(request.ids)
         seen = drafters, stack.matches, stack.confidences
         choice, granted, drafted, decided, plain, whole = self._allocated(
@@ -408,6 +418,13 @@ class ArbiterDrafter(CompositeDrafter):
             "not decided": self._delegated,
         }  # fmt: skip
         return decisions | own | super().counters()
+
+
+def _limited(request: DraftRequest, standing: Standing) -> DraftRequest:
+    """As far as this drafter is asked."""
+    if request.budgets.max(initial=0) <= standing.limit:
+        return request
+    return msgspec.structs.replace(request, budgets=np.minimum(request.budgets, standing.limit))
 
 
 def _smoothed(seconds: float, spent: float) -> float:

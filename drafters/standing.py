@@ -1,7 +1,12 @@
 """What asking a drafter costs and brings, and when it is worth asking again."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from drafters.reach import FIRST, Reach
 
 DEAR = 0.03
 """A drafter that takes more than this part of a plain step is judged whenever it is asked."""
@@ -30,6 +35,10 @@ class Standing:
     """longest draft it has made before this step: the step's own may be as long as it is because of what was drawn"""
     _width: int = 0
     """longest draft of the last step in which it was asked"""
+    reach: Reach = field(default_factory=Reach)
+    """of one that reads"""
+    limit: int = _UNKNOWN
+    """tokens that a draft is to have at most in this step"""
     gain: float = math.nan
     """by how much asking it raises tokens a second, its own time included; not a number before it is known"""
     _asking: float = math.nan
@@ -50,7 +59,21 @@ class Standing:
     @property
     def seconds(self) -> float:
         """Of a step in which it is asked and told what came of it."""
-        return (self._asking if self._asking >= 0 else 0.0) + (self._telling if self._telling >= 0 else 0.0)
+        asking = self._asking if self._asking >= 0 else 0.0
+        if self.reads and asking:
+            asking = self.reach.seconds(self.reach.tokens)
+        return asking + (self._telling if self._telling >= 0 else 0.0)
+
+    def consider(
+        self, counts: np.ndarray, rows: int, seconds: Callable[[int, int], float], overhead: float
+    ) -> None:  # fmt: skip
+        """How far to ask it in this step; as `Reach.choose`. What did not pay before is seen anew where it changes."""
+        if not self.reads:
+            return
+        if self.reach.due and self.reach.choose(counts, rows, seconds, overhead) and self.gain <= 0:
+            self.gain, self._idle = math.nan, 0
+        # while it does not pay, what it would do further on is to be seen, too
+        self.limit = max(self.reach.next, FIRST) if self.gain <= 0 else self.reach.next
 
     def part_of(self, seconds: float) -> float:
         """Its own time, measured in a step's."""
@@ -91,6 +114,8 @@ class Standing:
         """It proposed drafts of up to `width` tokens, for all sequences where it was asked as a whole."""
         if whole:
             self._asking = _usual(self._asking, seconds)
+            if self.reads and width:
+                self.reach.was_asked(width, seconds)
         self._latest, self._asked, self._rows = seconds, self._step, rows
         self._width = width
 
