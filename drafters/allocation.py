@@ -80,6 +80,26 @@ def allocate(
 
 
 @njit(cache=True)
+def promised(chances: np.ndarray, matches: np.ndarray, confidences: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Accepted tokens, float64 [B], that the drafts of one drafter promise.
+
+    Args:
+        chances: float64 [MATCHES, CONFIDENCES, DEPTHS], of acceptance.
+        matches: int64 [B], -1: unknown.
+        confidences: float32 [B, K], negative: unknown.
+        lengths: int64 [B].
+    """
+    tokens = np.zeros(len(lengths))
+    for b in range(len(lengths)):
+        survival = 1.0
+        for k in range(lengths[b]):
+            m, c, d = bucket(matches[b], confidences[b, k], k)
+            survival *= chances[m, c, d]
+            tokens[b] += survival
+    return tokens
+
+
+@njit(cache=True)
 def _chosen(
     chances: np.ndarray, matches: np.ndarray, confidences: np.ndarray, drafts: np.ndarray, price: float
 ) -> tuple[np.ndarray, np.ndarray]:

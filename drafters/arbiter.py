@@ -17,7 +17,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from drafters.acceptance import CONFIDENCES, DEPTHS, MATCHES, learn, refresh
-from drafters.allocation import REASONS, allocate
+from drafters.allocation import REASONS, allocate, promised
 from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
 from drafters.composite import CompositeDrafter, Ensemble, beginnings, joined
 from drafters.cost_model import CostModel
@@ -102,7 +102,7 @@ class ArbiterDrafter(CompositeDrafter):
         self._price, self._idle, self._steps = 0.1, 0, 0
         self._plain_steps = PlainSteps(self.costs)
         self._reasons, self._unused = np.zeros(len(REASONS), np.int64), np.zeros(len(REASONS), np.int64)
-        self._resting = self._not_asked = self._measuring = self._delegated = 0
+        self._resting = self._not_asked = self._measuring = self._delegated = self._spared = 0
         self._trial = False
         """whether this step is one to learn what drafting costs"""
         self._sampled: dict[int, np.ndarray] = {}
@@ -173,12 +173,7 @@ class ArbiterDrafter(CompositeDrafter):
         self._trial = self.costs.learns and self._idle > 0 and self._idle % _TRIAL_EVERY == 0
         # Side by side are those from the first to the last that is asked: mostly one.
         drafters = slice(asked[0], asked[-1] + 1)
-        proposals = [Proposal.empty(rows)] * (drafters.stop - drafters.start)
-        self._sampled.clear()
-        asking = 0.0
-        for index in asked:
-            proposals[index - drafters.start], seconds = self._ask(index, request)
-            asking += seconds
+        proposals, asking = self._ask_in_turn(asked, drafters, request)
         proposal = self._decided(request, proposals, asked, drafters)
         self._idle = 0 if self._step and self._step.drafted and not self._trial else self._idle + 1
         self._deciding = _smoothed(self._deciding, self._clock() - began - asking)
@@ -214,6 +209,26 @@ class ArbiterDrafter(CompositeDrafter):
             return proposal
         by = [self._names[index] if length else "" for length in lengths]
         return msgspec.structs.replace(proposal, drafted_by=by)
+
+    def _ask_in_turn(self, asked: list[int], drafters: slice, request: DraftRequest) -> tuple[list[Proposal], float]:
+        """Proposals of all `drafters`, and seconds; those who read come last, and leave `asked` where what is at hand
+        promises as much as they usually bring."""
+        rows, total = len(request.ids), 0.0
+        proposals, at_hand = [Proposal.empty(rows)] * (drafters.stop - drafters.start), np.zeros(rows)
+        self._sampled.clear()
+        for index in sorted(asked, key=lambda i: self._standings[i].reads):
+            standing = self._standings[index]
+            if at_hand.any() and not standing.may_add(at_hand, self.costs.seconds(rows, rows)):
+                asked.remove(index)
+                self._spared += rows
+                continue
+            proposal, seconds = self._ask(index, request)
+            proposals[index - drafters.start], total = proposal, total + seconds
+            if len(asked) > 1 and not standing.reads and proposal.probabilities is None:
+                one = Stack.of_one(proposal)
+                here = promised(self._chances[index], one.matches[0], one.confidences[0], one.lengths[0])
+                at_hand = np.maximum(at_hand, here)
+        return proposals, total
 
     def _ask(self, index: int, request: DraftRequest) -> tuple[Proposal, float]:
         rows, standing = len(request.ids), self._standings[index]
@@ -255,7 +270,8 @@ class ArbiterDrafter(CompositeDrafter):
             assumed = assumed.copy()
             for index in asked:
                 place = index - drafters.start
-                blind(drawn[place], self._usual(index, request), assumed[place], stack.matches[place], stack.confidences[place])
+                usual = self._usual(index, request)
+                blind(drawn[place], usual, assumed[place], stack.matches[place], stack.confidences[place])
         urgency = self._urgency(request.ids)
         seen = drafters, stack.matches, stack.confidences
         choice, granted, drafted, decided, plain, whole = self._allocated(
@@ -415,7 +431,7 @@ class ArbiterDrafter(CompositeDrafter):
         decisions = {reason: int(count) for reason, count in zip(REASONS, self._reasons, strict=True)}
         own = {
             "resting": self._resting, "not asked": self._not_asked, "measuring": self._measuring,
-            "not decided": self._delegated,
+            "not decided": self._delegated, "spared": self._spared,
         }  # fmt: skip
         return decisions | own | super().counters()
 
@@ -448,4 +464,5 @@ def _compile() -> None:
         0.1, False, np.zeros(len(REASONS), np.int64),
     )  # fmt: skip
     stack.chosen(choice, lengths, [""])
+    promised(chances[0], stack.matches[0], stack.confidences[0], stack.lengths[0])
     learn(counts, chances, stack.tokens, stack.lengths, stack.matches, stack.confidences, one, np.array([0, 1]))

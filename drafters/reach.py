@@ -1,5 +1,6 @@
 """How far to ask a drafter that takes time for every token it drafts, before it drafts any."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ class Reach:
 
     tokens: int = FIRST
     """that pay best, as far as is known"""
+    accepted: float = math.inf
+    """of them, on average"""
     _asked: int = 0
     _weight: float = 0.0
     _width: float = 0.0
@@ -83,5 +86,5 @@ class Reach:
             expected += survival
             rate = rows * expected / (seconds(rows, rows * (1 + tokens)) + overhead + self.seconds(tokens))
             if rate > best:
-                best, self.tokens = rate, tokens
+                best, self.tokens, self.accepted = rate, tokens, expected - 1
         return self.tokens != before

@@ -75,6 +75,13 @@ class Standing:
         # while it does not pay, what it would do further on is to be seen, too
         self.limit = max(self.reach.next, FIRST) if self.gain <= 0 else self.reach.next
 
+    def may_add(self, promised: np.ndarray, plain: float) -> bool:
+        """Whether it is worth asking beside drafts that promise so many accepted tokens, float64 [B], where a step
+        without drafts takes `plain` seconds: one that reads may bring less than is emitted in the time."""
+        if not self.reads:
+            return True
+        return float(np.maximum(self.reach.accepted - promised, 0).sum()) > self.part_of(plain) * len(promised)
+
     def part_of(self, seconds: float) -> float:
         """Its own time, measured in a step's."""
         return self.seconds / seconds
