@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from drafters.mtp.fitting import trainable_head
 from learner.policy import resolve_device
 from pipeline.config import Config, check_against_model
 from pipeline.config.types import TaskSection
@@ -33,6 +34,7 @@ def check_startup(config: Config, evaluate_only: bool = False) -> None:
         raise UsageError(
             f"learner.reference_path {learner.reference_path!r} is no Hugging Face checkpoint: it has no config.json"
         )
+    _check_draft_head(config)
     if not evaluate_only:
         _check_apart(config.task)
     if evaluate_only or learner.eval_every:
@@ -51,6 +53,13 @@ def check_inputs(config: Config) -> None:
         check_against_model(config, ModelConfig.from_folder(folder).max_positions)
     if config.task.kind != "datasets" or Path(config.task.path).exists():  # a name on the hub would be downloaded
         load_task(config.task, config.run.seed, chat_template(folder) if folder else None)
+
+
+def _check_draft_head(config: Config) -> None:
+    """The head that co-training begins with is there, and fits the policy as far as that is known."""
+    start, folder = config.drafter.start, config.model.path
+    if config.drafter.co_train and (start or folder):
+        trainable_head(start, Path(folder), ModelConfig.from_folder(folder) if folder else None)
 
 
 def _check_held_out(config: Config, why: str) -> None:

@@ -174,7 +174,7 @@ def test_a_training_goes_on_behind_a_torn_line_and_what_its_checkpoint_has_not_s
         (["model.path="], "train-drafter needs model.path"),
         (["drafter.loss=tvv"], "drafter.loss = 'tvv' is not valid"),
         (['drafter.texts=["nowhere.txt"]'], "nowhere.txt cannot be read"),
-        (["drafter.start=/nowhere"], "/nowhere does not exist"),
+        (["drafter.start=/nowhere"], "drafter.start = '/nowhere' is no folder"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_a_sentence(embedded, tmp_path, capfd, settings, said):

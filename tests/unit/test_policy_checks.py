@@ -55,6 +55,29 @@ def test_a_head_is_there_and_fits_or_comes_with_publications(policy, tmp_path, f
         check(other, mtp(head))
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_the_head_that_co_training_begins_with_is_there_and_fits(policy, tmp_path, capsys, given):
+    """Also where the policy is made at the start, as far as that can be seen."""
+    empty, other = tmp_path / "empty", save_tiny(tmp_path / "other", hidden_size=64)
+    empty.mkdir()
+    save_tensors(MTPModule(ModelConfig.from_folder(other)).weights(), tmp_path / "other" / FILE)
+
+    def dry_run(start):
+        settings = [
+            "drafter.co_train=true", "engine.drafter=mtp", f"drafter.start={start}", "task.digits=1",
+            "sampling.max_prompt_tokens=64", "sampling.max_new_tokens=64", *([f"model.path={policy}"] if given else []),
+        ]  # fmt: skip
+        code = main(["run", "--dry-run", *(x for s in settings for x in ("--set", s))])
+        return code, capsys.readouterr().err
+
+    code, said = dry_run(tmp_path / "nowhere")
+    assert code == 2 and "drafter.start = " in said and "nowhere' is no folder; give that of a head" in said
+    code, said = dry_run(empty)
+    assert code == 2 and said.count("\n") == 1 and "empty" in said
+    code, said = dry_run(other)
+    assert code == (2 if given else 0) and ("does not fit the model: mtp." in said) == given
+
+
 def test_a_draft_model_has_the_policys_tokenizer(policy, tmp_path):
     same = with_words(save_tiny(tmp_path / "same"), ["a", "b"])
     other = with_words(save_tiny(tmp_path / "other"), ["a", "c"])
