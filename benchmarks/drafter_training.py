@@ -118,6 +118,10 @@ def _row(
     options: argparse.Namespace, seed: int, loss: str,
 ) -> dict[str, Any]:  # fmt: skip
     measured = training.evaluate(held_out, options.depths)
+    if measured.accepted_share is None:
+        raise UsageError(
+            f"held-out texts are all too short for --depths {options.depths}; lower it, or give longer ones"
+        )
     slope, bins = _against_entropy(measured)
     drafted, accepted = _generated(decoder, training, kept, options)
     row = {

@@ -13,12 +13,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from drafters.mtp.data import Batch, padded_batch
 from drafters.mtp.fitting import trainable_head
-from drafters.mtp.training import FrozenHead, HeadTraining, new_module
+from drafters.mtp.training import DamagedCheckpoint, FrozenHead, HeadTraining, new_module
 from learner.attention import segment_arguments
 from learner.policy import policy_state
 from learner.step_metrics import Metrics
@@ -99,7 +98,7 @@ class HeadCoTraining:
         """As it was at the checkpoint of `step`; False where there is nothing of it, or a damaged file."""
         try:
             return self.training.resume(root / f"step-{step}")
-        except SafetensorError:
+        except DamagedCheckpoint:
             return False
 
     def _frozen(self) -> FrozenHead:

@@ -20,12 +20,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
-from safetensors import SafetensorError
 
 from drafters.mtp.data import Rollout, TrainingTexts, load_rollouts, read_rollouts
 from drafters.mtp.fitting import trainable_head
 from drafters.mtp.head import FILE
-from drafters.mtp.training import CHECKPOINT, FrozenHead, HeadTraining, Progress, new_module
+from drafters.mtp.training import CHECKPOINT, DamagedCheckpoint, FrozenHead, HeadTraining, Progress, new_module
 from drafters.registry import build
 from pipeline.config import Config, render
 from pipeline.config.check import check_against_model
@@ -87,7 +86,6 @@ def train_drafter(config: Config) -> int:
         if training.step < config.drafter.steps:
             training.run(texts, measured, on_step, lambda: training.save(out, decoder.dtype))
     if stop.requested:
-        training.save(out, decoder.dtype)
         return INTERRUPTED
     _say(console, f'{out / FILE} is the head; use it with engine.drafter = {{name = "mtp", path = "{out}"}}')
     return 0
@@ -189,7 +187,7 @@ def _training(config: Config, decoder: Decoder) -> HeadTraining:
 def _resumed(training: HeadTraining, out: Path) -> bool:
     try:
         return training.resume(out)
-    except SafetensorError as error:
+    except DamagedCheckpoint as error:
         raise UsageError(f"{out / CHECKPOINT} is damaged ({error}); delete it to train from the beginning") from error
 
 
@@ -273,9 +271,12 @@ class _View:
         }  # fmt: skip
         if now.held_out is not None:
             measured = now.held_out
-            row |= {"held_out_by_depth": measured.by_depth, "held_out_accepted_share": measured.accepted_share}
+            row["held_out_by_depth"] = measured.by_depth
             depths = " ".join(f"{alpha:.3f}" for alpha in measured.by_depth)
-            note = f"held-out acceptance by depth {depths}, {measured.accepted_share:.3f} of drafted tokens"
+            note = f"held-out acceptance by depth {depths}"
+            if (share := measured.accepted_share) is not None:
+                row["held_out_accepted_share"] = share
+                note += f", {share:.3f} of drafted tokens"
             self._bar.update(self._bar.task_ids[0], note=f"accepted {depths}")
             if not self.console.is_terminal:
                 _say(

@@ -11,6 +11,10 @@ from pipeline.config.types import DrafterSection
 
 _WEIGHT_DECAY = 0.01
 """of matrices under AdamW; under Muon there is none"""
+_MOMENTS: dict[type[Optimizer], tuple[str, ...]] = {
+    AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    Muon: ("momentum_buffer",),
+}
 
 
 class HeadOptimizer:
@@ -28,7 +32,7 @@ class HeadOptimizer:
         self._rest: Optimizer = AdamW(
             [{"params": vectors, "weight_decay": 0.0}], lr=section.learning_rate, betas=(0.9, 0.95), fused=True
         )
-        self._of_matrices = self._rest
+        self._of_matrices: Optimizer = self._rest
         if section.optimizer == "muon":
             # scaled by the ratio of outputs to inputs, as its authors do: one rate does for models of all widths
             self._of_matrices = Muon(matrices, lr=section.matrix_learning_rate, weight_decay=0.0)
@@ -53,6 +57,14 @@ class HeadOptimizer:
             for name, p in self._parameters.items()
             for key, value in self._of(p).state.get(p, {}).items()
             if isinstance(value, Tensor)
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what `moments` holds after a step."""
+        return {
+            f"{key}.{name}": () if key == "step" else tuple(p.shape)
+            for name, p in self._parameters.items()
+            for key in _MOMENTS[type(self._of(p))]
         }
 
     def load(self, moments: dict[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from drafters.mtp.data import Batch, TrainingTexts
+from drafters.mtp.fitting import misfit
 from drafters.mtp.head import FILE, head_tensors
 from drafters.mtp.losses import NEEDS_WARM_UP, Objective, expected_accepted
 from drafters.mtp.module import MTPModule
@@ -29,6 +31,11 @@ _MOMENTS = "optimizer."
 """before the names of moments among its tensors"""
 _ELEMENTS = 1 << 22
 """logits computed at once; rows are taken in parts of so many"""
+_LOWER = "lower drafter.matrix_learning_rate and drafter.learning_rate, in co-training drafter.co_learning_rate"
+
+
+class DamagedCheckpoint(Exception):
+    """A file that training cannot go on from; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +51,16 @@ class HeldOut:
 
     @property
     def by_depth(self) -> list[float]:
-        return [float(self.alphas[:, d][self.valid[:, d]].mean()) for d in range(self.alphas.shape[1])]
+        """Mean chance of acceptance, of as many depths as the texts reach."""
+        reached = int(self.valid.any(0).sum())
+        return [float(self.alphas[:, d][self.valid[:, d]].mean()) for d in range(reached)]
 
     @property
-    def accepted_share(self) -> float:
-        """Expected accepted tokens over drafted ones, of positions where the whole draft is in the text."""
-        return float(expected_accepted(self.alphas[self.valid.all(-1)]).mean())
+    def accepted_share(self) -> float | None:
+        """Expected accepted tokens over drafted ones, of positions where the whole draft is in the text; None where
+        there is no such position."""
+        whole = self.valid.all(-1)
+        return float(expected_accepted(self.alphas[whole]).mean()) if whole.any() else None
 
 
 class FrozenHead:
@@ -123,7 +134,7 @@ class Progress:
     loss: float
     objective: str
     alphas: list[float]
-    """mean chance of acceptance by depth, in the step's batch"""
+    """mean chance of acceptance by depth, in the step's batch, of as many depths as its texts reach"""
     learning_rate: float
     seconds: float
     """of training, over all runs of it"""
@@ -159,10 +170,11 @@ class HeadTraining:
         on_step: Callable[[Progress], bool],
         save: Callable[[], None],
     ) -> None:
-        """Trains to the last step, `section.seconds`, or until `on_step` returns False; `save` is called now and then.
+        """Trains to the last step, `section.seconds`, or until `on_step` returns False; `save` is called now and then,
+        and at the end, with a head that can be trained further.
 
         Raises:
-            RunFailed: the loss is no number.
+            RunFailed: training diverged.
         """
         section = self.section
         for batch in self._batches(texts):
@@ -177,10 +189,22 @@ class HeadTraining:
                 self.step, loss, name, alphas, self.factor * self._learning_rate, self.seconds,
                 self.evaluate(held_out) if evaluate else None,
             )  # fmt: skip
-            if self.step % section.checkpoint_every == 0 or last:
+            ends = not on_step(progress) or last
+            if ends or self.step % section.checkpoint_every == 0:
+                self._check(held_out)
                 save()
-            if not on_step(progress) or last:
+            if ends:
                 return
+
+    def _check(self, texts: TrainingTexts) -> None:
+        """A batch's loss and gradients are numbers: weights can be finite and too large to go on from.
+
+        Raises:
+            RunFailed: they are not.
+        """
+        chosen = next(texts.batches(self.section.batch_tokens, 0))
+        self._backward(texts.batch(chosen, self.section.depths).to(self.device), self.objective)
+        self.module.zero_grad()
 
     def _batches(self, texts: TrainingTexts) -> Iterator[Batch]:
         """From the next step on, as if there had been no interruption."""
@@ -194,21 +218,32 @@ class HeadTraining:
 
     def fit(self, batch: Batch, name: str, factor: float = 1.0) -> tuple[float, list[float]]:
         """One optimiser step, at `factor` times the section's learning rates; the loss, and mean chances of acceptance
-        by depth.
+        of as many depths as the batch's texts reach.
 
         Raises:
-            RunFailed: the loss is no number.
+            RunFailed: the loss or the gradient is no number; the step is not taken.
         """
         batch = batch.to(self.device)
+        loss, alphas = self._backward(batch, name)
+        self.optimizer.step(factor)
+        counts = batch.valid.sum(0)
+        return loss, (alphas.sum(0) / counts)[counts > 0].tolist()
+
+    def _backward(self, batch: Batch, name: str) -> tuple[float, Tensor]:
+        """Clipped gradients of the loss; the loss and alphas [N, K].
+
+        Raises:
+            RunFailed: the loss or the gradient is no number.
+        """
         with self._autocast():
             loss, alphas, _ = batch_backward(
                 self.module, self.frozen, batch, Objective(name, self.section.depth_decay), self.section.depths
             )
-        if not math.isfinite(loss):
-            raise RunFailed(f"the draft head's loss is {loss} at step {self.step}; lower its learning rate")
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.section.max_grad_norm)
-        self.optimizer.step(factor)
-        return loss, (alphas.sum(0) / batch.valid.sum(0).clamp_min(1)).tolist()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.section.max_grad_norm))
+        for what, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise RunFailed(f"the draft head's {what} is {value} at step {self.step}; {_LOWER}")
+        return loss, alphas
 
     @property
     def objective(self) -> str:
@@ -225,7 +260,7 @@ class HeadTraining:
 
     @property
     def factor(self) -> float:
-        """Of the learning rates in the step under way: linear warm-up over 3% of the steps, then a cosine to a tenth."""
+        """Of the learning rates in the step under way: linear warm-up over 3% of the steps, then a cosine to a tenth"""
         total, warm = self.section.steps, max(1, round(0.03 * self.section.steps))
         if self.step <= warm:
             return self.step / warm
@@ -238,7 +273,11 @@ class HeadTraining:
 
     @torch.no_grad()
     def evaluate(self, texts: TrainingTexts, depths: int = 0) -> HeldOut:
-        """On texts that are not trained on, to `depths`; 0: as trained."""
+        """On texts that are not trained on, to `depths`; 0: as trained.
+
+        Raises:
+            RunFailed: what the head drafts is no distribution.
+        """
         depths = depths or self.section.depths
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         with self._autocast():
@@ -248,32 +287,68 @@ class HeadTraining:
                     self.module, self.frozen, batch, Objective("tv"), depths, backward=False
                 )
                 parts.append((alphas, entropies, batch.valid))
-        return HeldOut(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        measured = HeldOut(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        if not measured.alphas.isfinite().all():
+            raise RunFailed(f"the draft head's acceptance is no number at step {self.step}; {_LOWER}")
+        return measured
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
-        """The head, in the policy's type, and what training goes on from; each file is whole or the one before."""
+        """The head, in the policy's type, and what training goes on from; each file is whole or the one before.
+
+        Raises:
+            RunFailed: a value is not finite; nothing is written.
+            OSError: a file cannot be written.
+        """
         weights = self.module.weights()
-        replace_tensors({name: w.to(dtype).contiguous() for name, w in weights.items()}, folder / FILE)
+        head = {name: w.to(dtype).contiguous() for name, w in weights.items()}
         state = {"step": torch.tensor(self.step), "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
         state |= {_MOMENTS + name: value for name, value in self.optimizer.moments().items()}
+        if name := _not_finite(head) or _not_finite(state):
+            raise RunFailed(f"the draft head's {name} is not finite at step {self.step}; {_LOWER}")
+        replace_tensors(head, folder / FILE)
         replace_tensors(weights | state, folder / CHECKPOINT)
 
     def resume(self, folder: Path) -> bool:
         """Goes on from a checkpoint, if there is one.
 
         Raises:
-            SafetensorError: it is damaged; nothing has changed.
+            DamagedCheckpoint: it is not one of this head and optimizer; nothing has changed.
         """
         path = folder / CHECKPOINT
         if not path.exists():
             return False
-        tensors = load_file(path)
+        tensors = self._read(path)
         self.step, self.seconds = int(tensors["step"]), float(tensors["seconds"])
         self.module.load_weights(tensors)
         self.optimizer.load({n.removeprefix(_MOMENTS): t for n, t in tensors.items() if n.startswith(_MOMENTS)})
         return True
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        """A checkpoint's tensors.
+
+        Raises:
+            DamagedCheckpoint: the file is cut off, one is missing, too much, of another shape, or not finite.
+        """
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise DamagedCheckpoint(str(error)) from error
+        wanted: dict[str, tuple[int, ...]] = {"step": (), "seconds": ()}
+        wanted |= {name: tuple(w.shape) for name, w in self.module.weights().items()}
+        if "step" not in tensors or tensors["step"].any():  # before the first step there are no moments
+            wanted |= {_MOMENTS + name: shape for name, shape in self.optimizer.shapes().items()}
+        if wrong := misfit({name: tuple(t.shape) for name, t in tensors.items()}, wanted):
+            raise DamagedCheckpoint(wrong)
+        if name := _not_finite(tensors):
+            raise DamagedCheckpoint(f"{name} is not finite")
+        return tensors
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The first tensor's name that holds what is no finite number; empty: none does."""
+    return next((name for name, t in tensors.items() if not t.float().isfinite().all()), "")
 
 
 def new_module(config: ModelConfig, tensors: dict[str, Tensor], start: Sequence[Path], seed: int) -> MTPModule:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from msgspec import structs
+from safetensors.torch import load_file
 
 from drafters.mtp.training import CHECKPOINT
 from drafters.registry import build
@@ -20,7 +21,7 @@ from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from pipeline.failpoints import arm
 from pipeline.models.config import ModelConfig
-from pipeline.weights.filesystem import FilesystemFollower, FilesystemPublisher
+from pipeline.weights.filesystem import FilesystemFollower, FilesystemPublisher, save_tensors
 from tests.unit.generation import finish, group
 from tests.unit.learner_samples import batch, tiny_folder, tiny_policy
 from tests.unit.test_trainer import parameters_of, trainer_of
@@ -95,6 +96,20 @@ def test_a_head_saved_before_its_first_step_and_a_damaged_one_are_no_end(tmp_pat
     head.save(root, 1, keep=1)
     os.truncate(root / "step-1" / CHECKPOINT, 1000)
     assert not head_for(folder, model).restore(root, 1)
+
+
+@pytest.mark.parametrize("shape", [None, (3, 4)])
+def test_a_checkpoint_of_another_head_is_none(tmp_path, shape):
+    folder, model = tiny_folder(tmp_path / "model"), tiny_policy(tmp_path / "a")
+    head = head_for(folder, model)
+    head.save(tmp_path / "draft-head", 0, keep=1)
+    path = tmp_path / "draft-head" / "step-0" / CHECKPOINT
+    tensors = load_file(path)
+    del tensors["mtp.fc.weight"]
+    save_tensors(tensors | ({"mtp.fc.weight": torch.zeros(shape)} if shape else {}), path)
+    before = copy.deepcopy(head.training.module.weights())
+    assert not head.restore(tmp_path / "draft-head", 0)
+    assert all(torch.equal(before[name], w) for name, w in head.training.module.weights().items())
 
 
 def test_publication_brings_policy_and_head_together(tmp_path):

@@ -109,6 +109,35 @@ def test_batches_and_what_is_resumed_go_where_the_head_is(target, tmp_path, monk
     assert found == [{"meta"}, {"meta"}]
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_step_whose_gradient_is_no_number_is_not_taken_and_no_such_head_is_saved(
+    target, tmp_path, monkeypatch, value
+):
+    module, texts = module_for(target.config), TrainingTexts(target, TEXTS, tmp_path)
+    frozen = FrozenHead.of(target, target.tensors(), torch.float32)
+    training = HeadTraining(module, frozen, DrafterSection(), 0, torch.float32)
+    batch = texts.batch([0, 1, 2], 3)
+    training.step += 1
+    training.fit(batch, "ce")
+    training.save(tmp_path, torch.float32)
+    saved = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {name: w.clone() for name, w in module.weights().items()}
+
+    def spoilt(*arguments, **options):
+        found = batch_backward(*arguments, **options)
+        module.norm.weight.grad[3] = value
+        return found
+
+    monkeypatch.setattr("drafters.mtp.training.batch_backward", spoilt)
+    with pytest.raises(RunFailed, match=r"gradient norm is .* at step 1; lower drafter\.matrix_learning_rate"):
+        training.fit(batch, "ce")
+    assert all(torch.equal(before[name], w) for name, w in module.weights().items())
+    module.norm.weight.data[3] = value
+    with pytest.raises(RunFailed, match=r"mtp\.norm\.weight is not finite"):
+        training.save(tmp_path, torch.float32)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == saved
+
+
 SETTINGS = (
     "task.digits=1", "task.operands=2", "sampling.max_new_tokens=12", "drafter.rollouts=48", "drafter.held_out=8",
     "drafter.batch_tokens=300", "drafter.eval_every=5", "drafter.checkpoint_every=5", "drafter.dtype=float32",

@@ -201,6 +201,17 @@ def test_the_report_of_a_heads_training_draws_acceptance_by_depth_and_the_losses
     assert "0.400 0.200" in text and "10.0%" in text and "held_out" in text
 
 
+def test_the_report_of_a_head_leaves_out_what_its_texts_were_too_short_for(head):
+    rows = [
+        {key: value[:1] if isinstance(value, list) else value for key, value in row.items() if "share" not in key}
+        for row in head_rows(4)
+    ]
+    (head / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_data(write_report(head))
+    assert [trace["name"] for trace in page["charts"]["depth"]["data"]] == ["token 1, held out", "token 1, in training"]
+    assert "of drafted tokens accepted" not in (head / "report.html").read_text()
+
+
 @pytest.mark.parametrize("name", ["config.toml", "drafter.toml"])
 def test_a_configuration_that_cannot_be_read_is_one_sentence(run, name):
     (run / name).write_text("[run\n")

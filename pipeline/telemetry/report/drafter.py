@@ -51,8 +51,9 @@ def _figures(rows: Sequence[Row]) -> list[tuple[str, str]]:
     ]
     if measured:
         depths = " ".join(f"{alpha:.3f}" for alpha in measured[-1]["held_out_by_depth"])
-        share = measured[-1]["held_out_accepted_share"]
-        figures += [("held-out acceptance by depth", depths), ("of drafted tokens accepted", f"{share:.1%}")]
+        figures.append(("held-out acceptance by depth", depths))
+        if (share := measured[-1].get("held_out_accepted_share")) is not None:
+            figures.append(("of drafted tokens accepted", f"{share:.1%}"))
     return figures
 
 
@@ -77,7 +78,7 @@ def _share(rows: Sequence[Row]) -> Chart:
     found = _measured(rows)
     data = [
         {
-            "x": [row["step"] for row in found], "y": [row["held_out_accepted_share"] for row in found],
+            "x": [row["step"] for row in found], "y": [row.get("held_out_accepted_share") for row in found],
             "name": "held out", "mode": "lines+markers",
         }
     ]  # fmt: skip
