@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     decoder = load_decoder(options.model)
-    rollouts = read_rollouts(options.texts, Tokenizer(options.model), options.template)
+    rollouts = read_rollouts(options.texts, Tokenizer(options.model), options.template, decoder.config.vocab_size)
     if len(rollouts) <= options.held_out:
         raise UsageError(f"{len(rollouts)} texts are not more than --held-out {options.held_out}; give more texts")
     kept, rest = rollouts[: options.held_out], rollouts[options.held_out :]

@@ -1,33 +1,31 @@
 """`rollahead train-drafter`: rollouts of a frozen policy, or texts, and a multi-token-prediction head trained on them.
 
 Files of the folder: rollouts.jsonl (the policy's own, used again by the next call), mtp.safetensors (the head),
-training.safetensors (what training goes on from), metrics.jsonl, drafter.toml (the configuration).
+training.safetensors (what training goes on from), metrics.jsonl; drafter.toml and policy.json (`drafter_folder`).
 """
 
 import sys
 import time
-import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import tomli_w
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from drafters.mtp.data import Rollout, TrainingTexts, load_rollouts, read_rollouts
+from drafters.mtp.data import PIECE, Rollout, TrainingTexts, load_rollouts, read_rollouts
 from drafters.mtp.fitting import trainable_head
 from drafters.mtp.head import FILE
 from drafters.mtp.training import CHECKPOINT, DamagedCheckpoint, FrozenHead, HeadTraining, Progress, new_module
 from drafters.registry import build
-from pipeline.config import Config, render
+from pipeline.config import Config
 from pipeline.config.check import check_against_model
+from pipeline.drafter_folder import check_folder, claim, usable
 from pipeline.durable import write_durably
 from pipeline.engine.generator import GroupRequest
 from pipeline.engine.native.generator import NativeGenerator
@@ -42,11 +40,8 @@ from pipeline.stop import INTERRUPTED, StopSignal
 from pipeline.tasks import Task, load_task
 from pipeline.tasks.prompts import PromptOrder, check_prompts, rollout_sampling, sample_seed
 from pipeline.telemetry.metrics import cut_back
-from pipeline.telemetry.report.drafter import SETTINGS
 
 ROLLOUTS, METRICS = "rollouts.jsonl", "metrics.jsonl"
-_FREE = {"steps", "seconds", "eval_every", "checkpoint_every", "dtype"}
-"""keys of [drafter] that a resumed training may change"""
 
 
 def train_drafter(config: Config) -> int:
@@ -64,18 +59,18 @@ def train_drafter(config: Config) -> int:
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     training = _training(config, decoder)
+    resumed = _resumed(training, out)
     if known is None:
-        _claim(out, config)  # what is generated belongs to this configuration
+        claim(out, config)  # what is generated belongs to this configuration
         known = _generate(config, decoder, tokenizer, out, console, stop)
     if stop.requested:
         return INTERRUPTED
     held_out, rest = _split(known, config.drafter.held_out)
     _say(console, f"hidden states of {len(known)} texts")
-    with _usable(out):
+    with usable(out):
         out.mkdir(parents=True, exist_ok=True)
     texts, measured = TrainingTexts(decoder, rest, out), TrainingTexts(decoder, held_out, out)
-    _claim(out, config)
-    resumed = _resumed(training, out)
+    claim(out, config)
     _say(console, f"{'going on at' if resumed else 'training from'} step {training.step}, {texts.tokens:,} tokens")
     with _View(console, out / METRICS, config.drafter.steps, training.step) as view:
 
@@ -105,18 +100,22 @@ def check_training(config: Config) -> list[Rollout] | None:
     folder, out, section = Path(config.model.path), Path(config.run.out), config.drafter
     model, tokenizer = ModelConfig.from_folder(folder), Tokenizer(folder)
     trainable_head(section.start, folder, model)
-    _check_folder(out, config)
+    check_folder(out, config)
     known: list[Rollout] | None = None
     if section.texts:
-        known = read_rollouts([Path(file) for file in section.texts], tokenizer, section.template)
+        files = [Path(file) for file in section.texts]
+        known = read_rollouts(files, tokenizer, section.template, model.vocab_size)
     elif (out / ROLLOUTS).exists():
-        known = load_rollouts(out / ROLLOUTS)
+        known = _kept_rollouts(out / ROLLOUTS, section.rollouts, model.vocab_size)
     else:
         _prompts(config, model.max_positions, tokenizer)
         build(config.engine.drafter)
     if (count := section.rollouts if known is None else len(known)) <= section.held_out:
+        remedy = "give more or longer texts" if section.texts else "raise drafter.rollouts"
+        cut = f" (a text file is cut into pieces of up to {PIECE} tokens)" if section.texts else ""
         raise UsageError(
-            f"{count} texts are not more than drafter.held_out = {section.held_out}; lower it, or give more texts"
+            f"{count} {'texts are' if count > 1 else 'text is'} not more than drafter.held_out = {section.held_out}; "
+            f"{'lower it, or ' if count > 1 else ''}{remedy}{cut}"
         )
     return known
 
@@ -157,6 +156,17 @@ def _prompts(config: Config, positions: int, tokenizer: Tokenizer) -> tuple[Task
     return task, check_prompts(task, tokenizer.encode, limit, config.task.long_prompts), sampling
 
 
+def _kept_rollouts(path: Path, count: int, vocabulary: int) -> list[Rollout]:
+    """What was generated before, all of it."""
+    kept = load_rollouts(path, vocabulary, "delete it to generate new ones")
+    if len(kept) < count:
+        raise UsageError(
+            f"{path} holds {len(kept)} texts where drafter.rollouts = {count}; delete it to generate new ones, or name "
+            "it in drafter.texts with another --out"
+        )
+    return kept
+
+
 def _generate(
     config: Config, decoder: Decoder, tokenizer: Tokenizer, out: Path, console: Console, stop: StopSignal
 ) -> list[Rollout]:
@@ -186,7 +196,8 @@ def _training(config: Config, decoder: Decoder) -> HeadTraining:
 
 def _resumed(training: HeadTraining, out: Path) -> bool:
     try:
-        return training.resume(out)
+        with usable(out):
+            return training.resume(out)
     except DamagedCheckpoint as error:
         raise UsageError(f"{out / CHECKPOINT} is damaged ({error}); delete it to train from the beginning") from error
 
@@ -195,40 +206,6 @@ def _compute_dtype(name: str) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities()
     fast = torch.cuda.is_available() or any(capabilities.get(n) for n in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and fast) else torch.float32
-
-
-def _check_folder(out: Path, config: Config) -> None:
-    """The folder holds this training or none."""
-    settings: dict[str, Any] = tomllib.loads(render(config))
-    path = out / SETTINGS
-    if not path.exists():
-        return
-    with _usable(out):
-        before = tomllib.loads(path.read_text())
-    differing = [
-        f"{section}.{key} ({before.get(section, {}).get(key)!r} before, {value!r} now)"
-        for section, keys in (("model", ("path",)), ("task", None), ("sampling", None), ("drafter", None))
-        for key, value in settings[section].items()
-        if (keys is None or key in keys) and not (section == "drafter" and key in _FREE)
-        if before.get(section, {}).get(key) != value
-    ]
-    if differing:
-        raise UsageError(f"{out} holds another training: {'; '.join(differing)}; choose another --out")
-
-
-def _claim(out: Path, config: Config) -> None:
-    """From now on the folder is of this training."""
-    with _usable(out):
-        out.mkdir(parents=True, exist_ok=True)
-        write_durably(out / SETTINGS, tomli_w.dumps(tomllib.loads(render(config))).encode())
-
-
-@contextmanager
-def _usable(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"--out {out} cannot be used: {error}; choose another") from error
 
 
 def _say(console: Console, text: str) -> None:

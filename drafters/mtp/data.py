@@ -19,6 +19,8 @@ from pipeline.models.tokenizer import Tokenizer
 
 LONGEST = 1024
 """Longer texts are cut into pieces."""
+PIECE = 256
+"""tokens, at most, of a piece of a text file, each of which is a text of its own"""
 _PASS = 8192
 """tokens of a forward pass of the target"""
 
@@ -27,12 +29,18 @@ class Rollout(msgspec.Struct, frozen=True):
     """A line of rollouts.jsonl."""
 
     token_ids: list[Annotated[int, msgspec.Meta(ge=0)]]
-    prompt_tokens: int = 0
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     """how many of them, at the beginning, are not trained on"""
 
 
-def read_rollouts(files: Sequence[Path], tokenizer: Tokenizer, template: str) -> list[Rollout]:
-    """Texts of files: lines of `Rollout`, or whatever `drafters.suffix.documents` reads.
+def read_rollouts(files: Sequence[Path], tokenizer: Tokenizer, template: str, vocabulary: int) -> list[Rollout]:
+    """Texts of files: lines of `Rollout`, or whatever `drafters.suffix.documents` reads; a text file in pieces.
+
+    Args:
+        files: of texts.
+        tokenizer: the model's.
+        template: of a line of a .jsonl file.
+        vocabulary: tokens that the model has embeddings for.
 
     Raises:
         UsageError: a file or line cannot be read, or there is no text.
@@ -40,29 +48,53 @@ def read_rollouts(files: Sequence[Path], tokenizer: Tokenizer, template: str) ->
     found: list[Rollout] = []
     for path in files:
         if path.name == "rollouts.jsonl":
-            found += load_rollouts(path)
-        else:
-            found += [Rollout(ids.tolist()) for ids in read_documents([path], tokenizer, template)]
-    vocabulary = tokenizer.vocab_size
-    for rollout in found:
-        if max(rollout.token_ids, default=0) >= vocabulary:
-            raise UsageError(
-                f"a text has token {max(rollout.token_ids)}, outside the vocabulary of {vocabulary} tokens"
-            )
+            found += load_rollouts(path, vocabulary, "mend that line, or give another file")
+            continue
+        begin = tokenizer.encode("")
+        for number, ids in enumerate(read_documents([path], tokenizer, template), 1):
+            texts = [ids.tolist()] if path.suffix == ".jsonl" else _cut(ids, begin)
+            for text in texts:
+                rollout = Rollout(text)
+                if wrong := _wrong(rollout, vocabulary):
+                    raise UsageError(f"{path} cannot be used: text {number} {wrong}; give texts of this model")
+                found.append(rollout)
     if not found:
         raise UsageError(f"drafter.texts {', '.join(map(str, files))} hold no text")
     return found
 
 
-def load_rollouts(path: Path) -> list[Rollout]:
+def load_rollouts(path: Path, vocabulary: int, remedy: str) -> list[Rollout]:
     """
+    Args:
+        path: of a rollouts.jsonl.
+        vocabulary: tokens that the model has embeddings for.
+        remedy: what to do about a file that cannot be used.
+
     Raises:
-        UsageError: the file cannot be read.
+        UsageError: the file cannot be read, or a line is no text of the model.
     """
     try:
-        return msgspec.json.Decoder(Rollout).decode_lines(path.read_bytes())
-    except (OSError, msgspec.MsgspecError) as error:
-        raise UsageError(f"{path} cannot be used: {error}; delete it to generate new ones") from error
+        found = msgspec.json.Decoder(Rollout).decode_lines(path.read_bytes())
+    except (OSError, msgspec.MsgspecError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be used: {error}; {remedy}") from error
+    for number, rollout in enumerate(found, 1):
+        if wrong := _wrong(rollout, vocabulary):
+            raise UsageError(f"{path} cannot be used: text {number} {wrong}; {remedy}")
+    return found
+
+
+def _wrong(rollout: Rollout, vocabulary: int) -> str:
+    """What keeps a text from being trained on; empty: nothing."""
+    ids, prompt = rollout.token_ids, rollout.prompt_tokens
+    if (largest := max(ids, default=0)) >= vocabulary:
+        return f"has token {largest}, outside the model's vocabulary of {vocabulary} tokens"
+    return f"has prompt_tokens = {prompt}, more than its {len(ids)} tokens" if prompt > len(ids) else ""
+
+
+def _cut(ids: np.ndarray, begin: list[int]) -> list[list[int]]:
+    """A document in pieces of like length, of at most `PIECE` tokens behind `begin`, with which documents start."""
+    body = ids[len(begin) :]
+    return [[*begin, *part.tolist()] for part in np.array_split(body, max(1, -(-len(body) // PIECE)))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Weights from safetensors, single file or sharded, into a decoder."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ MTP_LAYERS = "model.mtp_layers."
 SMALL_MODEL = "small_model."
 """Before the names of a publication's tensors that are of the small model beside the policy."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SAMPLED = 1024
+"""values of each tensor, about, that a digest is made of"""
 
 
 class _Index(msgspec.Struct):
@@ -199,6 +202,24 @@ def files_with(folder: Path, prefix: str) -> list[Path]:
     """
     paths = _shard_paths(folder)
     return paths if holds(paths, prefix) else []
+
+
+def weights_digest(folder: Path) -> str:
+    """What tells the weights of checkpoint directories apart: a hash of names, types, shapes and values of all tensors,
+    of a large one not of all values.
+
+    Raises:
+        UsageError: a file is missing or truncated.
+    """
+    digest = hashlib.sha256()
+    with _open(_shard_paths(folder)) as shards:
+        files = {name: file for _, file in shards for name in file.keys()}  # noqa: SIM118
+        for name in sorted(files):
+            tensor = files[name].get_tensor(name)
+            values = tensor.flatten()[:: max(1, tensor.numel() // _SAMPLED)].contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -239,7 +239,7 @@ def test_a_training_that_passes_the_check_is_printed_and_writes_nothing(embedded
 def test_a_folder_that_is_another_trainings_or_damaged_is_refused_with_what_is_wrong(embedded, tmp_path, capfd):
     (tmp_path / "few.txt").write_text("12 + 34 = 46")
     assert train(embedded, tmp_path / "out", f'drafter.texts=["{tmp_path / "few.txt"}"]') == 2
-    assert "1 texts are not more than drafter.held_out = 8" in capfd.readouterr().err
+    assert "1 text is not more than drafter.held_out = 8" in capfd.readouterr().err
     text = {"token_ids": list(range(1, 9))}
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(text) + "\n" for _ in range(12)))
     texts = f'drafter.texts=["{tmp_path / "rollouts.jsonl"}"]'
