@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.types import Section
+from pipeline.engine.native.compression import KVCompression
 from pipeline.engine.native.eviction import build
-from pipeline.engine.native.eviction.base import kept
+from pipeline.engine.native.eviction.base import EvictionPolicy, kept
+from pipeline.errors import RunFailed, UsageError
 
 KV_HEADS, GROUP, TOKENS, WIDTH, WINDOW = 2, 3, 23, 8, 4
 
@@ -101,3 +104,76 @@ def test_each_head_keeps_its_own_and_all_keep_the_latest(scene, name):
         for kv in range(KV_HEADS):
             best = sorted(range(TOKENS - WINDOW), key=lambda j: -past[row, kv, j])[: 9 - WINDOW]
             assert stay[row, kv, :-WINDOW].tolist() == sorted(best)
+
+
+class Theirs(EvictionPolicy):
+    """A policy as a user may write it: two sinks, three latest tokens, and whatever scores a test gives it."""
+
+    class Options(Section):
+        pass
+
+    sinks, recent, queries = 2, 3, 0
+
+    def __init__(self, give=None, **counts):
+        super().__init__(self.Options())
+        self.give = give
+        for key, value in counts.items():
+            setattr(self, key, value)
+
+    def scores(self, keys, queries):
+        return self.give(torch.arange(TOKENS).expand(keys.shape[:3]))
+
+
+def mostly(value):
+    """Scores of this value but for the last few, which are the least."""
+    return lambda age: torch.where(age < TOKENS - 8, value, -age.double())
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda age: age,
+        lambda age: torch.full(age.shape, torch.inf),
+        lambda age: torch.full(age.shape, -torch.inf),
+        mostly(torch.inf),
+        mostly(1e300),
+    ],
+)
+def test_the_first_and_the_latest_stay_whatever_their_scores_are(scene, give):
+    stay = kept(Theirs(give), *scene, 9)
+    assert (stay[..., :2] == torch.tensor([0, 1])).all()
+    assert (stay[..., -3:] == torch.arange(TOKENS - 3, TOKENS)).all()
+    assert (stay.diff(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("give", "said"),
+    [
+        (lambda age: torch.full(age.shape, torch.nan), f"returned {4 * TOKENS} scores of {4 * TOKENS} that are NaN"),
+        (lambda age: torch.where(age == 5, torch.nan, 1.0), f"returned 4 scores of {4 * TOKENS} that are NaN"),
+        (lambda age: age[..., 3:], f"scores of shape [2, 2, {TOKENS - 3}]; give a tensor of float32 [2, 2, {TOKENS}]"),
+        (lambda age: age[:, :1], f"scores of shape [2, 1, {TOKENS}]"),
+        (lambda age: age[:, 0], f"scores of shape [2, {TOKENS}]"),
+        (lambda age: None, "returned None for scores"),
+    ],
+)
+def test_scores_that_order_nothing_are_refused_by_the_policys_name(scene, give, said):
+    with pytest.raises(RunFailed) as refusal:
+        kept(Theirs(give), *scene, 9)
+    assert f"eviction policy {__name__}:Theirs" in str(refusal.value) and said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ({"sinks": -5}, "has sinks = -5; give a whole number of at least 0"),
+        ({"recent": 0}, "has recent = 0; give a whole number of at least 1"),
+        ({"recent": 2.5}, "has recent = 2.5; give a whole number"),
+        ({"queries": None}, "has queries = None; give a whole number"),
+        ({"queries": 8}, "asks for queries = 8 of its recent = 3 latest tokens"),
+    ],
+)
+def test_counts_that_a_policy_cannot_keep_to_are_refused(counts, said):
+    with pytest.raises(UsageError) as refusal:
+        KVCompression(Theirs(**counts), 16, 8)
+    assert f"eviction policy {__name__}:Theirs {said}" in str(refusal.value)

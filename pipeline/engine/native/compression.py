@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config.types import KVCompressionSection
 from pipeline.engine.native.eviction import build
-from pipeline.engine.native.eviction.base import EvictionPolicy, kept
+from pipeline.engine.native.eviction.base import EvictionPolicy, check_counts, kept
 from pipeline.engine.native.sequence import Sequence
 from pipeline.errors import UsageError
 from pipeline.models.attention import QueryProbe
@@ -39,6 +39,7 @@ class KVCompression:
     """tokens from one compression to the next"""
 
     def __post_init__(self) -> None:
+        check_counts(self.policy)
         fixed = self.policy.sinks + self.policy.recent
         if self.budget <= fixed:
             raise UsageError(

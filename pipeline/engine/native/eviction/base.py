@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.types import Section
-from pipeline.errors import UsageError
+from pipeline.errors import RunFailed, UsageError
 
 
 class EvictionPolicy(ABC):
@@ -34,7 +34,7 @@ class EvictionPolicy(ABC):
     @property
     @abstractmethod
     def recent(self) -> int:
-        """At least 1."""
+        """At least 1 and fewer than the budget."""
 
     @abstractmethod
     def scores(self, keys: Tensor, queries: Tensor) -> Tensor:
@@ -47,11 +47,52 @@ class EvictionPolicy(ABC):
 
 
 def kept(policy: EvictionPolicy, keys: Tensor, queries: Tensor, budget: int) -> Tensor:
-    """int64 [B, kv_heads, budget], which tokens stay of those `EvictionPolicy.scores` describes, oldest first."""
-    scores = policy.scores(keys, queries).float().clone()
+    """int64 [B, kv_heads, budget], which tokens stay of those `EvictionPolicy.scores` describes, oldest first.
+
+    Raises:
+        RunFailed: the policy's scores are of another shape or no numbers.
+    """
+    found = policy.scores(keys, queries)
+    _check_scores(policy, found, keys.shape[:3])
+    # No score may be as high as those of the tokens that always stay.
+    highest = torch.finfo(torch.float32).max
+    scores = found.float().clamp(-highest, highest)
     scores[..., : policy.sinks] = torch.inf
     scores[..., keys.shape[2] - policy.recent :] = torch.inf
     return scores.topk(budget, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def _check_scores(policy: EvictionPolicy, scores: Any, shape: torch.Size) -> None:
+    wanted = f"give a tensor of float32 {list(shape)}: sequences, KV heads, cached tokens"
+    if not isinstance(scores, Tensor):
+        raise RunFailed(f"eviction policy {title(policy)} returned {scores!r:.80} for scores; {wanted}")
+    if scores.shape != shape:
+        raise RunFailed(f"eviction policy {title(policy)} returned scores of shape {list(scores.shape)}; {wanted}")
+    if count := int(scores.isnan().sum()):
+        raise RunFailed(
+            f"eviction policy {title(policy)} returned {count} scores of {scores.numel()} that are NaN, which have no "
+            "order; give numbers"
+        )
+
+
+def title(policy: EvictionPolicy) -> str:
+    """As a configuration can name it: module:Class."""
+    return f"{type(policy).__module__}:{type(policy).__qualname__}"
+
+
+def check_counts(policy: EvictionPolicy) -> None:
+    """Raises UsageError where `sinks`, `recent` or `queries` are not what EvictionPolicy says of them."""
+    counts = {"sinks": policy.sinks, "recent": policy.recent, "queries": policy.queries}
+    for key, least in (("sinks", 0), ("recent", 1), ("queries", 0)):
+        if type(counts[key]) is not int or counts[key] < least:
+            raise UsageError(
+                f"eviction policy {title(policy)} has {key} = {counts[key]!r}; give a whole number of at least {least}"
+            )
+    if counts["queries"] > counts["recent"]:
+        raise UsageError(
+            f"eviction policy {title(policy)} asks for queries = {counts['queries']} of its recent = "
+            f"{counts['recent']} latest tokens; ask for no more than stay, or keep more"
+        )
 
 
 def attention_scores(keys: Tensor, queries: Tensor) -> Tensor:
