@@ -1,11 +1,13 @@
 """What each policy keeps, against its definition written as loops."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline.cli import main
 from pipeline.config.types import Section
 from pipeline.engine.native.compression import KVCompression
 from pipeline.engine.native.eviction import build
@@ -155,9 +157,11 @@ def test_the_first_and_the_latest_stay_whatever_their_scores_are(scene, give):
         (lambda age: age[:, :1], f"scores of shape [2, 1, {TOKENS}]"),
         (lambda age: age[:, 0], f"scores of shape [2, {TOKENS}]"),
         (lambda age: None, "returned None for scores"),
+        (lambda age: age / "two", "raised TypeError("),
+        (lambda age: sys.exit("enough"), "raised SystemExit('enough') for scores (" + __file__),
     ],
 )
-def test_scores_that_order_nothing_are_refused_by_the_policys_name(scene, give, said):
+def test_what_orders_nothing_is_refused_by_the_policys_name(scene, give, said):
     with pytest.raises(RunFailed) as refusal:
         kept(Theirs(give), *scene, 9)
     assert f"eviction policy {__name__}:Theirs" in str(refusal.value) and said in str(refusal.value)
@@ -177,3 +181,56 @@ def test_counts_that_a_policy_cannot_keep_to_are_refused(counts, said):
     with pytest.raises(UsageError) as refusal:
         KVCompression(Theirs(**counts), 16, 8)
     assert f"eviction policy {__name__}:Theirs {said}" in str(refusal.value)
+
+
+def test_counts_that_a_policy_fails_to_say_are_refused():
+    class Failing(Theirs):
+        @property
+        def recent(self):
+            raise KeyError("window")
+
+    with pytest.raises(UsageError, match=r"Failing raised KeyError\('window'\) instead of saying its sinks, recent"):
+        KVCompression(Failing(), 16, 8)
+
+
+STRANGERS = """
+from pipeline.config.types import Section
+from pipeline.engine.native.eviction.base import EvictionPolicy
+
+class NoOptions(EvictionPolicy):
+    recent = 2
+    def scores(self, keys, queries): return keys[..., 0]
+
+class Abstract(EvictionPolicy):
+    class Options(Section): pass
+
+class InitRaises(NoOptions):
+    class Options(Section): pass
+    def __init__(self, options): raise KeyError("x")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("raising:Policy", "raising:Policy cannot be imported: RuntimeError('at import'); mend it"),
+        ("leaving:Policy", "leaving:Policy cannot be imported: SystemExit(3); mend it"),
+        ("unreadable:Policy", "unreadable:Policy cannot be imported: SyntaxError("),
+        ("strangers:Missing", "strangers:Missing cannot be imported: AttributeError("),
+        ("strangers:NoOptions", "strangers:NoOptions declares no Options; nest a class Options("),
+        ("strangers:Abstract", "strangers:Abstract leaves recent and scores out; define"),
+        ("strangers:InitRaises", "strangers:InitRaises cannot be made: its constructor raised KeyError('x')"),
+        (":Policy", "':Policy' is unknown"),
+        ("strangers:", "'strangers:' is unknown"),
+    ],
+)
+def test_classes_that_are_no_policies_are_refused_in_a_sentence(tmp_path, monkeypatch, capsys, name, said):
+    sources = {"raising": "raise RuntimeError('at import')", "leaving": "raise SystemExit(3)", "unreadable": "def ("}
+    for module, source in (sources | {"strangers": STRANGERS}).items():
+        (tmp_path / f"{module}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["run", "--dry-run", "--set", f"engine.kv_compression.policy={name}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("rollahead: eviction policy ") and captured.err.count("\n") == 1, captured.err
+    assert said in captured.err

@@ -21,32 +21,53 @@ def build(piece: Mapping[str, Any]) -> EvictionPolicy:
     """The policy a piece of configuration names, with its options.
 
     Raises:
-        UsageError: unknown name or option, or a value of the wrong type.
+        UsageError: unknown name or option, a value of the wrong type, or a class that is no policy or cannot be made.
     """
     options = dict(piece)
     name = str(options.pop("name", ""))
     kind = POLICIES.get(name) or _outside(name)
-    declared = kind.Options
+    declared = _declared(name, kind)
     for key in options:
         if key not in declared.__struct_fields__:
             raise UsageError(
                 f"eviction policy {name} has no option {key!r}{nearest(key, list(declared.__struct_fields__))}"
             )
     try:
-        return kind(msgspec.convert(options, declared))
+        values = msgspec.convert(options, declared)
     except msgspec.ValidationError as error:
         raise UsageError(f"eviction policy {name}: {error}") from error
+    try:
+        return kind(values)
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:  # a stranger's constructor may raise anything, and is the user's to mend
+        raise UsageError(f"eviction policy {name} cannot be made: its constructor raised {error!r}; mend it") from error
+
+
+def _declared(name: str, kind: type[EvictionPolicy]) -> type[msgspec.Struct]:
+    """The options of a class that can be made."""
+    if missing := sorted(kind.__abstractmethods__):
+        raise UsageError(f"eviction policy {name} leaves {' and '.join(missing)} out; define what its base class asks")
+    options = getattr(kind, "Options", None)
+    if not (isinstance(options, type) and issubclass(options, msgspec.Struct)):
+        raise UsageError(
+            f"eviction policy {name} declares no Options; nest a class Options(pipeline.config.types.Section) in it, "
+            "empty if it has none"
+        )
+    return options
 
 
 def _outside(name: str) -> Any:
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
         raise UsageError(f"eviction policy {name!r} is unknown{nearest(name, list(POLICIES))}; or give module:Class")
     search_working_directory()
     try:
         kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"eviction policy {name} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever a stranger's module does is the user's to mend
+        raise UsageError(
+            f"eviction policy {name} cannot be imported: {error!r}; mend it, or name the module and class that hold it"
+        ) from error
     if not (isinstance(kind, type) and issubclass(kind, EvictionPolicy)):
         raise UsageError(f"{name} is not an eviction policy; derive it from {EvictionPolicy.__module__}.EvictionPolicy")
     return kind

@@ -1,6 +1,7 @@
 """The seam: a policy scores cached tokens, for each layer and KV head by itself; the best ones are kept."""
 
 from abc import ABC, abstractmethod
+from traceback import extract_tb
 from typing import Any, ClassVar
 
 import torch
@@ -50,9 +51,16 @@ def kept(policy: EvictionPolicy, keys: Tensor, queries: Tensor, budget: int) -> 
     """int64 [B, kv_heads, budget], which tokens stay of those `EvictionPolicy.scores` describes, oldest first.
 
     Raises:
-        RunFailed: the policy's scores are of another shape or no numbers.
+        RunFailed: the policy has none, or they are of another shape or no numbers.
     """
-    found = policy.scores(keys, queries)
+    try:
+        found = policy.scores(keys, queries)
+    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
+        place = extract_tb(error.__traceback__)[-1]
+        raise RunFailed(
+            f"eviction policy {title(policy)} raised {error!r} for scores ({place.filename}, line {place.lineno}); "
+            "mend it, or take another engine.kv_compression.policy"
+        ) from error
     _check_scores(policy, found, keys.shape[:3])
     # No score may be as high as those of the tokens that always stay.
     highest = torch.finfo(torch.float32).max
@@ -82,7 +90,12 @@ def title(policy: EvictionPolicy) -> str:
 
 def check_counts(policy: EvictionPolicy) -> None:
     """Raises UsageError where `sinks`, `recent` or `queries` are not what EvictionPolicy says of them."""
-    counts = {"sinks": policy.sinks, "recent": policy.recent, "queries": policy.queries}
+    try:
+        counts = {"sinks": policy.sinks, "recent": policy.recent, "queries": policy.queries}
+    except (Exception, SystemExit) as error:  # as in `kept`
+        raise UsageError(
+            f"eviction policy {title(policy)} raised {error!r} instead of saying its sinks, recent and queries; mend it"
+        ) from error
     for key, least in (("sinks", 0), ("recent", 1), ("queries", 0)):
         if type(counts[key]) is not int or counts[key] < least:
             raise UsageError(
