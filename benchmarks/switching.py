@@ -61,12 +61,14 @@ def main(arguments: list[str]) -> int:
             control = curve.random_rule(rule, rows[-1]["share"], rows[-1]["response_tokens"])
             rows.append(curve.point(control, share))
     compared(rows)
+    about: dict[str, Any] = {
+        "model": str(options.model), "seed": options.seed, "small_model": str(options.small_model),
+        "prompts": str(options.prompts), "paper": PAPER,
+    }  # fmt: skip
+    write_results(options.out, "switching", rows, **about)  # whatever becomes of the verdicts
     verdicts = conclusions(rows)
     print("\n".join(verdicts))
-    path = write_results(
-        options.out, "switching", rows, model=str(options.model), seed=options.seed,
-        small_model=str(options.small_model), prompts=str(options.prompts), paper=PAPER, verdicts=verdicts,
-    )  # fmt: skip
+    path = write_results(options.out, "switching", rows, **about, verdicts=verdicts)
     print(f"written {path}" + "".join(f" and {plot}" for plot in [_plot(rows, options.out)] if plot))
     return 0
 
@@ -274,7 +276,7 @@ def simulated_share(rule: SwitchingRule, tokens: int, responses: int = 400) -> f
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> None:
-    """Adds to each row its share of the large model's reward."""
+    """Adds to each row its share of the large model's reward; None where that is nothing."""
     large = next(row["reward"] for row in rows if row["system"] == "large")
     for row in rows:
         row["of_large"] = row["reward"] / large if large else None
@@ -285,16 +287,7 @@ def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
     by_system: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_system.setdefault(row["system"], []).append(row)
-    small = by_system["small"][0]
-    lines = [f"the small model alone earns {small['of_large']:.1%} of the large one's reward"]
-    good = [r for r in by_system.get("entropy", []) if r["share"] <= 0.5 and (r["of_large"] or 0) >= 0.93]
-    if good:
-        best = min(good, key=lambda row: row["share"])
-        lines.append(
-            f"{best['of_large']:.1%} of the reward with {best['share']:.1%} of the tokens: 93% with at most half"
-        )
-    else:
-        lines.append("no point with at most half of the tokens has 93% of the large model's reward")
+    lines = _of_large(by_system["small"][0], by_system.get("entropy", []))
     for entropy, random in zip(by_system.get("entropy", []), by_system.get("random", []), strict=True):
         error = math.hypot(entropy["reward_error"], random["reward_error"])
         lines.append(
@@ -305,20 +298,35 @@ def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _of_large(small: dict[str, Any], points: Sequence[dict[str, Any]]) -> list[str]:
+    """What the small model alone, and the best point, have of the large model's reward."""
+    if small["of_large"] is None:
+        return ["the large model earns nothing here, so there is no share of its reward; measure on what it can solve"]
+    lines = [f"the small model alone earns {small['of_large']:.1%} of the large one's reward"]
+    good = [row for row in points if row["share"] <= 0.5 and row["of_large"] >= 0.93]
+    if not good:
+        return [*lines, "no point with at most half of the tokens has 93% of the large model's reward"]
+    best = min(good, key=_share)
+    return [
+        *lines,
+        f"{best['of_large']:.1%} of the reward with {best['share']:.1%} of the tokens: 93% with at most half",
+    ]
+
+
 def _plot(rows: Sequence[dict[str, Any]], out: Path) -> Path | None:
-    """switching.png: share of the large model's reward against the share of its tokens; None without matplotlib."""
-    pyplot = plots.pyplot()
-    if pyplot is None:
+    """switching.png: share of the large model's reward against the share of its tokens; None without matplotlib, or
+    where that reward is nothing."""
+    pyplot, ends = plots.pyplot(), [row for row in rows if row["system"] in ("large", "small")]
+    if pyplot is None or ends[0]["of_large"] is None:
         return None
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    ends = [row for row in rows if row["system"] in ("large", "small")]
     lines = dict.fromkeys((row["system"], row["rule"]) for row in rows if "rule" in row)
     for system, rule in lines:
         mine = [row for row in rows if (row["system"], row.get("rule")) == (system, rule)]
         points, style = sorted([*mine, *ends], key=_share), "o-" if system == "entropy" else "s--"
         x, y = [row["share"] for row in points], [row["of_large"] for row in points]
-        error = [row["reward_error"] / ends[0]["reward"] if ends[0]["reward"] else 0.0 for row in points]
+        error = [row["reward_error"] / ends[0]["reward"] for row in points]
         axes.errorbar(x, y, yerr=error, fmt=style, label=f"{system} {rule}", capsize=2)
     for share, quality, name in PAPER:
         axes.plot(share, quality, "k*", markersize=9)

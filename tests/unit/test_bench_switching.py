@@ -1,9 +1,11 @@
 """What `rollahead bench switching` concludes from what it measures, and how interrupted benchmarks go on."""
 
 import argparse
+import json
 
 import pytest
 
+from benchmarks import switching
 from benchmarks.results import earlier_rows, write_results
 from benchmarks.switching import _rules, compared, conclusions, name_of, simulated_share
 from benchmarks.switching_training import conclusions as training_conclusions
@@ -43,6 +45,54 @@ def test_half_of_the_tokens_with_93_percent_is_said_and_its_absence_too():
     poor = [*ends, row("entropy", 0.6, 0.78), row("random", 0.6, 0.7)]
     compared(poor)
     assert conclusions(poor)[1].startswith("no point with at most half")
+
+
+def test_a_large_model_that_earns_nothing_is_said():
+    rows = [row("large", 1.0, 0.0), row("small", 0.0, 0.1), row("entropy", 0.2, 0.0), row("random", 0.2, 0.1)]
+    compared(rows)
+    lines = conclusions(rows)
+    assert lines[0].startswith("the large model earns nothing here") and "difference -0.100" in lines[1]
+    assert len(lines) == 2
+
+
+class Curve:
+    """What a curve measures where the large model earns nothing."""
+
+    large = small = None
+
+    def __init__(self, options):
+        pass
+
+    def alone(self, model, name, share):
+        return row(name, share, 0.0)
+
+    def point(self, rule, wanted):
+        return row("random" if rule.noise else "entropy", 0.3, 0.1) | {"response_tokens": 9}
+
+    def random_rule(self, rule, share, tokens):
+        return SwitchingRule(0.5, noise=True)
+
+
+COMMAND = ["--model", "m", "--small-model", "s", "--prompts", "p", "--shares", "", "--thresholds", "0.1"]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    monkeypatch.setattr(switching, "Curve", Curve)
+    monkeypatch.setattr(switching, "check_same_tokenizer", lambda *folders: None)
+
+
+def test_a_curve_of_a_large_model_that_earns_nothing_is_written(measured, tmp_path):
+    assert switching.main([*COMMAND, "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert len(content["rows"]) == 6 and len(content["verdicts"]) == 3
+
+
+def test_what_was_measured_is_written_before_it_is_judged(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(switching, "conclusions", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        switching.main([*COMMAND, "--out", str(tmp_path)])
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 6
 
 
 @pytest.mark.parametrize(
