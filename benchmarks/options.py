@@ -82,9 +82,25 @@ def minutes(text: str) -> float:
     return value
 
 
-def floats(text: str) -> list[float]:
+def fraction(text: str) -> float:
+    """A part of something, neither none nor all of it."""
+    value = float(_number(text, float, "a number"))
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; give a number between 0 and 1")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    value = float(_number(text, float, "a number"))
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used; give a finite number of at least 0")
+    return value
+
+
+def each(read: Callable[[str], float]) -> Callable[[str], list[float]]:
     """Comma-separated numbers; there may be none."""
-    return [_number(part, float, "a number") for part in names(text)]
+    return lambda text: [read(part) for part in names(text)]
 
 
 def _number(text: str, kind: type, called: str) -> float | int:

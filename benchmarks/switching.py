@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import plots
-from benchmarks.options import SEED, Parser, at_least, floats, names, temperature
+from benchmarks.options import SEED, Parser, at_least, each, fraction, names, not_negative, temperature
 from benchmarks.results import write_results
 from benchmarks.student import standard_error
 from pipeline.config.types import TaskSection
@@ -46,6 +46,8 @@ task: to look at beside ours, not to compare with."""
 def main(arguments: list[str]) -> int:
     """Measures, prints a line a point, writes `results.json` and a plot; the exit code."""
     options = _parser().parse_args(arguments)
+    if not (options.train or options.shares or options.thresholds):
+        raise UsageError("--shares and --thresholds are both empty, so the curve has no point; give one of them")
     torch.set_num_threads(options.threads)
     check_same_tokenizer(options.model, options.small_model, "--small-model")
     if options.train:
@@ -82,12 +84,12 @@ def _parser() -> Parser:
     add("--calibration", type=Path, metavar="FILE", help=".jsonl of other prompts, for thresholds")
     add(
         "--shares",
-        type=floats,
+        type=each(fraction),
         default=[0.1, 0.25, 0.43],
         metavar="S,S",
         help="of large-model tokens, to calibrate to",
     )
-    add("--thresholds", type=floats, default=[], metavar="H,H", help="further points at these thresholds")
+    add("--thresholds", type=each(not_negative), default=[], metavar="H,H", help="further points at these thresholds")
     add("--unit", choices=["nats", "bits"], default="nats", help="of --thresholds")
     add(
         "--rules",
@@ -109,7 +111,7 @@ def _parser() -> Parser:
     add("--train-prompts", type=Path, metavar="FILE", help="with --train: .jsonl to train on")
     add("--steps", type=at_least(1), default=20, help="with --train: batches")
     add("--seeds", type=at_least(1), default=3, help="with --train: seeds, from --seed on")
-    add("--share", type=float, default=0.43, help="with --train: share of large-model tokens")
+    add("--share", type=fraction, default=0.43, help="with --train: share of large-model tokens")
     add("--margin", type=float, default=0.05, help="with --train: difference in held-out reward that counts as none")
     add("--learning-rate", type=float, default=2e-5, help="with --train")
     add("--batch-size", type=at_least(1), default=64, help="with --train: samples a batch")
@@ -125,6 +127,8 @@ def _parser() -> Parser:
 
 
 def _rules(text: str) -> list[SwitchingRule]:
+    if not names(text):
+        raise argparse.ArgumentTypeError(f"{text!r} holds no rule; write for example 5:10,1:1:before")
     try:
         return [parse_rule(part) for part in names(text)]
     except UsageError as error:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks.held_out import check_apart
-from benchmarks.options import at_least, floats, integers, minutes, names, seconds
+from benchmarks.options import at_least, each, fraction, integers, minutes, names, not_negative, seconds
 from pipeline.errors import UsageError
 
 
@@ -14,7 +14,7 @@ def test_values_are_read():
     assert names("a, b,,c") == ["a", "b", "c"]
     assert integers(0)("0,2") == [0, 2] and at_least(1)("3") == 3
     assert seconds("0.5") == 0.5 and minutes("0") == 0.0
-    assert floats("0.5,2") == [0.5, 2.0] and floats("") == []
+    assert each(not_negative)("0.5,2,0") == [0.5, 2.0, 0.0] and each(fraction)("") == []
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,13 @@ def test_values_are_read():
         (integers(0), "1,-1", "-1 is too small"),
         (integers(), "", "holds no number"),
         (integers(), "1,x", "'x' is not a whole number"),
-        (floats, "abc", "'abc' is not a number"),
+        (each(fraction), "0.1,abc", "'abc' is not a number"),
+        (each(fraction), "0.1,1.5", "1.5 is no share; give a number between 0 and 1"),
+        (fraction, "0", "0 is no share"),
+        (fraction, "nan", "nan is no share"),
+        (not_negative, "-0.1", "-0.1 cannot be used"),
+        (each(not_negative), "0.1,nan", "nan cannot be used; give a finite number"),
+        (not_negative, "inf", "inf cannot be used"),
         (seconds, "0", "give more than 0"),
         (seconds, "inf", "give more than 0"),
         (minutes, "-3", "give 0 or more"),

@@ -110,6 +110,11 @@ MODEL_DRAFTERS = ["model-drafters", "--model", "m", "--prompts", "p"]
     ("arguments", "said"),
     [
         ([*SWITCHING, "--threads", "0"], "argument --threads: 0 is too small; give at least 1"),
+        ([*SWITCHING, "--shares", "0.1,1.5"], "argument --shares: 1.5 is no share; give a number between 0 and 1"),
+        ([*SWITCHING, "--thresholds", "nan"], "argument --thresholds: nan cannot be used"),
+        ([*SWITCHING, "--share", "0"], "argument --share: 0 is no share"),
+        ([*SWITCHING, "--rules", ""], "argument --rules: '' holds no rule; write for example 5:10"),
+        ([*SWITCHING, "--shares", ""], "--shares and --thresholds are both empty"),
         (["compiled-decode", "--batch", "x"], "argument --batch: 'x' is not a whole number"),
         (["compiled-decode", "--batch", "1,0"], "argument --batch: 0 is too small"),
         (["decode-bandwidth", "--batch", "x"], "argument --batch: 'x' is not a whole number"),
