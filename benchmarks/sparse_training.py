@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots
 from benchmarks.held_out import HeldOut, check_apart
+from benchmarks.plots import training_curves
 from benchmarks.results import earlier_rows, write_results
 from benchmarks.sparse import held_out_settings
 from benchmarks.stale_training import train
@@ -25,6 +25,7 @@ KEPT = (
     "reward_mean", "entropy", "grad_norm", "importance_weight_ess", "compressed/k3", "compressed/fraction",
     "icepop/below_fraction", "icepop/above_fraction", "veto/vetoed_samples",
 )  # fmt: skip
+PLOTTED = {"reward_mean": "reward of the rollouts", "compressed/k3": "k3, dense policy against sampler"}
 WHAT = "sparse-training"
 CONFIDENCE = 0.9
 """of the intervals: two one-sided tests at 5% each"""
@@ -65,7 +66,7 @@ def compare(options: argparse.Namespace) -> int:
         options.out, WHAT, rows, model=str(options.model), seed=options.seed, settings=settings, verdicts=verdicts,
         confidence=CONFIDENCE,
     )  # fmt: skip
-    plot = _plot(rows, options.out)
+    plot = training_curves(options.out / f"{WHAT}.png", [(_name(row), row["curves"]) for row in rows], PLOTTED)
     print("\n".join(["", *verdicts, "", f"written {path}" + (f" and {plot}" if plot else "")]))
     return 0
 
@@ -135,30 +136,6 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     """Of the mean of paired differences, by Student's t, at `CONFIDENCE`."""
     mean, half = statistics.fmean(differences), margin_95(differences)
     return mean - half, mean + half
-
-
-def _plot(rows: Sequence[dict[str, Any]], out: Path) -> Path | None:
-    """sparse-training.png: training reward and k3 of every run; None without matplotlib."""
-    pyplot = plots.pyplot()
-    if pyplot is None:
-        return None
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    names = list(dict.fromkeys(_name(row) for row in rows))
-    for row in rows:
-        for axis, key in zip(axes, ("reward_mean", "compressed/k3"), strict=True):
-            values = [float("nan") if value is None else value for value in row["curves"][key]]
-            axis.plot(values, color=f"C{names.index(_name(row)) % 10}", label=_name(row), linewidth=1)
-    for axis, label in zip(axes, ("reward of the rollouts", "k3, dense policy against sampler"), strict=True):
-        axis.set(xlabel="batch", ylabel=label)
-    handles = {text: handle for handle, text in zip(*axes[0].get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(5, len(handles)))
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    path = out / "sparse-training.png"
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.held_out import check_apart
+from benchmarks.plots import training_curves
 from benchmarks.results import earlier_rows, write_results
 from benchmarks.stale_training import train
 from benchmarks.student import margin_95
@@ -42,9 +43,11 @@ SAMPLER_KEYS = (
     "k3/other_samplers",
 )
 
+PLOTTED = {"reward_mean": "reward of the rollouts", "k3/other_samplers": "k3, policy against small model"}
+
 
 def compare(options: argparse.Namespace) -> int:
-    """Trains every setting with every seed, prints what follows, writes `results.json`; the exit code."""
+    """Trains every setting with every seed, prints what follows, writes `results.json` and a plot; the exit code."""
     if options.train_prompts is None:
         raise UsageError("--train needs --train-prompts, a .jsonl file to train on")
     if options.seeds < 2:
@@ -73,6 +76,9 @@ def compare(options: argparse.Namespace) -> int:
         )  # fmt: skip
         print(f"written {path}", flush=True)
     print("\n".join(conclusions(rows, options.margin)))
+    trained = [(row["setting"], row["curve"]) for row in rows if "curve" in row]
+    if plot := training_curves(options.out / f"{WHAT}.png", trained, PLOTTED):
+        print(f"written {plot}")
     return 0
 
 

@@ -2,10 +2,11 @@
 
 import argparse
 import json
+from unittest.mock import MagicMock
 
 import pytest
 
-from benchmarks import switching
+from benchmarks import plots, switching, switching_training
 from benchmarks.results import earlier_rows, write_results
 from benchmarks.switching import _rules, compared, conclusions, name_of, simulated_share
 from benchmarks.switching_training import conclusions as training_conclusions
@@ -124,3 +125,38 @@ def test_rows_of_the_same_settings_are_taken_up_and_others_refused(tmp_path):
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(UsageError, match="cannot be read"):
         earlier_rows(tmp_path, "what", {})
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Axes of a figure that nobody draws."""
+    pyplot, axes = MagicMock(), [MagicMock(), MagicMock()]
+    axes[0].get_legend_handles_labels.return_value = ([1, 2], ["policy", "corrected"])
+    pyplot.subplots.return_value = (MagicMock(), [axes])
+    monkeypatch.setattr(plots, "pyplot", lambda: pyplot)
+    return axes
+
+
+def test_training_under_switching_is_plotted(drawn, tmp_path, monkeypatch, capsys):
+    class HeldOut:
+        def __init__(self, options):
+            pass
+
+        def reward(self, weights):
+            return 0.1
+
+    def trained(options, held_out, name, seed):
+        curve = {"reward_mean": [0.1, None]} | ({} if name == "policy" else {"k3/other_samplers": [0.3, 0.2]})
+        return {"setting": name, "seed": seed, "held_out": 0.2, "reward_last": 0.1, "curve": curve, "seconds": 1.0}
+
+    monkeypatch.setattr(switching_training, "HeldOut", HeldOut)
+    monkeypatch.setattr(switching_training, "_row", trained)
+    monkeypatch.setattr(switching_training, "check_apart", lambda *files: None)
+    monkeypatch.setattr(switching, "check_same_tokenizer", lambda *folders: None)
+    training = ["--train", "--train-prompts", "t", "--seeds", "2", "--out", str(tmp_path)]
+    assert switching.main([*COMMAND, *training]) == 0
+    assert f"written {tmp_path / 'switching-training.png'}" in capsys.readouterr().out
+    reward, k3 = ([call.args[0] for call in axes.plot.call_args_list] for axes in drawn)
+    assert len(reward) == len(k3) == 6  # three settings, two seeds
+    assert reward[0] == pytest.approx([0.1, float("nan")], nan_ok=True)
+    assert k3 == [[], [0.3, 0.2], [0.3, 0.2]] * 2
