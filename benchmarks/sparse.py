@@ -52,6 +52,8 @@ def main(arguments: list[str]) -> int:
         from benchmarks.sparse_training import compare
 
         return compare(options)
+    if options.temperature == 0 and options.samples > 1:
+        raise UsageError(f"--temperature 0 gives the same response --samples {options.samples} times; use --samples 1")
     decoder, config = load_decoder(options.model), _config(options)
     held_out = HeldOut(config, options.model)
     rows: list[dict[str, Any]] = []
@@ -128,9 +130,9 @@ def held_out_settings(options: argparse.Namespace) -> list[str]:
     file = options.train or options.prompts
     return [
         "task.kind=jsonl", f"task.path={file}", f"task.held_out_path={options.prompts}", f"model.path={options.model}",
-        f"sampling.max_new_tokens={options.max_new_tokens}", f"sampling.temperature={options.temperature}",
-        f"learner.eval_prompts={options.problems}", f"learner.eval_samples={options.samples}",
-        f"learner.eval_temperature={options.temperature}", f"run.seed={options.seed}",
+        f"sampling.max_new_tokens={options.max_new_tokens}", f"learner.eval_prompts={options.problems}",
+        f"learner.eval_samples={options.samples}", f"learner.eval_temperature={options.temperature}",
+        f"run.seed={options.seed}",
     ]  # fmt: skip
 
 
@@ -285,13 +287,13 @@ def mismatch(decoder: Decoder, scored: Sequence[Scored], temperature: float) -> 
 
 @torch.no_grad()
 def dense_logprobs(decoder: Decoder, prompt: np.ndarray, response: np.ndarray, temperature: float) -> np.ndarray:
-    """float64 [T] of a response's tokens with every key in sight."""
+    """float64 [T] of a response's tokens with every key in sight; of greedy ones at temperature 1, as recorded."""
     text = np.concatenate([prompt, response])[:-1]
     pages = -(-len(text) // PAGE)
     cache = KVCache(decoder.config, decoder.dtype, decoder.device, pages)
     plan = cache.plan(np.arange(pages)[None], np.zeros(1, np.int64), np.array([len(text)]))
     hidden = decoder.forward(torch.from_numpy(text).to(decoder.device), plan, cache)[len(prompt) - 1 :]
-    laws = (decoder.logits(hidden).double() / temperature).log_softmax(-1)
+    laws = (decoder.logits(hidden).double() / (temperature or 1.0)).log_softmax(-1)
     return laws.gather(1, torch.from_numpy(response).to(decoder.device)[:, None])[:, 0].cpu().numpy()
 
 

@@ -76,6 +76,7 @@ def _run_config(options: argparse.Namespace, kind: str, policy: str, budget: int
         *held_out_settings(options), f"run.steps={options.steps}", f"run.seed={seed}", "objective.recipe=sparse-rl",
         f"learner.learning_rate={options.learning_rate}", f"learner.batch_size={options.batch_size}",
         f"engine.max_sequences={options.batch_size}", "engine.drafter=none", f"learner.dtype={options.dtype}",
+        f"sampling.temperature={options.temperature}",
     ]  # fmt: skip
     if kind == "uncorrected":
         settings.append("objective.corrections=[]")

@@ -1,6 +1,7 @@
 """What `rollahead bench sparse` concludes from what it measures."""
 
 import argparse
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,13 @@ from scipy import stats
 
 from benchmarks import sparse
 from benchmarks.sparse import FULL, WAITING, _reward, _speed, _speed_row, compression, dense_logprobs, mismatch
-from benchmarks.sparse_training import interval, verdicts_of
+from benchmarks.sparse_training import _run_config, interval, verdicts_of
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from pipeline.models.checkpoint import load_decoder
 from tests.unit.generation import finish, group
-from tests.unit.tiny_models import reference, reference_logits, save_tiny
+from tests.unit.test_bad_input import _write_tokenizer
+from tests.unit.tiny_models import VOCABULARY, reference, reference_logits, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +120,32 @@ def test_verdicts_follow_from_the_intervals(corrected, uncorrected, words):
 def test_an_unknown_policy_is_refused():
     with pytest.raises(UsageError, match="r-kv"):
         compression(("rkv", 64), 8)
+
+
+@pytest.fixture
+def greedy(tmp_path):
+    """A command that measures rewards alone."""
+    _write_tokenizer(save_tiny(tmp_path / "model"), VOCABULARY)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"question": "1 + 2", "answer": "3"}))
+    return [
+        "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.jsonl"), "--repeats", "0",
+        "--temperature", "0", "--policies", "sinks-window", "--budgets", "8", "--every", "4", "--max-new-tokens", "40",
+        "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+
+
+def test_rewards_alone_are_measured_greedily_too(greedy, tmp_path):
+    assert sparse.main([*greedy, "--samples", "1"]) == 0
+    full, compressed = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert full["k3"] < 1e-6 and compressed["compressed_tokens"] > 0.3 and compressed["k3"] > full["k3"]
+
+
+def test_greedy_responses_to_one_problem_are_refused(greedy):
+    with pytest.raises(UsageError, match="--temperature 0 gives the same response --samples 2 times; use --samples 1"):
+        sparse.main(greedy)
+
+
+def test_training_on_greedy_rollouts_is_refused(greedy):
+    options = sparse._parser().parse_args([*greedy, "--train", greedy[3]])
+    with pytest.raises(UsageError, match="gives nothing to learn from"):
+        _run_config(options, "full", "", 0, 0)
