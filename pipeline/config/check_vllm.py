@@ -27,6 +27,8 @@ EXACT_VERIFICATION = ("standard", "block")
 """vLLM's ways to verify drafts under which the distribution stays as it is"""
 COLDEST = 0.01
 """vLLM samples at this where a lower temperature above 0 is asked for"""
+HOTTEST = 2.0
+"""the highest temperature that vLLM takes"""
 
 
 def drafts(drafter: Mapping[str, Any], options: Mapping[str, Any], max_draft_tokens: int) -> bool:
@@ -129,7 +131,7 @@ def check_vllm(config: Config) -> None:
         ("sampling.temperature", sampling.temperature),
         ("learner.eval_temperature", config.learner.eval_temperature),
     ):
-        if (why := too_cold(name, temperature)) is not None:
+        if (why := temperature_refusal(name, temperature)) is not None:
             raise UsageError(why)
     for key in ("top_k", "top_p", "min_p"):
         value, off = getattr(sampling, key), getattr(type(sampling)(), key)
@@ -140,8 +142,13 @@ def check_vllm(config: Config) -> None:
             )
 
 
-def too_cold(name: str, temperature: float) -> str | None:
+def temperature_refusal(name: str, temperature: float) -> str | None:
     """Why vLLM does not sample at this temperature, in one sentence; None where it does."""
+    if temperature > HOTTEST:
+        return (
+            f"{name} = {temperature:g} is above {HOTTEST:g}, the most that vLLM takes; choose at most {HOTTEST:g}, or "
+            'use engine.generator = "native"'
+        )
     if not 0 < temperature < COLDEST:
         return None
     return (

@@ -63,6 +63,8 @@ VLLM = 'engine.generator="vllm"'
         ([VLLM, "engine.vllm.pipeline_parallel_size=2"], "does not work together with drafting"),
         ([VLLM, "sampling.temperature=0.005"], r"sampling\.temperature = 0\.005 is below 0\.01"),
         ([VLLM, "learner.eval_temperature=0.009"], r"learner\.eval_temperature = 0\.009 is below 0\.01"),
+        ([VLLM, "sampling.temperature=2.5"], r"sampling\.temperature = 2\.5 is above 2, the most that vLLM takes"),
+        ([VLLM, "learner.eval_temperature=3"], r"learner\.eval_temperature = 3 is above 2, the most that vLLM takes"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(overrides, said):
@@ -109,7 +111,9 @@ def test_a_missing_or_another_vllm_is_named_with_the_remedy(monkeypatch):
         (SamplingParams(logit_bias=((3, 200.0),)), False, "clip"),
         (SamplingParams(frequency_penalty=-2.5), False, "frequency_penalty"),
         (SamplingParams(temperature=0.005), False, "sampling.temperature = 0.005 is below 0.01"),
+        (SamplingParams(temperature=2.5), False, "sampling.temperature = 2.5 is above 2"),
         (SamplingParams(temperature=0.0), True, None),
+        (SamplingParams(temperature=2.0), True, None),
         (SamplingParams(temperature=0.01), True, None),
         (SamplingParams(top_k=5, top_p=0.9, repetition_penalty=1.2, min_new_tokens=3), True, None),
     ],

@@ -7,7 +7,9 @@ import pytest
 from benchmarks.exactness_suite.model import random_checkpoint
 from benchmarks.exactness_suite.vllm import HEAD
 from pipeline.engine.vllm.generator import VllmGenerator
+from pipeline.engine.vllm.sampling import translated
 from pipeline.errors import UsageError
+from pipeline.messages import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +52,15 @@ def test_an_architecture_that_vllm_does_not_have_is_named_without_the_list_of_th
 
 def test_more_memory_for_keys_and_values_than_there_is_is_refused(folder):
     refused(folder, r"bytes of memory there are; lower engine\.kv_bytes", kv_bytes=1 << 45)
+
+
+def test_a_sampling_setting_that_vllm_does_not_take_is_named_with_its_value():
+    def made(**changes):
+        return translated(
+            SamplingParams(**changes), seed=1, temperature=1.0, max_tokens=8, stop=(), vocab_size=12, speculating=False,
+            extra={},
+        )  # fmt: skip
+
+    assert made(repetition_penalty=1.1).repetition_penalty == 1.1
+    with pytest.raises(UsageError, match=r"does not take sampling = .*repetition_penalty.* got -1\.0$"):
+        made(repetition_penalty=-1.0)

@@ -5,7 +5,8 @@ from typing import Any
 
 import msgspec
 
-from pipeline.config.check_vllm import too_cold
+from pipeline.config.check_vllm import temperature_refusal
+from pipeline.engine.vllm.refusals import reason
 from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
 
@@ -15,7 +16,7 @@ PENALTY, BIAS = 2.0, 100.0
 
 def refusal(params: SamplingParams, speculating: bool) -> str | None:
     """Why vLLM cannot sample so, in one sentence; None when it can."""
-    if (why := too_cold("sampling.temperature", params.temperature)) is not None:
+    if (why := temperature_refusal("sampling.temperature", params.temperature)) is not None:
         return why
     if speculating and params.min_p > 0:
         return (
@@ -77,6 +78,7 @@ def translated(
         UsageError: settings that vLLM does not have.
     """
     import vllm
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import RequestOutputKind
 
     if (why := refusal(msgspec.structs.replace(params, temperature=temperature), speculating)) is not None:
@@ -104,5 +106,5 @@ def translated(
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=extra,
         )
-    except ValueError as error:
-        raise UsageError(f"vLLM does not take sampling = {msgspec.to_builtins(params)}: {error}") from error
+    except (ValueError, VLLMValidationError) as error:
+        raise UsageError(f"vLLM does not take sampling = {msgspec.to_builtins(params)}: {reason(error)}") from error
