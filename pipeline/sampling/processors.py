@@ -48,6 +48,22 @@ def check_temperature(name: str, value: float) -> None:
         )
 
 
+def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
+    """
+    Raises:
+        UsageError: a setting names a token that the model does not have.
+    """
+    named = {
+        "logit_bias": tuple(token for token, _ in params.logit_bias),
+        "allowed_token_ids": params.allowed_token_ids,
+        "bad_token_ids": params.bad_token_ids,
+        "stop_token_ids": params.stop_token_ids,
+    }
+    for name, ids in named.items():
+        if ids and max(ids) >= vocab_size:
+            raise UsageError(f"sampling.{name} has token id {max(ids)}, outside the vocabulary of {vocab_size}")
+
+
 class Processors:
     """Settings of the sequences under way, and for those with penalties the counts of their tokens.
 
@@ -77,17 +93,7 @@ class Processors:
                 f"sampling.min_new_tokens = {params.min_new_tokens} is more than sampling.max_new_tokens = "
                 f"{params.max_new_tokens}; lower the one or raise the other"
             )
-        named = {
-            "logit_bias": tuple(token for token, _ in params.logit_bias),
-            "allowed_token_ids": params.allowed_token_ids,
-            "bad_token_ids": params.bad_token_ids,
-            "stop_token_ids": params.stop_token_ids,
-        }
-        for name, ids in named.items():
-            if ids and max(ids) >= self._vocab_size:
-                raise UsageError(
-                    f"sampling.{name} has token id {max(ids)}, outside the vocabulary of {self._vocab_size}"
-                )
+        check_token_ids(params, self._vocab_size)
         if not params.masks:
             return
         possible = set(params.allowed_token_ids) or set(range(self._vocab_size))

@@ -1,17 +1,22 @@
 """The calls into vLLM's engine, on one that is made up; none of it needs vLLM."""
 
 import asyncio
+import queue
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
-from pipeline.engine.vllm.client import EngineClient
+from pipeline.engine.generator import GroupRequest
+from pipeline.engine.vllm import generator as vllm_generator
+from pipeline.engine.vllm.client import Ended, EngineClient
 from pipeline.engine.vllm.generator import VllmGenerator
-from pipeline.errors import RunFailed
-from pipeline.messages import WeightsGroup, WeightsManifest
+from pipeline.errors import RunFailed, UsageError
+from pipeline.messages import SamplingParams, WeightsGroup, WeightsManifest
 from pipeline.weights.group import TransferFailed
 
 MANIFEST = WeightsManifest(group=1, version=7, bucket_bytes=1024, tensors=())
@@ -106,3 +111,61 @@ def test_drafters_of_parallel_engines_are_heard_and_counted_wherever_they_are():
 def test_a_sampler_that_is_wrong_in_any_engine_ends_the_start():
     with pytest.raises(RunFailed, match=r"where it drafts \(top-p\)"):
         generator({"top-p": 0.3}, {"top-p": 0.0})._check_sampler("0.32.0")
+
+
+class Requests:
+    """`EngineClient` as far as requests see it."""
+
+    errored = False
+
+    def __init__(self) -> None:
+        self.ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+        self.submitted: list[Any] = []
+        self.cancelled: list[Any] = []
+
+    def submit(self, key: Any, *rest: Any) -> None:
+        self.submitted.append(key)
+
+    def cancel(self, key: Any) -> None:
+        self.cancelled.append(key)
+
+    def died(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def requests(monkeypatch):
+    """A generator of 8 tokens on requests that nothing answers."""
+    monkeypatch.setattr(vllm_generator, "translated", lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.exceptions", SimpleNamespace(EngineDeadError=EOFError))
+    made = VllmGenerator.__new__(VllmGenerator)
+    made._client, made._groups, made._stop = Requests(), {}, frozenset()
+    made.version, made.max_length, made._vocab_size, made._times, made._speculating = 0, 64, 8, 0, False
+    return made
+
+
+def group(number: int, **sampling: Any) -> GroupRequest:
+    return GroupRequest(number, np.array([1, 2]), SamplingParams(**sampling), (1, 2))
+
+
+@pytest.mark.parametrize("key", ["stop_token_ids", "allowed_token_ids", "bad_token_ids"])
+def test_a_token_that_the_model_does_not_have_is_refused_before_anything_is_submitted(requests, key):
+    with pytest.raises(UsageError, match=f"sampling.{key} has token id 8, outside the vocabulary of 8"):
+        requests.add(group(1, **{key: (3, 8)}))
+    assert not requests.has_work() and not requests._client.submitted
+    requests.add(group(1, **{key: (3, 7)}))
+    assert requests.has_work()
+
+
+def test_a_group_of_which_a_request_failed_is_gone(requests):
+    for number in (1, 2):
+        requests.add(group(number))
+    client = requests._client
+    for key in client.submitted[:2]:
+        client.ended.put(Ended(key, None, ValueError("no such token")))
+    with pytest.raises(RunFailed, match="no such token"):
+        requests.step()
+    assert set(client.cancelled) == set(client.submitted[:2])
+    assert requests.step() == [] and requests.running() == 2
+    requests.cancel(2)
+    assert not requests.has_work()

@@ -195,6 +195,7 @@ def test_what_vllm_cannot_sample_together_with_drafts_is_refused(setup):
         (SamplingParams(min_p=0.1), "min_p"),
         (SamplingParams(logit_bias=((1, 2.0),)), "logit_bias"),
         (SamplingParams(presence_penalty=3.0), "presence_penalty"),
+        (SamplingParams(stop_token_ids=(99999,)), "stop_token_ids has token id 99999, outside the vocabulary"),
     ):
         with pytest.raises(UsageError, match=said):
             setup.generator.add(setup.request(params, 1))

@@ -21,6 +21,7 @@ from pipeline.engine.vllm.sampling import translated
 from pipeline.errors import RunFailed, UsageError
 from pipeline.messages import DraftCounts, Sampler, WeightsGroup, WeightsJoin, WeightsManifest
 from pipeline.models.tokenizer import Tokenizer
+from pipeline.sampling.processors import check_token_ids
 
 WAIT_SECONDS = 0.1
 
@@ -147,7 +148,8 @@ class VllmGenerator:
     def add(self, request: GroupRequest) -> None:
         """
         Raises:
-            UsageError: the prompt does not fit, or sampling settings that vLLM does not have.
+            UsageError: the prompt does not fit, or it or the settings name a token that the model does not have, or
+                vLLM does not have the settings.
             ValueError: the group's id is in use.
         """
         prompt = request.prompt_ids
@@ -155,6 +157,7 @@ class VllmGenerator:
             raise UsageError(f"a prompt of {len(prompt)} tokens does not fit between 1 and {self.max_length - 1}")
         if prompt.min() < 0 or prompt.max() >= self._vocab_size:
             raise UsageError(f"prompt token id {prompt.max()} is outside the vocabulary of {self._vocab_size} tokens")
+        check_token_ids(request.sampling, self._vocab_size)
         if request.id in self._groups:
             raise ValueError(f"group {request.id} is already running")
         if request.sampling.stop_strings and self._tokenizer is None:
@@ -255,10 +258,11 @@ class VllmGenerator:
         """None for a sample of a group that was cancelled."""
         index = ended.key[:2]
         group = self._groups.get(index[0])
-        if ended.error is not None:
-            self._raise(ended.error)
         if group is None or ended.key not in group.keys:
             return None
+        if ended.error is not None:
+            self.cancel(index[0])
+            self._raise(ended.error)
         group.keys.discard(ended.key)
         if not group.keys:
             del self._groups[index[0]]
