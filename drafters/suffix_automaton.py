@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta, Struct, field
 
+from drafters.arbiter import ArbiterDrafter
 from drafters.base import DraftRequest, Proposal, SequenceStart, Verified
 from drafters.composite import CompositeDrafter, Ensemble, joined, restricted
 from drafters.suffix import matching
@@ -35,7 +36,7 @@ class SuffixAutomatonDrafter(CompositeDrafter):
         where the continuation's relative frequency falls below `min_frequency`. `prefer` says which continuation.
 
         Where no match has `auxiliary_below` tokens, the drafter `auxiliary` is asked (a name, or a table with name and
-        options).
+        options; not an arbiter, which must see all drafts of a step).
 
         `memory_mb` bounds kept text (about 65 bytes a token, twice for a prompt's own); 0 keeps nothing beyond a
         prompt's live sequences, so that a restart forgets nothing either. Beside it, `corpora` are folders that
@@ -57,7 +58,14 @@ class SuffixAutomatonDrafter(CompositeDrafter):
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or self.Options()
         auxiliary = self.options.auxiliary
-        super().__init__(Ensemble.build([] if auxiliary is None else [auxiliary]))
+        ensemble = Ensemble.build([] if auxiliary is None else [auxiliary])
+        # An arbiter learns from a step's seconds what verifying its own drafts takes; here they are not the only ones.
+        if any(isinstance(part, ArbiterDrafter) for part in ensemble.all()):
+            raise UsageError(
+                f"auxiliary = {auxiliary!r} of drafter {self.name} has an arbiter, which must see all drafts of a "
+                f'step; put {self.name} into it instead: {{name = "arbiter", drafters = ["{self.name}", ...]}}'
+            )
+        super().__init__(ensemble)
         self._corpora = [load_corpus(Path(folder)) for folder in self.options.corpora]
         self.memory = SuffixMemory(
             int(self.options.memory_mb * 2**20), self._corpora, latest=self.options.prefer == "latest"

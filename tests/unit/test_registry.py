@@ -4,7 +4,9 @@ from typing import Annotated
 import pytest
 from msgspec import Meta, Struct
 
+from drafters.arbiter import ArbiterDrafter
 from drafters.base import BaseDrafter, Drafter
+from drafters.composite import CompositeDrafter, Ensemble
 from drafters.none import NoDrafter
 from drafters.registry import available, build, written
 from drafters.suffix_automaton import SuffixAutomatonDrafter
@@ -60,6 +62,13 @@ class Untyped(OwnDrafter):
     Options = dict
 
 
+class HasArbiter(CompositeDrafter):
+    name = "has-arbiter"
+
+    def __init__(self):
+        super().__init__(Ensemble([ArbiterDrafter(ArbiterDrafter.Options(drafters=["none"]))]))
+
+
 def test_installed_drafters_are_listed_with_where_they_come_from():
     by_name = {info.name: info for info in available()}
     assert {"none", "suffix-automaton"} <= set(by_name)
@@ -105,12 +114,14 @@ def test_a_command_line_can_give_options():
         ({"name": f"{__name__}:Untyped"}, "Options that are no msgspec.Struct"),
         ({"name": "arbiter", "drafters": ["none", {"name": "arbiter"}]}, "arbiter is to hand out drafts of another"),
         (
-            {
-                "name": "arbiter",
-                "drafters": [{"name": "suffix-automaton", "auxiliary": {"name": "arbiter", "drafters": ["none"]}}],
-            },
+            {"name": "arbiter", "drafters": [f"{__name__}:HasArbiter"]},
             "arbiter is to hand out drafts of another arbiter; name other drafters",
         ),
+        (
+            {"name": "suffix-automaton", "auxiliary": "arbiter"},
+            "auxiliary = 'arbiter' of drafter suffix-automaton has an arbiter, .* put suffix-automaton into it",
+        ),
+        ({"name": "suffix-automaton", "auxiliary": f"{__name__}:HasArbiter"}, "put suffix-automaton into it"),
         ({"name": "suffix-automaton", "auxiliary": "suffix-automaton"}, "drafts of another suffix-automaton"),
         ({"name": "none", "depth": 3}, "takes no options; remove depth"),
         ({"name": f"{__name__}:NotADrafter"}, "is not a drafter"),
