@@ -19,12 +19,17 @@ OURS = {
     "additional_config": "the generator itself, which tells its drafter by it",
     "worker_extension_cls": "the generator itself",
     "skip_tokenizer_init": "the generator itself",
+    "spec_method": "engine.vllm.speculative_config",
+    "spec_model": "engine.vllm.speculative_config",
+    "spec_tokens": "engine.vllm.speculative_config",
 }
 """vLLM's engine arguments that follow from other options"""
 INEXACT = ("logits_processors", "watermark_config")
 """vLLM's engine arguments by which something else is sampled than the distribution that [sampling] describes"""
 EXACT_VERIFICATION = ("standard", "block")
 """vLLM's ways to verify drafts under which the distribution stays as it is"""
+LONGEST_DRAFT = 128
+"""tokens; vLLM's rejection sampler, and the worker with it, ends at a longer one"""
 COLDEST = 0.01
 """vLLM samples at this where a lower temperature above 0 is asked for"""
 HOTTEST = 2.0
@@ -57,6 +62,30 @@ def check_exact(options: Mapping[str, Any]) -> None:
             f"engine.vllm.speculative_config.rejection_sample_method = {method!r} accepts drafts whatever the model's "
             'distribution is; use "standard"'
         )
+
+
+def check_speculation(options: Mapping[str, Any]) -> None:
+    """
+    Args:
+        options: of `engine.vllm`.
+
+    Raises:
+        UsageError: a name that vLLM reads as another, drafts longer than it verifies, or a model that is no name.
+    """
+    name, speculative = "engine.vllm.speculative_config", options.get("speculative_config")
+    if not isinstance(speculative, dict):
+        return
+    for key in speculative:
+        if "-" in key:
+            raise UsageError(f"{name} has {key!r}, which vLLM reads as {key.replace('-', '_')!r}; write it so")
+    most, model = speculative.get("num_speculative_tokens", 1), speculative.get("model", "")
+    if not (isinstance(most, int) and 1 <= most <= LONGEST_DRAFT):
+        raise UsageError(
+            f"{name}.num_speculative_tokens = {most!r} is no length of drafts that vLLM verifies; choose 1 to "
+            f"{LONGEST_DRAFT}"
+        )
+    if not isinstance(model, str):
+        raise UsageError(f"{name}.model = {model!r} is no text; give the folder of a Hugging Face checkpoint")
 
 
 def check_stages(drafter: Mapping[str, Any], options: Mapping[str, Any], max_draft_tokens: int) -> None:
@@ -100,6 +129,7 @@ def check_vllm(config: Config) -> None:
             '{method = "ngram", prompt_lookup_max = 4}'
         )
     check_exact(engine.vllm)
+    check_speculation(engine.vllm)
     check_stages(engine.drafter, engine.vllm, engine.max_draft_tokens)
     if engine.verification != "standard":
         raise UsageError(

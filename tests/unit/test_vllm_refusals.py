@@ -60,6 +60,26 @@ VLLM = 'engine.generator="vllm"'
             ],
             r"rejection_sample_method = 'synthetic' accepts drafts whatever",
         ),
+        (
+            [VLLM, "engine.drafter=none", 'engine.vllm.speculative_config={method = "draft_model", model = 5}'],
+            r"speculative_config\.model = 5 is no text; give the folder",
+        ),
+        (
+            [VLLM, "engine.drafter=none", "engine.vllm.speculative_config={num_speculative_tokens = 200}"],
+            r"speculative_config\.num_speculative_tokens = 200 is no length of drafts .* choose 1 to 128",
+        ),
+        (
+            [VLLM, "engine.drafter=none", 'engine.vllm.speculative_config={num_speculative_tokens = "200"}'],
+            r"speculative_config\.num_speculative_tokens = '200' is no length of drafts",
+        ),
+        (
+            [VLLM, "engine.drafter=none", 'engine.vllm.speculative_config={rejection-sample-method = "synthetic"}'],
+            "'rejection-sample-method', which vLLM reads as 'rejection_sample_method'; write it so",
+        ),
+        (
+            [VLLM, "engine.drafter=none", "engine.vllm.spec_method=ngram"],
+            r"engine\.vllm\.spec_method is decided by engine\.vllm\.speculative_config; remove it",
+        ),
         ([VLLM, "engine.vllm.pipeline_parallel_size=2"], "does not work together with drafting"),
         ([VLLM, "sampling.temperature=0.005"], r"sampling\.temperature = 0\.005 is below 0\.01"),
         ([VLLM, "learner.eval_temperature=0.009"], r"learner\.eval_temperature = 0\.009 is below 0\.01"),
@@ -74,7 +94,8 @@ def test_configurations_that_cannot_work_are_refused(overrides, said):
 
 def test_a_configuration_for_vllm_is_taken():
     check_config(load_config(None, [VLLM, "engine.vllm.enforce_eager=true", "engine.vllm.tensor_parallel_size=2"]))
-    check_config(load_config(None, [VLLM, "engine.drafter=none", 'engine.vllm.speculative_config={method = "ngram"}']))
+    for own in ('{method = "ngram"}', '{method = "ngram", num_speculative_tokens = 128}'):
+        check_config(load_config(None, [VLLM, "engine.drafter=none", f"engine.vllm.speculative_config={own}"]))
     check_config(load_config(None, [VLLM, "engine.drafter=none", "engine.vllm.pipeline_parallel_size=2"]))
 
 

@@ -33,6 +33,8 @@ def refused(folder, said, **given):
         ({"quantization": "foo"}, "Unknown quantization method: foo"),
         ({"speculative_config": {"method": "foo"}}, r'engine\.vllm\.speculative_config\.method = "foo" is not valid'),
         ({"speculative_config": {"method": "draft_model", "model": "/nowhere"}}, "/nowhere holds no config.json"),
+        ({"speculative_config": {"method": "draft_model", "model": 5}}, r"speculative_config\.model = 5 is no text"),
+        ({"speculative_config": {"num_speculative_tokens": 200}}, "num_speculative_tokens = 200 .* choose 1 to 128"),
         ({"tensor_paralel_size": 2}, "did you mean tensor_parallel_size"),
     ],
 )

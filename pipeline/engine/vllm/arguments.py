@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drafters.registry import build
-from pipeline.config.check_vllm import check_exact, check_stages, drafts
+from pipeline.config.check_vllm import check_exact, check_speculation, check_stages, drafts
 from pipeline.engine.vllm import own_drafters, proposer
 from pipeline.engine.vllm.refusals import reason
 from pipeline.errors import UsageError
@@ -60,6 +60,7 @@ def engine_arguments(
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise UsageError(f"engine.vllm.{key} is no argument of vLLM's engine; did you mean {near[0]}?")
     check_exact(options)
+    check_speculation(options)
     check_stages(drafter, options, max_draft_tokens)
     config = _model_config(folder)
     limit = getattr(config, "max_position_embeddings", None) or 1 << 30

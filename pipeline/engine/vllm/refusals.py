@@ -6,7 +6,9 @@ from typing import Any
 
 _LONGEST, _LONGEST_VALUE = 400, 80
 """characters"""
-_TAILS = re.compile(r"\s*(?:\[type=.*|\(parameter=.*|Supported architectures:.*|For further information visit .*)$", re.DOTALL)
+_TAILS = re.compile(
+    r"\s*(?:\[type=.*|\(parameter=.*|Supported architectures:.*|For further information visit .*)$", re.DOTALL
+)
 
 
 def reason(error: BaseException, options: Collection[str] = ()) -> str:
