@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pipeline.messages import Role, Trajectory
+from pipeline.messages import Role, Sampler, Trajectory
 
 SHARED_PROMPT_TOKENS = 16
 """Shortest prompt that samples share"""
@@ -18,10 +18,10 @@ SHARED_PROMPT_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What truncation (top-k, top-p, min-p) left to draw each of T trained tokens from."""
+    """What truncation (top-k, top-p, min-p) left the policy to draw each of T trained tokens from."""
 
     counts: torch.Tensor
-    """int64 [T], on the CPU; 0: the whole vocabulary"""
+    """int64 [T], on the CPU; 0: log-probs are over the whole vocabulary, as of tokens that something else sampled"""
     ids: torch.Tensor
     """int64 [sum of counts], token by token"""
 
@@ -247,7 +247,11 @@ def _turns(roles: np.ndarray) -> np.ndarray:
 
 
 def _kept(samples: Sequence[Trajectory], device: str) -> Kept | None:
-    """Of the samples' trained tokens."""
+    """Of the samples' trained tokens; nothing of those that another sampler than the policy drew.
+
+    Their importance weight is pi / mu. Inside what that sampler kept, both may be near 1 whatever the policy thinks of
+    the token, with top-k 1 always.
+    """
     if all(sample.kept_counts is None for sample in samples):
         return None
     counts, ids = [], []
@@ -256,8 +260,9 @@ def _kept(samples: Sequence[Trajectory], device: str) -> Kept | None:
         if sample.kept_counts is None or sample.kept_ids is None:
             counts.append(np.zeros(len(trained), np.int64))
             continue
-        counts.append(sample.kept_counts[trained].astype(np.int64))
-        chosen = np.isin(np.arange(len(sample.kept_counts)), trained)
+        chosen = np.zeros(len(sample.kept_counts), bool)
+        chosen[trained] = sample.samplers[trained] == int(Sampler.POLICY)
+        counts.append(np.where(chosen, sample.kept_counts, 0)[trained].astype(np.int64))
         ids.append(sample.kept_ids[np.repeat(chosen, sample.kept_counts)].astype(np.int64))
     return Kept(torch.from_numpy(np.concatenate(counts)), _tensor(ids, np.int64, device))
 

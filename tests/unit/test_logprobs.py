@@ -120,6 +120,16 @@ def test_a_pack_carries_the_kept_ids_of_its_trained_tokens():
     assert plain.kept is None
 
 
+def test_a_pack_carries_no_kept_ids_of_tokens_that_something_else_sampled():
+    rng = np.random.default_rng(0)
+    sample = trajectory(rng, response=4)
+    sample.kept_counts = np.array([2, 3, 1, 2], np.uint32)
+    sample.kept_ids = np.arange(8, dtype=np.uint32)
+    sample.samplers = np.array([0, 1, 2, 0], np.uint8)
+    (row,) = pack([sample], [0], 100, "cpu")
+    assert row.kept.counts.tolist() == [2, 0, 0, 2] and row.kept.ids.tolist() == [0, 1, 6, 7]
+
+
 def test_no_token_gives_no_log_prob():
     logp, entropy, *_ = token_logprobs(torch.zeros(0, 8), torch.zeros(10, 8), torch.zeros(0, dtype=torch.int64), 1.0)
     assert logp.shape == entropy.shape == (0,)
