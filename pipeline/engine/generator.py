@@ -23,6 +23,10 @@ class GeneratorLost(RunFailed):
     """What generates has died, and with it all that was under way; another can be made from the newest weights."""
 
 
+class Stopped(Exception):
+    """Asked to end before a generator was ready for its first lease."""
+
+
 class TokenOrigin(IntEnum):
     """How a token came to be emitted, for people who look at drafting; it does not matter to the learner."""
 

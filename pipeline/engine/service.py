@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.capabilities import capabilities_of
 from pipeline.config import Config, check_config
 from pipeline.digest import run_digest
-from pipeline.engine.generator import Generator, GeneratorLost, ReceivesWeights
+from pipeline.engine.generator import Generator, GeneratorLost, ReceivesWeights, Stopped
 from pipeline.engine.leased import LeaseWork, request_of, trajectory_of
 from pipeline.engine.link import Drained, Failed, Granted, Link, Revoked, VersionHint
 from pipeline.engine.live_weights import LiveWeights
@@ -184,6 +184,8 @@ class Engine:
                 self._generate()
             except GeneratorLost as error:
                 self._begin_again(error)
+            except Stopped:
+                break
             self._deliver()
             self._report()
         self._leave()
@@ -286,11 +288,17 @@ class Engine:
         from pipeline.models.tokenizer import Tokenizer
 
         tokenizer = Tokenizer(folder)
-        self.generator = build_generator(self.config, folder, self.log)
+        self.generator = build_generator(self.config, folder, self.log, self._goes_on)
         if self._live is not None and not isinstance(self.generator, ReceivesWeights):
             self.log('weights.transfer = "collective", but this generator takes no part in broadcasts: it reads files')
         if self._rewards is None:
             self._rewards = RewardWorker(self._scorers, tokenizer.decode)
+
+    def _goes_on(self) -> bool:
+        """Between two steps of a generator that has no lease yet; what the learner says meanwhile is heard."""
+        self._beat()
+        self._listen(0.0)
+        return not (self.draining or self.stop.requested)
 
     def _start_leases(self) -> None:
         if self.generator is None or self._torn:

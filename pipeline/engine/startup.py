@@ -1,5 +1,6 @@
 """What an engine is made of, checked before anything is loaded, and built."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config import Config, resolve_threads
@@ -42,8 +43,12 @@ def check_pieces(config: Config) -> None:
     check_switching(config, drafter)
 
 
-def build_generator(config: Config, folder: Path, log: Log) -> Generator:
-    """The generator of the configuration, on the model in `folder`."""
+def build_generator(config: Config, folder: Path, log: Log, goes_on: Callable[[], bool] = lambda: True) -> Generator:
+    """The generator of the configuration, on the model in `folder`.
+
+    Raises:
+        Stopped: it generates before its first lease, to calibrate, and `goes_on`, asked before each step, said no.
+    """
     if config.engine.generator == "vllm":
         from pipeline.engine.vllm.configured import vllm_generator
 
@@ -80,5 +85,5 @@ def build_generator(config: Config, folder: Path, log: Log) -> Generator:
     if config.engine.dtype == "auto":
         log(f"engine.dtype = auto: {choose(generator.decoder.config, generator.decoder.device)}")
     if switching.small_model and switching.policy_share:
-        calibrate_for_run(generator, config, folder, log)
+        calibrate_for_run(generator, config, folder, log, goes_on)
     return generator

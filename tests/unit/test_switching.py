@@ -13,7 +13,7 @@ from drafters.base import BaseDrafter, Needs
 from drafters.draft_model import DraftModelDrafter
 from drafters.suffix_automaton import SuffixAutomatonDrafter
 from pipeline.config import check_config, load_config
-from pipeline.engine.generator import GroupRequest
+from pipeline.engine.generator import GroupRequest, Stopped
 from pipeline.engine.native.calibration import calibrate, calibrate_for_run, policy_share, rolling_mean
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.engine.native.small_model import Copy, SmallModel
@@ -519,6 +519,15 @@ def test_calibration_hits_a_share_and_more_share_needs_a_lower_threshold(make):
     assert found[0.3].threshold > found[0.7].threshold
 
 
+def test_a_calibration_ends_with_the_step_in_which_it_is_asked_to(make):
+    generator, steps = make(), []
+    step = generator.step
+    generator.step = lambda: (steps.append(generator.has_work()), step())[1]
+    with pytest.raises(Stopped):
+        calibrate(generator, LONG, 0.5, lambda: len(steps) < 5)
+    assert len(steps) == 5
+
+
 def test_a_run_calibrates_on_the_file_that_is_named(tmp_path, make):
     words = {"<unk>": 0, **{f"w{i}": i for i in range(1, 60)}}
     folder = with_tokenizer(save_tiny(tmp_path / "policy"), words)
@@ -541,7 +550,7 @@ def test_a_run_calibrates_on_the_file_that_is_named(tmp_path, make):
     tokenizer = Tokenizer(folder)
     texts = [e.prompt for e in read_examples(tmp_path / "other.jsonl", config.task)][:3]
     assert set(seen) == {tuple(tokenizer.encode(text)) for text in texts}
-    assert "after 3 prompts" in said[0]
+    assert "3 prompts, 9 times" in said[0] and "after 3 prompts" in said[1]
 
 
 @pytest.mark.parametrize("text", ["5", "0:1", "5:10:after", "five:ten", ""])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config.types import Config
-from pipeline.engine.generator import FinishedSample, GroupRequest
+from pipeline.engine.generator import FinishedSample, GroupRequest, Stopped
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from pipeline.messages import Sampler
@@ -32,7 +32,9 @@ class Calibration:
     """of the tokens that the policy sampled"""
 
 
-def calibrate(generator: NativeGenerator, requests: Items[GroupRequest], share: float) -> Calibration:
+def calibrate(
+    generator: NativeGenerator, requests: Items[GroupRequest], share: float, goes_on: Callable[[], bool] = lambda: True
+) -> Calibration:
     """Bisects over quantiles of the rolling mean of the two models' entropies, each tried on all requests with the same
     seeds; the try whose share is nearest wins. The generator's rule has that threshold from then on.
 
@@ -40,8 +42,10 @@ def calibrate(generator: NativeGenerator, requests: Items[GroupRequest], share: 
         generator: with a small model, and nothing to do.
         requests: of prompts other than those that are to be generated later, so that the share is no memory of them.
         share: wanted share of tokens that the policy samples, in (0, 1).
+        goes_on: asked before every step.
 
     Raises:
+        Stopped: it does not go on.
         UsageError: a share outside that range, no request, or a generator without a small model or without entropies.
     """
     small = generator.small
@@ -54,7 +58,7 @@ def calibrate(generator: NativeGenerator, requests: Items[GroupRequest], share: 
     samples: list[FinishedSample] = []
     for extreme in (float("-inf"), float("inf")):  # what either model's entropies are like
         small.rule = replace(rule, threshold=extreme)
-        samples += _generate(generator, requests)
+        samples += _generate(generator, requests, goes_on)
     means = np.sort(np.concatenate([rolling_mean(s.entropies, rule.window) for s in samples]))
     tried: list[Calibration] = []
     low, high = 0.0, 1.0
@@ -62,7 +66,7 @@ def calibrate(generator: NativeGenerator, requests: Items[GroupRequest], share: 
         middle = (low + high) / 2
         threshold = float(means[min(int(middle * len(means)), len(means) - 1)])
         small.rule = replace(rule, threshold=threshold)
-        tried.append(Calibration(threshold, policy_share(_generate(generator, requests))))
+        tried.append(Calibration(threshold, policy_share(_generate(generator, requests, goes_on))))
         low, high = (middle, high) if tried[-1].share > share else (low, middle)
     best = min(tried, key=lambda c: abs(c.share - share))
     small.rule = replace(rule, threshold=best.threshold)
@@ -85,19 +89,30 @@ def policy_share(samples: Items[FinishedSample]) -> float:
     return float((samplers == Sampler.POLICY).mean())
 
 
-def _generate(generator: NativeGenerator, requests: Items[GroupRequest]) -> list[FinishedSample]:
+def _generate(
+    generator: NativeGenerator, requests: Items[GroupRequest], goes_on: Callable[[], bool]
+) -> list[FinishedSample]:
     for request in requests:
         generator.add(request)
     done: list[FinishedSample] = []
     while generator.has_work():
+        if not goes_on():
+            raise Stopped
         done += generator.step()
     return done
 
 
-def calibrate_for_run(generator: NativeGenerator, config: Config, folder: Path, log: Callable[[str], None]) -> None:
+def calibrate_for_run(
+    generator: NativeGenerator,
+    config: Config,
+    folder: Path,
+    log: Callable[[str], None],
+    goes_on: Callable[[], bool] = lambda: True,
+) -> None:
     """As `engine.switching` asks for.
 
     Raises:
+        Stopped: as `calibrate`.
         UsageError: as `calibrate`, or the task cannot be loaded.
     """
     switching, tokenizer = config.engine.switching, Tokenizer(folder)
@@ -108,7 +123,11 @@ def calibrate_for_run(generator: NativeGenerator, config: Config, folder: Path, 
     for number, text in enumerate(_prompts(config, tokenizer, chat_template(folder))):
         seed = sample_seed(config.run.seed + 1, 0, number, 0)
         requests.append(GroupRequest(number, np.array(tokenizer.encode(text), np.int64), sampling, (seed,)))
-    found = calibrate(generator, requests, switching.policy_share)
+    log(
+        f"switching: looking for the threshold at which the policy samples {switching.policy_share:.1%} of the tokens: "
+        f"{len(requests)} prompts, {TRIES + 2} times"
+    )
+    found = calibrate(generator, requests, switching.policy_share, goes_on)
     log(
         f"switching: at a threshold of {found.threshold:.4g} nats the policy samples {found.share:.1%} of the tokens "
         f"after {len(requests)} prompts (engine.switching.policy_share = {switching.policy_share:g})"
