@@ -31,11 +31,7 @@ _WARNING = re.compile(r"^\S+ \w+: warning\b|\"level\": \"warning\"", re.IGNORECA
 def run(config: Config, demo: bool, *, evaluate_only: bool = False) -> int:
     """Run to the end; returns the exit code."""
     check_config(config)
-    _check_objective(config, evaluate_only)
-    if config.engine.generator == "vllm":
-        from pipeline.engine.vllm.install import require_vllm
-
-        require_vllm()
+    _check_parts(config, evaluate_only)
     # The processes share the cores: threads that spin while they wait for one another would take them from the others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _choose_address(config)
@@ -63,15 +59,15 @@ def run(config: Config, demo: bool, *, evaluate_only: bool = False) -> int:
     return code
 
 
-def _check_objective(config: Config, evaluate_only: bool) -> None:
-    """Before minutes of warm start, not after."""
+def _check_parts(config: Config, evaluate_only: bool) -> None:
+    """What learner and engines would refuse: before minutes of warm start, not after."""
     from learner.composition import build_objective
     from learner.startup import check_startup
-    from pipeline.engine.native.compression import KVCompression
+    from pipeline.engine.startup import check_pieces
 
     build_objective(config)
     check_startup(config, evaluate_only)
-    KVCompression.from_config(config.engine.kv_compression)
+    check_pieces(config)
 
 
 def _choose_address(config: Config) -> None:

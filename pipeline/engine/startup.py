@@ -19,12 +19,14 @@ def check_connection(config: Config, connect: str | None) -> None:
 
 
 def check_pieces(config: Config) -> None:
-    """Refuse a device, a drafter, a cache compression or a small model that does not exist or does not fit the policy,
-    and those that do not go together."""
+    """Refuse a device, a drafter, a cache compression, a small model or prompts of its calibration that do not exist or
+    do not fit the policy, and those that do not go together."""
     from drafters.base import check_policy
     from drafters.registry import build
+    from pipeline.engine.native.calibration import check_calibration
     from pipeline.engine.native.compression import KVCompression
     from pipeline.engine.native.small_model import check_switching
+    from pipeline.models.config import ModelConfig
 
     drafter = build(config.engine.drafter)
     if config.engine.generator == "vllm":
@@ -39,8 +41,12 @@ def check_pieces(config: Config) -> None:
         compute_device(config.engine.device, "engine.device")
     path = config.model.path
     check_policy(drafter, Path(path) if path else None, brings_head=config.drafter.co_train)
-    KVCompression.from_config(config.engine.kv_compression)
+    compression = KVCompression.from_config(config.engine.kv_compression)
+    if compression is not None and path:
+        longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
+        compression.check(ModelConfig.from_folder(path), longest)
     check_switching(config, drafter)
+    check_calibration(config)
 
 
 def build_generator(config: Config, folder: Path, log: Log, goes_on: Callable[[], bool] = lambda: True) -> Generator:

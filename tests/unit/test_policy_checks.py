@@ -3,6 +3,7 @@
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from drafters.mtp.head import FILE
 from drafters.mtp.module import MTPModule
@@ -22,6 +23,7 @@ def policy(tmp_path):
 
 def with_words(folder, words):
     tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -76,6 +78,36 @@ def test_the_head_that_co_training_begins_with_is_there_and_fits(policy, tmp_pat
     assert code == 2 and said.count("\n") == 1 and "empty" in said
     code, said = dry_run(other)
     assert code == (2 if given else 0) and ("does not fit the model: mtp." in said) == given
+
+
+def refusals_of(command, capsys, settings):
+    """What `rollahead run` writes on stderr before it ends."""
+    assert main(["run", *command, *(part for setting in settings for part in ("--set", setting))]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["--dry-run"], []])
+def test_what_an_engine_would_refuse_is_refused_before_one_is_started(policy, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("pipeline.launcher.ProcessGroup", None)
+    task = [
+        "task.kind=jsonl", f"task.path={tmp_path / 'train.jsonl'}", f"run.out={tmp_path / 'run'}",
+        "sampling.max_prompt_tokens=16", "sampling.max_new_tokens=100",
+    ]  # fmt: skip
+    (tmp_path / "train.jsonl").write_text('{"question": "a b", "answer": "#### 1"}\n')
+    windowed = with_words(save_tiny(tmp_path / "windowed", family="Mistral", sliding_window=16), ["a", "b"])
+    said = refusals_of(command, capsys, [*task, f"model.path={windowed}", "engine.kv_compression.policy=r-kv"])
+    assert "sliding window of 16 tokens" in said
+    task.append(f"model.path={policy}")
+    short = with_words(save_tiny(tmp_path / "short", max_position_embeddings=64), ["a", "b"])
+    said = refusals_of(command, capsys, [*task, f"engine.switching.small_model={short}"])
+    assert "prompt and response of 116 tokens exceed the small model's 64 positions" in said
+    (tmp_path / "long.jsonl").write_text('{"question": "%s", "answer": "#### 1"}\n' % ("a " * 40))
+    for name, remedy in (("nowhere", "cannot be read"), ("long", "max_prompt_tokens = 16 tokens; raise that")):
+        switching = [f"engine.switching.small_model={policy}", "engine.switching.policy_share=0.5"]
+        path = f"engine.switching.calibration_path={tmp_path / name}.jsonl"
+        said = refusals_of(command, capsys, [*task, *switching, path])
+        assert "engine.switching.calibration_path" in said and remedy in said
+    assert not (tmp_path / "run").exists(), "nothing was started"
 
 
 def test_a_draft_model_has_the_policys_tokenizer(policy, tmp_path):

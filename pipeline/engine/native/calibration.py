@@ -134,13 +134,37 @@ def calibrate_for_run(
     )
 
 
+def check_calibration(config: Config) -> None:
+    """Refuse a file of calibration prompts that cannot be used, before a model is loaded.
+
+    Raises:
+        UsageError: a sentence that names the option, and file or line.
+    """
+    switching, folder = config.engine.switching, config.model.path
+    if switching.small_model and switching.policy_share and switching.calibration_path:
+        _prompts_of_file(config, Tokenizer(folder), chat_template(folder))
+
+
+def _prompts_of_file(config: Config, tokenizer: Tokenizer, chat: Chat) -> list[str]:
+    path, longest = config.engine.switching.calibration_path, config.sampling.max_prompt_tokens
+    try:
+        examples = read_examples(Path(path), config.task, chat)
+    except UsageError as error:
+        raise UsageError(f"engine.switching.calibration_path: {error}") from error
+    fitting = [e.prompt for e in examples if len(tokenizer.encode(e.prompt)) <= longest]
+    if not fitting:
+        raise UsageError(
+            f"engine.switching.calibration_path {path!r} has no prompt within sampling.max_prompt_tokens = {longest} "
+            "tokens; raise that, or give a file of shorter prompts"
+        )
+    return fitting[: config.engine.switching.calibration_prompts]
+
+
 def _prompts(config: Config, tokenizer: Tokenizer, chat: Chat) -> list[str]:
     """Of the file that is named; else training prompts in the order of another seed than the run's."""
     switching, section = config.engine.switching, config.task
     if switching.calibration_path:
-        examples = read_examples(Path(switching.calibration_path), section, chat)
-        fitting = [e.prompt for e in examples if len(tokenizer.encode(e.prompt)) <= config.sampling.max_prompt_tokens]
-        return fitting[: switching.calibration_prompts]
+        return _prompts_of_file(config, tokenizer, chat)
     task = load_task(section, config.run.seed, chat)
     usable = check_prompts(task, tokenizer.encode, config.sampling.max_prompt_tokens, section.long_prompts)
     order = PromptOrder(len(usable), config.run.seed + 1)

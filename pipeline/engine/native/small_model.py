@@ -86,12 +86,7 @@ class SmallModel:
             self.decoder = load_decoder(model, policy.dtype, policy.device)
         if self.decoder.device != policy.device:
             raise UsageError(f"the small model is on {self.decoder.device}, the policy on {policy.device}; use one")
-        positions = self.decoder.config.max_positions
-        if length > positions:
-            raise UsageError(
-                f"prompt and response of {length} tokens exceed the small model's {positions} positions; lower "
-                "sampling.max_prompt_tokens or sampling.max_new_tokens, or take another engine.switching.small_model"
-            )
+        _check_positions(self.decoder.config, length)
         self._vocab_size = policy.config.vocab_size
         self.caught_up = {Sampler.POLICY: 0, Sampler.SWITCHED_MODEL: 0}
         """tokens that catch-ups computed, by the model that took over"""
@@ -273,7 +268,7 @@ def check_switching(config: Config, drafter: Drafter) -> None:
     """What can be known before a policy is loaded.
 
     Raises:
-        UsageError: a drafter, a small model or a tokenizer that does not fit.
+        UsageError: a drafter, a small model or a tokenizer that does not fit, or too few positions for a sample.
     """
     switching = config.engine.switching
     if not switching.small_model:
@@ -281,9 +276,18 @@ def check_switching(config: Config, drafter: Drafter) -> None:
     if config.engine.generator != "native":
         raise UsageError(f"{OPTION} needs engine.generator = native, not {config.engine.generator}; change one of them")
     check_together(drafter, config.engine.kv_compression.policy.get("name") != "none")
-    ModelConfig.from_folder(switching.small_model)
+    small = ModelConfig.from_folder(switching.small_model)
+    _check_positions(small, config.sampling.max_prompt_tokens + config.sampling.max_new_tokens)
     if config.model.path:
         check_same_tokenizer(Path(config.model.path), Path(switching.small_model), OPTION)
+
+
+def _check_positions(small: ModelConfig, length: int) -> None:
+    if length > small.max_positions:
+        raise UsageError(
+            f"prompt and response of {length} tokens exceed the small model's {small.max_positions} positions; lower "
+            "sampling.max_prompt_tokens or sampling.max_new_tokens, or take another engine.switching.small_model"
+        )
 
 
 def check_together(drafter: Drafter, compresses: bool) -> None:
