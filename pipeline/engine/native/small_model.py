@@ -277,9 +277,9 @@ def check_switching(config: Config, drafter: Drafter) -> None:
         raise UsageError(f"{OPTION} needs engine.generator = native, not {config.engine.generator}; change one of them")
     check_together(drafter, config.engine.kv_compression.policy.get("name") != "none")
     small = ModelConfig.from_folder(switching.small_model)
-    _check_positions(small, config.sampling.max_prompt_tokens + config.sampling.max_new_tokens)
     if config.model.path:
         check_same_tokenizer(Path(config.model.path), Path(switching.small_model), OPTION)
+    _check_positions(small, config.sampling.max_prompt_tokens + config.sampling.max_new_tokens)
 
 
 def _check_positions(small: ModelConfig, length: int) -> None:
