@@ -177,10 +177,10 @@ def _generate_options(generate: argparse.ArgumentParser) -> None:
     )
     generate.add_argument("--small-model", type=Path, metavar="DIR", help="samples where entropy is low")
     generate.add_argument(
-        "--threshold", type=float, default=0.1, metavar="H", help="of the mean entropy, in nats (with --small-model)"
+        "--threshold", type=float, metavar="H", help="of the mean entropy, in nats (with --small-model; default 0.1)"
     )
     generate.add_argument(
-        "--rule", default="5:10", metavar="W:D", help="window and least run of switching; 1:1:before looks ahead"
+        "--rule", metavar="W:D", help="window and least run of switching, default 5:10; 1:1:before looks ahead"
     )
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
@@ -188,8 +188,8 @@ def _generate_options(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--kv-compression", metavar="POLICY", help="keep part of the cache: sinks-window, snapkv, r-kv"
     )
-    generate.add_argument("--kv-budget", type=int, default=512, metavar="N", help="cached tokens that are kept")
-    generate.add_argument("--kv-every", type=int, default=128, metavar="N", help="tokens between two compressions")
+    generate.add_argument("--kv-budget", type=int, metavar="N", help="cached tokens that are kept (default 512)")
+    generate.add_argument("--kv-every", type=int, metavar="N", help="tokens between two compressions (default 128)")
     generate.add_argument("--samples", type=int, default=1, metavar="N", help="responses, with seeds from --seed on")
     _sampling_options(generate)
 

@@ -153,6 +153,17 @@ def _check_switching(config: Config) -> None:
                     f"engine.switching.{key} = {value!r} beside engine.switching.policy_share = "
                     f"{switching.policy_share:g}, which an engine finds a threshold for; leave one of them out"
                 )
+    for needed, keys in (
+        ("policy_share", ("calibration_prompts", "calibration_path")),
+        ("distill", ("distill_learning_rate", "distill_tokens")),
+    ):
+        for key in keys:
+            value = getattr(switching, key)
+            if not getattr(switching, needed) and value != getattr(SwitchingSection(), key):
+                raise UsageError(
+                    f"engine.switching.{key} = {value!r} without engine.switching.{needed} does nothing; "
+                    "set both, or leave it out"
+                )
     if switching.small_model and not config.model.path:
         raise UsageError(
             f"engine.switching.small_model = {switching.small_model!r} needs model.path: the embedded model has a "

@@ -37,9 +37,9 @@ def generate(
     seed: int,
     samples: int = 1,
     small_model: Path | None = None,
-    threshold: float = 0.1,
-    rule: str = "5:10",
-    kv_compression: tuple[str | None, int, int] = (None, 512, 128),
+    threshold: float | None = None,
+    rule: str | None = None,
+    kv_compression: tuple[str | None, int | None, int | None] = (None, None, None),
 ) -> int:
     """Sample from the checkpoint in `folder` and print the responses; returns the exit code.
 
@@ -47,10 +47,12 @@ def generate(
         sampling: fields of `SamplingParams`, those that are not None; other keys are not read.
         seed: of the first response; the others have the seeds that follow.
         small_model: checkpoint that samples where entropy is low.
-        threshold: nats, of the rolling mean that is low.
-        rule: window and least run, as `parse_rule` reads it.
-        kv_compression: policy (None: none), budget and tokens between two compressions.
+        threshold: nats, of the rolling mean that is low; None: 0.1.
+        rule: window and least run, as `parse_rule` reads it; None: 5:10.
+        kv_compression: policy (None: none), budget (None: 512) and tokens between two compressions (None: 128).
     """
+    if small_model is None:
+        _refuse_given("--small-model DIR", {"--threshold": threshold, "--rule": rule})
     check_text(prompt, "--prompt")
     tokenizer = Tokenizer(folder)
     params = sampling_params(sampling, tokenizer.eos_token_ids)
@@ -74,7 +76,7 @@ def generate(
         max_sequences=min(samples, 64),
         max_length=len(prompt_ids) + max_new_tokens,
         small_model=small_model,
-        switching=parse_rule(rule, threshold) if small_model else None,
+        switching=parse_rule(rule or "5:10", 0.1 if threshold is None else threshold) if small_model else None,
     )
     seeds = tuple(range(seed, seed + samples))
     generator.add(GroupRequest(0, np.asarray(prompt_ids, np.int64), params, seeds))
@@ -94,9 +96,17 @@ def generate(
     return 0
 
 
-def _compression(policy: str | None, budget: int, every: int) -> KVCompression | None:
+def _refuse_given(needed: str, options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name} {value} without {needed} does nothing; give both, or leave it out")
+
+
+def _compression(policy: str | None, budget: int | None, every: int | None) -> KVCompression | None:
     if policy is None:
+        _refuse_given("--kv-compression POLICY", {"--kv-budget": budget, "--kv-every": every})
         return None
+    budget, every = 512 if budget is None else budget, 128 if every is None else every
     if min(budget, every) < 1:
         raise UsageError(f"--kv-budget {budget} and --kv-every {every} must be at least 1")
     return KVCompression(build_policy({"name": policy}), budget, every)

@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 from drafters.base import BaseDrafter, Needs
 from drafters.draft_model import DraftModelDrafter
 from drafters.suffix_automaton import SuffixAutomatonDrafter
+from pipeline.cli import main
 from pipeline.config import check_config, load_config
 from pipeline.engine.generator import GroupRequest, Stopped
 from pipeline.engine.native.calibration import calibrate, calibrate_for_run, policy_share, rolling_mean
@@ -572,12 +573,43 @@ def test_a_rule_is_read_as_it_is_written():
              "engine.switching.threshold=0.5"],
             "engine.switching.threshold = 0.5 beside engine.switching.policy_share = 0.2",
         ),
+        (["engine.switching.small_model=x", "model.path=y", "engine.switching.calibration_path=z"],
+         "engine.switching.calibration_path = 'z' without engine.switching.policy_share does nothing"),
+        (["engine.switching.small_model=x", "model.path=y", "engine.switching.calibration_prompts=3"],
+         "engine.switching.calibration_prompts = 3 without engine.switching.policy_share does nothing"),
+        (["engine.switching.small_model=x", "model.path=y", "engine.switching.distill_tokens=9000"],
+         "engine.switching.distill_tokens = 9000 without engine.switching.distill does nothing"),
+        (["engine.switching.small_model=x", "model.path=y", "engine.switching.distill_learning_rate=0.1"],
+         "engine.switching.distill_learning_rate = 0.1 without engine.switching.distill does nothing"),
         (["engine.kv_compression.budget=64"], "without engine.kv_compression.policy compresses nothing"),
     ],
 )  # fmt: skip
 def test_settings_that_would_do_nothing_are_refused(settings, said):
     with pytest.raises(UsageError, match=re.escape(said)):
         check_config(load_config(None, settings))
+
+
+@pytest.mark.parametrize("key", ["window", "min_run", "distill_tokens"])
+def test_counts_of_tokens_that_no_machine_holds_are_refused(key):
+    with pytest.raises(
+        UsageError, match=rf"^engine\.switching\.{key} = {10**20} is not valid: expected int <= 2147483647"
+    ):
+        load_config(None, [f"engine.switching.{key}={10**20}"])
+    assert SwitchState(SwitchingRule(0.1, window=2**31 - 1, min_run=2**31 - 1)).step(1.0) is False
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "needed"),
+    [
+        ("threshold", "0.5", "small-model DIR"), ("rule", "5:10", "small-model DIR"),
+        ("kv-budget", "512", "kv-compression POLICY"), ("kv-every", "32", "kv-compression POLICY"),
+    ],
+)  # fmt: skip
+def test_options_of_generate_that_would_do_nothing_are_refused(tmp_path, capsys, option, value, needed):
+    folder = with_tokenizer(save_tiny(tmp_path), {"<unk>": 0, "w1": 1})
+    assert main(["generate", str(folder), "--prompt", "w1", "--max-new-tokens", "4", f"--{option}", value]) == 2
+    said = capsys.readouterr().err
+    assert f"--{option} {value} without --{needed} does nothing; give both, or leave it out" in said
 
 
 def test_a_share_that_is_none_is_refused(make):
