@@ -9,6 +9,7 @@ from msgspec import Meta, Struct, field
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
+Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 
@@ -111,8 +112,8 @@ class SwitchingSection(Section):
         NonNegativeFloat, option("the policy samples while the rolling mean of entropies is above this")
     ] = 0.1
     unit: Annotated[Literal["nats", "bits"], option("of the threshold")] = "nats"
-    window: Annotated[PositiveInt, option("tokens of the rolling mean")] = 5
-    min_run: Annotated[PositiveInt, option("tokens from one switch to the next, at least")] = 10
+    window: Annotated[Tokens, option("tokens of the rolling mean")] = 5
+    min_run: Annotated[Tokens, option("tokens from one switch to the next, at least")] = 10
     before_sampling: Annotated[
         bool, option("the policy samples the token that the small model is uncertain of, not only what follows it")
     ] = False
@@ -129,7 +130,7 @@ class SwitchingSection(Section):
         bool, option("the learner trains the small model on fresh rollouts to be like the policy, and publishes both")
     ] = False
     distill_learning_rate: Annotated[PositiveFloat, option("AdamW learning rate of that")] = 1e-5
-    distill_tokens: Annotated[PositiveInt, option("most tokens of a batch that it reads, prompts included")] = 8192
+    distill_tokens: Annotated[Tokens, option("most tokens of a batch that it reads, prompts included")] = 8192
 
 
 class KVCompressionSection(Section):
