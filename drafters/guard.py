@@ -160,7 +160,9 @@ class Guard:
             if limited and not self._hosts and seconds > self._call_seconds:
                 raise TooSlow(f"a call took {seconds:.1f} s, more than {self._call_seconds:g}")
             return result
-        except (Exception, SystemExit) as error:  # a stranger's code may raise anything; generation goes on without it
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:  # a stranger's code may raise anything; generation goes on without it
             self._failed += 1 + (self._drafter.failures if isinstance(self._drafter, Host) else 0)
             self._drafter = None
             self.on_event(f"drafter {self.name} is switched off after {type(error).__name__}: {error}")

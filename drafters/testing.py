@@ -45,7 +45,9 @@ def check_drafter(make: Callable[[], Drafter], *, samples: int = 2000) -> None:
     for name, check in checks.items():
         try:
             check()
-        except Exception as error:  # whatever a drafter raises is what its author has to see
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:  # whatever a drafter raises is what its author has to see
             raise NotADrafter(f"{name}: {type(error).__name__}: {error}") from error
 
 

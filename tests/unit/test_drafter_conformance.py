@@ -152,6 +152,15 @@ class Deaf(BaseDrafter):
         raise RuntimeError("weights are for ever")
 
 
+class Panicking(BaseDrafter):
+    """Raises what is no Exception, as extensions in Rust do."""
+
+    name = "panicking"
+
+    def propose(self, request):
+        raise BaseException("panicked")
+
+
 class Wordless:
     name = "wordless"
 
@@ -164,6 +173,7 @@ class Wordless:
         (Forgetful, "ends and preemption: KeyError"),
         (Aliasing, "past alone: .*same past"),
         (Deaf, "new weights: RuntimeError: weights are for ever"),
+        (Panicking, "ragged batches: BaseException: panicked"),
         (Wordless, "protocol: AssertionError: it lacks a method"),
     ],
 )

@@ -1,5 +1,6 @@
 """The guard around a drafter, and the watchdog that names one that does not return."""
 
+import asyncio
 import functools
 import threading
 import time
@@ -48,6 +49,30 @@ def test_a_drafter_that_takes_too_long_over_a_call_is_switched_off():
         assert guard.propose(request(1, 1)).lengths.tolist() == [0, 0]
     assert drafter.calls == 1 and guard.failures == 1 and not guard.active
     assert len(events) == 1 and events[0].startswith("drafter slow is switched off after TooSlow: a call took 0.")
+
+
+class Raising(BaseDrafter):
+    name = "raising"
+
+    def __init__(self, error):
+        self.error = error
+
+    def propose(self, request):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError("over"), BaseException("over"), SystemExit("over")])
+def test_whatever_a_drafter_raises_switches_it_off(error):
+    events = []
+    assert Guard(Raising(error), 10, events.append).propose(request(1)).lengths.tolist() == [0]
+    assert events == [f"drafter raising is switched off after {type(error).__name__}: over"]
+
+
+def test_an_interrupt_from_the_keyboard_is_no_fault_of_the_drafter():
+    guard = Guard(Raising(KeyboardInterrupt()), 10, pytest.fail)
+    with pytest.raises(KeyboardInterrupt):
+        guard.propose(request(1))
+    assert guard.active and guard.failures == 0
 
 
 def test_a_drafter_that_does_not_return_is_named_while_it_does_not():
