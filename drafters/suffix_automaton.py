@@ -23,7 +23,9 @@ from drafters.suffix.memory import CORPORA, SuffixMemory
 from pipeline.errors import UsageError
 from pipeline.models.tokenizer import Tokenizer
 
-Count = Annotated[int, Meta(ge=0)]
+MOST = 10**6
+"""tokens; more than any text has"""
+Count = Annotated[int, Meta(ge=0, le=MOST)]
 
 
 class SuffixAutomatonDrafter(CompositeDrafter):
@@ -43,13 +45,13 @@ class SuffixAutomatonDrafter(CompositeDrafter):
         `rollahead corpus build` made; a match in one counts for `corpus_bias` tokens less than it has.
         """
 
-        min_match: Annotated[int, Meta(ge=1)] = 1
-        base: Annotated[float, Meta(ge=0)] = 1.0
-        factor: Annotated[float, Meta(ge=0)] = 1.0
-        max_tokens: Annotated[int, Meta(ge=1)] = 128
+        min_match: Annotated[int, Meta(ge=1, le=MOST)] = 1
+        base: Annotated[float, Meta(ge=0, le=MOST)] = 1.0
+        factor: Annotated[float, Meta(ge=0, le=MOST)] = 1.0
+        max_tokens: Annotated[int, Meta(ge=1, le=MOST)] = 128
         min_frequency: Annotated[float, Meta(ge=0, le=1)] = 0.1
         prefer: Literal["frequent", "latest"] = "frequent"
-        memory_mb: Annotated[float, Meta(ge=0)] = 256.0
+        memory_mb: Annotated[float, Meta(ge=0, le=10**9)] = 256.0
         corpora: list[str] = field(default_factory=list)
         corpus_bias: Count = 5
         auxiliary: dict[str, Any] | str | None = None

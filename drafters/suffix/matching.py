@@ -240,7 +240,7 @@ def propose(
         if best_track < 0:
             continue
         states, slots = states_of(heads[automata[row, best_track]]), slots_of(heads[automata[row, best_track]])
-        wanted = min(budgets[b], np.int64(base + factor * matches[b]), width)
+        wanted = min(budgets[b], np.int64(min(base + factor * matches[b], width)))
         if matches[b] <= SHORT:
             surest = _surest(states, slots, best_state)
             if surest != best_state:

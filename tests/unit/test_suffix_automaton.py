@@ -41,6 +41,7 @@ def test_draft_grows_with_the_match_within_budget_and_limits():
         ({"base": 0.0, "factor": 1.0}, 10, [4, 5, 6]),
         ({"base": 0.5, "factor": 0.5}, 10, [4, 5]),
         ({"base": 9.0, "factor": 1.0, "max_tokens": 5}, 10, [4, 5, 6, 7, 8]),
+        ({"base": 1e300, "factor": 1.0, "max_tokens": 5}, 10, [4, 5, 6, 7, 8]),
         ({"base": 9.0}, 2, [4, 5]),
         ({"base": 9.0}, 0, []),
         ({"min_match": 4}, 10, []),
