@@ -95,7 +95,7 @@ def load_corpus(folder: Path) -> Corpus:
         header = np.zeros(k.HEADER_WIDTH, np.int64)
         for name, column in _HEADER.items():
             header[column] = int(description[name])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, OverflowError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder} is not a corpus ({error}); {remedy}") from error
     shapes = (states.dtype, states.shape[1:], slots.dtype, slots.shape[1:])
     if shapes != (np.int32, (k.STATE_WIDTH,), np.int32, (k.SLOT_WIDTH,)) or not _sound(states, slots, header):

@@ -26,7 +26,7 @@ def read_documents(files: Sequence[Path], tokenizer: Tokenizer | None, template:
 
     Raises:
         UsageError: a template without a field, a file that cannot be read, a line that is no object or lacks a field,
-            text without a tokenizer.
+            a token id outside the tokenizer's vocabulary, text without a tokenizer.
     """
     if not _FIELD.search(template):
         raise UsageError(f"--template {template!r} names no field, so that all lines are one text; write {{question}}")
@@ -51,9 +51,15 @@ def _document(line: str, tokenizer: Tokenizer | None, template: str, place: str)
         raise UsageError(f"{place} is not a JSON object: {error}") from None
     if "token_ids" in fields:
         try:
-            return np.array(msgspec.convert(fields["token_ids"], list[TokenId]), np.int32).astype(np.int64)
+            ids = np.array(msgspec.convert(fields["token_ids"], list[TokenId]), np.int32).astype(np.int64)
         except (msgspec.ValidationError, OverflowError) as error:
             raise UsageError(f"{place}: token_ids is not a list of token ids: {error}") from None
+        if tokenizer is not None and ids.max(initial=0) >= tokenizer.vocab_size:
+            raise UsageError(
+                f"{place} has token id {ids.max()}, outside the tokenizer's vocabulary of {tokenizer.vocab_size}; give "
+                "the tokenizer that made the token ids"
+            )
+        return ids
 
     def value(found: re.Match[str]) -> str:
         if found[1] not in fields:

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from drafters.base import check_policy
 from drafters.registry import written
 from pipeline.engine.generator import FinishedSample, GroupRequest, TokenOrigin
 from pipeline.engine.native.compression import KVCompression
@@ -69,9 +70,11 @@ def generate(
     if not -(2**63) <= seed <= 2**63 - samples:
         raise UsageError(f"--seed {seed} with {samples} samples is outside 64 bits; use a smaller number")
     check_temperature("--temperature", params.temperature)
+    asked = written(drafter)
+    check_policy(asked, folder, brings_head=True)  # a head that is not named is looked for in the folder
     generator = NativeGenerator(
         folder,
-        drafter=written(drafter),
+        drafter=asked,
         kv_compression=_compression(*kv_compression),
         max_sequences=min(samples, 64),
         max_length=len(prompt_ids) + max_new_tokens,

@@ -1,6 +1,7 @@
 """`rollahead corpus build`: from files to an automaton that drafts."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -87,6 +88,33 @@ def test_files_that_cannot_be_used_are_named(tmp_path, capsys, content, more, sa
     assert said in error and error.count("\n") == 1
 
 
+def test_token_ids_outside_the_tokenizers_vocabulary_are_refused(tmp_path, capsys, model):
+    for last, code in ((VOCABULARY - 1, 0), (VOCABULARY, 2)):
+        (tmp_path / "f.jsonl").write_text(f'{{"token_ids": [1, {last}]}}\n')
+        arguments = ["corpus", "build", str(tmp_path / "f.jsonl"), "--tokenizer", str(model)]
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == code
+    error = capsys.readouterr().err
+    said = f"f.jsonl:1 has token id {VOCABULARY}, outside the tokenizer's vocabulary of {VOCABULARY}; give the tokenizer"
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["states.npy", "slots.npy", "corpus.json"])
+def test_a_corpus_with_an_empty_file_is_refused_with_the_remedy(tmp_path, file):
+    build_corpus([np.arange(9)], tmp_path)
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(UsageError, match="is not a corpus .*; build it again"):
+        load_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [1e30, math.inf, math.nan, 10**40])
+def test_a_corpus_of_impossible_size_is_refused_with_the_remedy(tmp_path, tokens):
+    build_corpus([np.arange(9)], tmp_path)
+    description = json.loads((tmp_path / "corpus.json").read_text())
+    (tmp_path / "corpus.json").write_text(json.dumps(description | {"tokens": tokens}))
+    with pytest.raises(UsageError, match="is not a corpus .*; build it again"):
+        load_corpus(tmp_path)
+
+
 def test_a_negative_token_is_refused(tmp_path, capsys):
     (tmp_path / "f.jsonl").write_text('{"token_ids": [1, -4]}\n')
     assert main(["corpus", "build", str(tmp_path / "f.jsonl"), "--out", str(tmp_path / "out")]) == 2
@@ -104,7 +132,7 @@ def test_a_corpus_is_mapped_not_read_and_what_uses_it_does_not_change_it(tmp_pat
     assert (tmp_path / "states.npy").read_bytes() == before
 
 
-def test_a_corpus_of_another_tokenizer_is_refused_by_name(tmp_path):
+def test_a_corpus_of_another_tokenizer_is_refused_by_name(tmp_path, capsys):
     tiny = save_tiny(tmp_path / "tiny")
     policy, other = (with_tokenizer(tiny, tmp_path / words, words) for words in ("policy", "other"))
     (tmp_path / "f.txt").write_text("p o l i c y")
@@ -116,3 +144,6 @@ def test_a_corpus_of_another_tokenizer_is_refused_by_name(tmp_path):
     check_policy(fits, policy, False)
     with pytest.raises(UsageError, match=r"corpus .*other-c was built with another tokenizer"):
         check_policy(differs, policy, False)
+    drafter = f'{{name = "suffix-automaton", corpora = ["{other}-c"]}}'
+    assert main(["generate", str(policy), "--prompt", "p o", "--drafter", drafter, "--max-new-tokens", "4"]) == 2
+    assert "other-c was built with another tokenizer" in capsys.readouterr().err
