@@ -1,6 +1,7 @@
 """A drafter behind a guard: whatever it does wrong costs speed, not text, and is said once."""
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -148,7 +149,7 @@ class Guard:
         figures = found.items() if isinstance(found, Mapping) else ()
         off: dict[str, float] = {"switched off": self.failures} if self.failures else {}
         numbers = {str(name): f.item() if isinstance(f, np.number) else f for name, f in figures}
-        return off | {name: figure for name, figure in numbers.items() if isinstance(figure, int | float)}
+        return off | {name: figure for name, figure in numbers.items() if _is_figure(figure)}
 
     def _call(self, action: Callable[[Drafter], T], otherwise: T, limited: bool = True) -> T:
         if self._drafter is None:
@@ -169,6 +170,11 @@ class Guard:
             return otherwise
         finally:
             self.calling = None
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether it is a float, or an integer that fits one."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
 
 
 def checked(proposal: Proposal, request: DraftRequest, vocab_size: int) -> Proposal:

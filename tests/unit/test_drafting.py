@@ -162,6 +162,16 @@ def test_a_drafter_whose_counters_are_none_costs_the_others_nothing(folder):
     assert counters["suffix-automaton.memory_tokens"] == 0 and "switched off" not in counters
 
 
+def test_a_counter_that_is_no_figure_is_left_out():
+    class Boastful(BaseDrafter):
+        name = "boastful"
+
+        def counters(self):
+            return {"most": 10**400, "less": -(10**400), "word": "many", "texts": 3, "share": np.float32(0.5)}
+
+    assert Guard(Boastful(), 10, pytest.fail).counters() == {"texts": 3, "share": 0.5}
+
+
 def test_every_accepted_token_is_told_with_who_drafted_it(folder):
     plain = NativeGenerator(folder, max_sequences=8, stop_token_ids=())
     plain.add(group(samples=6, max_new_tokens=30))
