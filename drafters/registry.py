@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -15,6 +15,8 @@ from pipeline.errors import UsageError, complaint
 from pipeline.plugins import search_working_directory
 
 GROUP = "rollahead.drafters"
+OWN = "rollahead"
+"""the distribution whose names no other can take"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,8 @@ class DrafterInfo:
 
 
 def available() -> list[DrafterInfo]:
-    """Every installed drafter by name; one that cannot be imported or read is listed with its error."""
-    return [_describe(point) for _, point in sorted(_installed().items())]
+    """Every installed drafter by name; one that cannot be used is listed with the reason."""
+    return [_describe(point, points) for _, points in sorted(_installed().items()) for point in points]
 
 
 def written(text: str) -> Drafter:
@@ -95,13 +97,43 @@ def build(piece: Mapping[str, Any]) -> Drafter:
     return drafter
 
 
-def _installed() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
+def _installed() -> dict[str, list[EntryPoint]]:
+    """Who claims each name, ours first."""
+    claims: dict[str, list[EntryPoint]] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: (not _is_ours(point), _source(point))):
+        claims.setdefault(point.name, []).append(point)
+    return claims
 
 
-def _describe(point: EntryPoint) -> DrafterInfo:
-    source = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
+def _is_ours(point: EntryPoint) -> bool:
+    return point.dist is not None and point.dist.name == OWN
+
+
+def _source(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
+
+
+def _chosen(points: Sequence[EntryPoint]) -> EntryPoint:
+    """The one that the name they claim stands for: ours, or the only one.
+
+    Raises:
+        UsageError: several packages claim it.
+    """
+    if len(points) > 1 and not _is_ours(points[0]):
+        packages = " and ".join(map(_source, points))
+        classes = " or ".join(point.value for point in points)
+        raise UsageError(
+            f"drafter {points[0].name} is claimed by the packages {packages}; uninstall all but one, or name the class "
+            f"itself: {classes}"
+        )
+    return points[0]
+
+
+def _describe(point: EntryPoint, claims: Sequence[EntryPoint]) -> DrafterInfo:
+    source = _source(point)
     try:
+        if _chosen(claims) is not point:
+            raise UsageError(f"the name is that of {_source(claims[0])}; name the class itself: {point.value}")
         kind = point.load()
         declared = getattr(kind, "Options", None)
         return DrafterInfo(
@@ -112,6 +144,8 @@ def _describe(point: EntryPoint) -> DrafterInfo:
             target=point.value,
             options=declared.__struct_fields__ if declared else (),
         )
+    except UsageError as error:
+        return DrafterInfo(point.name, source, "unknown", f"cannot be used: {error}", point.value)
     except (Exception, SystemExit) as error:  # whatever a stranger's package does must not hide the other drafters
         return DrafterInfo(point.name, source, "unknown", f"cannot be used: {error!r}", point.value)
 
@@ -119,10 +153,11 @@ def _describe(point: EntryPoint) -> DrafterInfo:
 def _find(name: str) -> Any:
     installed = _installed()
     if name in installed:
+        point = _chosen(installed[name])
         try:
-            return installed[name].load()
+            return point.load()
         except (Exception, SystemExit) as error:  # a broken plug-in is the user's to mend: a usage error
-            raise UsageError(f"drafter {name} ({installed[name].value}) cannot be imported: {error!r}") from error
+            raise UsageError(f"drafter {name} ({point.value}) cannot be imported: {error!r}") from error
     module, _, attribute = name.partition(":")
     if not attribute:
         near = difflib.get_close_matches(name, installed, n=1, cutoff=0.5)

@@ -90,6 +90,42 @@ def test_a_strangers_class_is_built_by_module_and_name():
     assert isinstance(drafter, OwnDrafter) and drafter.options.depth == 7
 
 
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Makes packages that claim names of drafters for `OwnDrafter`."""
+
+    def install(package, *names):
+        folder = tmp_path / f"{package}-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        lines = [f"{name} = {__name__}:OwnDrafter" for name in names]
+        (folder / "entry_points.txt").write_text("\n".join(["[rollahead.drafters]", *lines]))
+
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    return install
+
+
+def test_another_packages_drafter_never_hides_one_of_ours(installed):
+    installed("stranger", "suffix-automaton", "theirs")
+    assert isinstance(build({"name": "suffix-automaton"}), SuffixAutomatonDrafter)
+    assert isinstance(build({"name": "theirs"}), OwnDrafter)
+    ours, theirs = (info for info in available() if info.name == "suffix-automaton")
+    assert ours.target == "drafters.suffix_automaton:SuffixAutomatonDrafter" and "cannot" not in ours.summary
+    assert theirs.source == "stranger 1.0" and theirs.summary.startswith("cannot be used: the name is that of rollahead")
+
+
+def test_a_name_that_two_packages_claim_is_listed_twice_and_refused(installed, capsys):
+    installed("one", "theirs")
+    installed("two", "theirs", "another")
+    said = "drafter theirs is claimed by the packages one 1.0 and two 1.0; uninstall all but one"
+    with pytest.raises(UsageError, match=said):
+        build({"name": "theirs"})
+    assert isinstance(build({"name": "another"}), OwnDrafter)
+    assert main(["drafters"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("theirs ")]
+    assert len(lines) == 2 and all(said in line for line in lines)
+
+
 def test_a_command_line_can_give_options():
     assert written('{name = "prompt-lookup", min_ngram = 3}').options.min_ngram == 3
     assert written("none").name == "none"
