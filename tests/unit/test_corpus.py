@@ -94,7 +94,7 @@ def test_token_ids_outside_the_tokenizers_vocabulary_are_refused(tmp_path, capsy
         arguments = ["corpus", "build", str(tmp_path / "f.jsonl"), "--tokenizer", str(model)]
         assert main([*arguments, "--out", str(tmp_path / "out")]) == code
     error = capsys.readouterr().err
-    said = f"f.jsonl:1 has token id {VOCABULARY}, outside the tokenizer's vocabulary of {VOCABULARY}; give the tokenizer"
+    said = f"f.jsonl:1 has token id {VOCABULARY}, outside the tokenizer's vocabulary of {VOCABULARY}; give the"
     assert said in error and error.count("\n") == 1
 
 
@@ -102,7 +102,7 @@ def test_token_ids_outside_the_tokenizers_vocabulary_are_refused(tmp_path, capsy
 def test_a_corpus_with_an_empty_file_is_refused_with_the_remedy(tmp_path, file):
     build_corpus([np.arange(9)], tmp_path)
     (tmp_path / file).write_bytes(b"")
-    with pytest.raises(UsageError, match="is not a corpus .*; build it again"):
+    with pytest.raises(UsageError, match=r"is not a corpus .*; build it again"):
         load_corpus(tmp_path)
 
 
@@ -111,7 +111,7 @@ def test_a_corpus_of_impossible_size_is_refused_with_the_remedy(tmp_path, tokens
     build_corpus([np.arange(9)], tmp_path)
     description = json.loads((tmp_path / "corpus.json").read_text())
     (tmp_path / "corpus.json").write_text(json.dumps(description | {"tokens": tokens}))
-    with pytest.raises(UsageError, match="is not a corpus .*; build it again"):
+    with pytest.raises(UsageError, match=r"is not a corpus .*; build it again"):
         load_corpus(tmp_path)
 
 

@@ -111,7 +111,9 @@ def test_another_packages_drafter_never_hides_one_of_ours(installed):
     assert isinstance(build({"name": "theirs"}), OwnDrafter)
     ours, theirs = (info for info in available() if info.name == "suffix-automaton")
     assert ours.target == "drafters.suffix_automaton:SuffixAutomatonDrafter" and "cannot" not in ours.summary
-    assert theirs.source == "stranger 1.0" and theirs.summary.startswith("cannot be used: the name is that of rollahead")
+    assert theirs.source == "stranger 1.0" and theirs.summary.startswith(
+        "cannot be used: the name is that of rollahead"
+    )
 
 
 def test_a_name_that_two_packages_claim_is_listed_twice_and_refused(installed, capsys):
@@ -146,7 +148,10 @@ def test_a_command_line_can_give_options():
         ({"name": "suffix-automaton", "base": 1e300}, r"base = 1e\+300 is not valid: expected float <= 1000000"),
         ({"name": "suffix-automaton", "memory_mb": float("inf")}, "memory_mb = inf is not valid: expected float <= 1"),
         ({"name": "suffix-automaton", "max_tokens": 10**20}, "max_tokens = 10+ is not valid: expected int <= 1000000$"),
-        ({"name": "suffix-automaton", "corpus_bias": 10**20}, "corpus_bias = 10+ is not valid: expected int <= 1000000$"),
+        (
+            {"name": "suffix-automaton", "corpus_bias": 10**20},
+            "corpus_bias = 10+ is not valid: expected int <= 1000000$",
+        ),
         ({"name": f"{__name__}:Arguments"}, "Arguments cannot be made: TypeError.*'depth'"),
         ({"name": f"{__name__}:Raises"}, r"Raises cannot be made: RuntimeError\('boom'\)"),
         ({"name": f"{__name__}:Leaves"}, r"Leaves cannot be made: SystemExit\(3\)"),
