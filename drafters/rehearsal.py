@@ -79,6 +79,8 @@ class Rehearsal:
     proposals: list[dict[int, list[int]]] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
+    _handed: Proposal | None = None
+    """what the drafter proposed last, in its own arrays"""
 
     def __post_init__(self) -> None:
         self.cache = KVCache(self.target.config, self.target.dtype, self.target.device, _PAGES)
@@ -211,14 +213,14 @@ class Rehearsal:
         ]
         temperatures = np.array([text.start.temperature for text in self.live], np.float32)
         request = DraftRequest(ids, locked(np.array(most, np.int64)), locked(temperatures))
-        proposal = Proposal.empty(len(ids))
+        proposal = self._handed = Proposal.empty(len(ids))
         if self.drafter is not None and any(most):
             shown = DraftRequest([*ids], request.budgets.copy(), temperatures.copy())
-            proposal = checked(self.drafter.propose(shown), request, self.target.config.vocab_size)
+            self._handed = self.drafter.propose(shown)
+            proposal = checked(self._handed, request, self.target.config.vocab_size)
             same = np.array_equal(shown.budgets, most) and np.array_equal(shown.temperatures, temperatures)
             assert same and shown.ids == ids, "it writes into the request, which is for reading; copy what you change"
-        drafts = zip(ids, proposal.token_ids, proposal.lengths, strict=True)
-        self.proposals.append({i: tokens[:n].tolist() for i, tokens, n in drafts})
+        self.proposals.append(_drafts(ids, proposal))
         self.drafted += int(proposal.lengths.sum())
         return proposal
 
@@ -266,6 +268,9 @@ class Rehearsal:
                     layers=torch.stack(states) if Needs.LAYER_STATES in needs else None,
                 )
             )
+            assert self._handed is not None
+            same = _drafts([text.start.id for text in self.live], self._handed) == self.proposals[-1]
+            assert same, "it writes into a proposal that it has handed out; keep a copy of what you change"
             if done:
                 self.drafter.end([text.start.id for text in done])
         self._give_places_back(done)
@@ -277,6 +282,12 @@ class Rehearsal:
 def _loudly(event: str) -> None:
     """An engine goes on without a hosted drafter that fails; its author wants to know."""
     raise AssertionError(event)
+
+
+def _drafts(ids: Sequence[int], proposal: Proposal) -> dict[int, list[int]]:
+    """The draft of each sequence."""
+    rows = zip(ids, proposal.token_ids, proposal.lengths, strict=True)
+    return {i: tokens[:n].tolist() for i, tokens, n in rows}
 
 
 def _tables(texts: Sequence[_Text]) -> np.ndarray:

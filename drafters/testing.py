@@ -9,7 +9,7 @@ The checks run the drafter on a small random model through everything that happe
 its drafts are any good.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ def check_drafter(make: Callable[[], Drafter], *, samples: int = 2000) -> None:
         "ends and preemption": lambda: check_ends_and_preemption(make),
         "new weights": lambda: check_new_weights(make),
         "past alone": lambda: check_past_alone(make),
+        "counters": lambda: check_counters(make),
     }
     for name, check in checks.items():
         try:
@@ -84,13 +85,15 @@ def check_deterministic_drafts_keep_the_text(make: Callable[[], Drafter]) -> Non
 
 
 def check_distribution(make: Callable[[], Drafter], samples: int) -> None:
-    """Pairs of first tokens against their law under the target, by chi-square: p must be over 1e-6.
+    """Pairs of first tokens against their law under the target, and drafted tokens against the probabilities stated for
+    them, by chi-square: p must be over 1e-6 and 1e-9.
 
-    A drafter that states probabilities its tokens were not drawn from fails here.
+    A drafter that states probabilities its tokens were not drawn from fails here, and one that leaves out a token that
+    it has drawn because of what it is.
     """
     target, prompt, temperature = tiny_target(), [1, 5, 9, 5, 9], 0.9
     law = _pair_law(target, prompt, temperature)
-    rehearsal = Rehearsal(make(), target, budget=3)
+    rehearsal = _Tallied(make(), target, budget=3)
     for first in range(0, samples, 250):
         rehearsal.begin(sequences(min(250, samples - first), first=first, temperature=temperature, group=0), limit=4)
         rehearsal.run()
@@ -104,13 +107,20 @@ def check_distribution(make: Callable[[], Drafter], samples: int) -> None:
         np.append(expected[common], expected[~common].sum()),
     )
     statistic = float((((observed - wanted) ** 2) / np.maximum(wanted, 1e-9)).sum())
-    degrees = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
-    p_value = float(torch.special.gammaincc(degrees, torch.tensor(statistic / 2, dtype=torch.float64)))
+    p_value = _p_value(statistic, len(wanted) - 1)
     assert p_value > 1e-6, (
         f"with its drafts the first two tokens do not follow the target: chi-square {statistic:.0f} at "
         f"{len(wanted) - 1} degrees of freedom, p = {p_value:.1e}; are its probabilities those that its tokens were "
         "drawn from?"
     )
+    for depth in range(rehearsal.budget):
+        statistic, degrees = rehearsal.deviation(depth)
+        p_value = _p_value(statistic, degrees)
+        assert p_value > 1e-9, (
+            f"token {depth + 1} of its drafts does not follow the probabilities stated for it: chi-square "
+            f"{statistic:.0f} at {degrees} degrees of freedom, p = {p_value:.1e}; a token that was drawn stays in the "
+            "draft, whatever it is"
+        )
 
 
 def check_ends_and_preemption(make: Callable[[], Drafter]) -> None:
@@ -168,6 +178,54 @@ def check_past_alone(make: Callable[[], Drafter]) -> None:
             f"the drafts of step {step} differ between two runs with the same past: either they depend on what came "
             "after, or make() does not start from the same seed"
         )
+
+
+def check_counters(make: Callable[[], Drafter]) -> None:
+    """A drafter that shows figures can do so before anything has happened, and after."""
+    drafter = make()
+    figures: Callable[[], object] = getattr(drafter, "counters", dict)
+    rehearsal = Rehearsal(drafter, tiny_target())
+    for _ in range(2):
+        found = figures()
+        assert isinstance(found, Mapping), f"counters() gave {type(found).__name__}, not figures by name"
+        rehearsal.begin(sequences(3), limit=12)
+        rehearsal.run()
+
+
+class _Tallied(Rehearsal):
+    """Compares the tokens of drawn drafts with the probabilities stated for them, at each depth."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._excess = np.zeros((self.budget, VOCABULARY))
+        """how often each token was drafted, beyond what the probabilities sum up to"""
+        self._covariance = np.zeros((self.budget, VOCABULARY, VOCABULARY))
+
+    def _propose(self) -> Proposal:
+        proposal = super()._propose()
+        if proposal.probabilities is None:
+            return proposal
+        for depth in range(proposal.token_ids.shape[1]):
+            rows = proposal.lengths > depth
+            rows &= True if proposal.sampled is None else proposal.sampled
+            stated = proposal.probabilities[:, depth].double().cpu().numpy()[rows]
+            self._excess[depth] += np.eye(VOCABULARY)[proposal.token_ids[rows, depth]].sum(0) - stated.sum(0)
+            self._covariance[depth] += np.diag(stated.sum(0)) - stated.T @ stated
+        return proposal
+
+    def deviation(self, depth: int) -> tuple[float, int]:
+        """Chi-square and its degrees of freedom, of the combinations of tokens that were seen often enough."""
+        variances, combinations = np.linalg.eigh(self._covariance[depth])
+        common = variances >= 5
+        excess = self._excess[depth] @ combinations[:, common]
+        return float((excess**2 / variances[common]).sum()), int(common.sum())
+
+
+def _p_value(chi_square: float, degrees: int) -> float:
+    if not degrees:
+        return 1.0
+    halves = torch.tensor([degrees / 2, chi_square / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(halves[0], halves[1]))
 
 
 class _Watched(Rehearsal):

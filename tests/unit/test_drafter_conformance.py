@@ -152,6 +152,46 @@ class Deaf(BaseDrafter):
         raise RuntimeError("weights are for ever")
 
 
+class Tilted(Sampled):
+    """Draws one of two dozen tokens more often than its probabilities say, which moves few of the texts."""
+
+    def propose(self, request):
+        stated = torch.full((len(request.ids), 1, VOCABULARY), 1 / VOCABULARY)
+        weights = torch.ones(VOCABULARY)
+        weights[3] = 20
+        drawn = torch.multinomial(weights, len(request.ids), replacement=True, generator=self.generator)
+        return Proposal(drawn.numpy()[:, None], np.minimum(request.budgets, 1), stated)
+
+
+class Picky(Sampled):
+    """Leaves out the second token that it draws where it does not like it."""
+
+    def propose(self, request):
+        stated = torch.full((len(request.ids), 2, VOCABULARY), 1 / VOCABULARY)
+        drawn = torch.randint(0, VOCABULARY, (len(request.ids), 2), generator=self.generator).numpy()
+        return Proposal(drawn, np.minimum(request.budgets, np.where(drawn[:, 1] < 12, 2, 1)), stated)
+
+
+class Unaccountable(BaseDrafter):
+    name = "unaccountable"
+
+    def counters(self):
+        raise RuntimeError("lost count")
+
+
+class Overwriting(BaseDrafter):
+    """Writes into what it has proposed once it knows better."""
+
+    name = "overwriting"
+
+    def propose(self, request):
+        self.tokens = np.full((len(request.ids), 1), 5)
+        return Proposal(self.tokens, np.minimum(request.budgets, 1))
+
+    def observe(self, verified):
+        self.tokens[:] = 7
+
+
 class Panicking(BaseDrafter):
     """Raises what is no Exception, as extensions in Rust do."""
 
@@ -173,6 +213,10 @@ class Wordless:
         (Forgetful, "ends and preemption: KeyError"),
         (Aliasing, "past alone: .*same past"),
         (Deaf, "new weights: RuntimeError: weights are for ever"),
+        (Tilted, "distribution: .*token 1 of its drafts does not follow the probabilities stated for it"),
+        (Picky, "distribution: .*token 2 of its drafts does not follow the probabilities stated for it"),
+        (Unaccountable, "counters: RuntimeError: lost count"),
+        (Overwriting, "ragged batches: .*writes into a proposal that it has handed out"),
         (Panicking, "ragged batches: BaseException: panicked"),
         (Wordless, "protocol: AssertionError: it lacks a method"),
     ],
