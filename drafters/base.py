@@ -24,6 +24,7 @@ from msgspec import Struct
 from pipeline.models.decoder import Decoder
 from pipeline.models.kv_cache import KVCache
 from pipeline.models.tokenizer import Tokenizer
+from pipeline.sampling.truncation import Truncation
 
 
 class Needs(Flag):
@@ -103,6 +104,9 @@ class DraftRequest(Struct, frozen=True, eq=False):
     """int64 [B], most tokens that can be used for each row; 0: none"""
     temperatures: np.ndarray
     """float32 [B]"""
+    truncation: Truncation | None = None
+    """top-k, top-p and min-p of each row, which a distribution that tokens are drawn from should follow: what they
+    leave out is rejected. None: no row has any"""
 
 
 class Proposal(Struct, frozen=True, eq=False):

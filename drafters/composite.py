@@ -153,7 +153,7 @@ class CompositeDrafter(BaseDrafter):
 
 def restricted(request: DraftRequest, rows: np.ndarray) -> DraftRequest:
     """The request with a budget for some rows alone; `rows` is bool [B]."""
-    return DraftRequest(request.ids, np.where(rows, request.budgets, 0), request.temperatures)
+    return DraftRequest(request.ids, np.where(rows, request.budgets, 0), request.temperatures, request.truncation)
 
 
 def beginnings(proposal: Proposal, name: str, lengths: np.ndarray) -> Proposal:

@@ -13,9 +13,10 @@ from numba import njit
 from torch import Tensor
 
 from drafters.base import DraftRequest, Proposal
-from pipeline.sampling.distribution import inverse_cdf
+from pipeline.sampling.distribution import inverse_cdf, log_probabilities
 from pipeline.sampling.plain import draw_plain
 from pipeline.sampling.splitmix import one_salted_seed, one_uniform
+from pipeline.sampling.truncation import Truncation, truncate
 from pipeline.sampling.uniforms import Stream, salted, stream_offset, uniforms
 
 _MAX_DRAFT_BITS = 16
@@ -60,7 +61,8 @@ def draw_whole(
     greedy: bool,
     stop_below: float,
 ) -> Proposal:
-    """What `Drawing` draws token by token, from one call for all rows that want a draft; at least one must.
+    """What `Drawing` draws token by token, from one call for all rows that want a draft; at least one must, and none
+    that draws may be truncated.
 
     Args:
         draw: gives the drafts of these rows.
@@ -144,6 +146,7 @@ class Drawing:
         self._seeds = salted(seeds, np.asarray(request.ids, np.int64) + 1)
         self._temperatures, self._vocab_size = request.temperatures, vocab_size
         self._sampled = np.zeros(len(budgets), np.bool_) if greedy else request.temperatures > 0
+        self._truncation = None if greedy else request.truncation
         width = int(budgets.max(initial=0))
         self._tokens, self._lengths = np.zeros((len(budgets), width), np.int64), np.zeros(len(budgets), np.int64)
         self._confidences = np.zeros((len(budgets), width), np.float32)
@@ -162,6 +165,8 @@ class Drawing:
         temperatures = np.where(self._temperatures > 0, self._temperatures, 1)[rows]
         # Counted from where this draft starts: no number is met twice, though positions are.
         numbers = uniforms(self._seeds[rows], (self._positions[rows] << _MAX_DRAFT_BITS) + depth, Stream.DRAFT)
+        if self._truncation is not None:
+            logits = _truncated(logits, temperatures, sampled, self._truncation.take(rows))
         if logits.device.type == "cpu" and logits.dtype == torch.float32:
             tokens, confidences, q = draw_plain(logits, temperatures, sampled, numbers)
         else:
@@ -198,6 +203,18 @@ class Drawing:
                 q[torch.from_numpy(which).to(q.device), depth] = part
         missing = self._vocab_size - q.shape[2]
         return torch.nn.functional.pad(q, (0, missing)) if missing else q
+
+
+def _truncated(logits: Tensor, temperatures: np.ndarray, sampled: np.ndarray, truncation: Truncation) -> Tensor:
+    """Logits [A, V] with minus infinity for what the target would leave out of such distributions."""
+    rows = np.flatnonzero(sampled & truncation.on)
+    if not len(rows):
+        return logits
+    where = torch.from_numpy(rows).to(logits.device)
+    some = logits[where]
+    logprobs = log_probabilities(some, torch.from_numpy(temperatures[rows]).to(logits.device))
+    mask = truncate(logprobs, truncation.take(rows))
+    return logits.index_copy(0, where, some.masked_fill(~mask, float("-inf")))
 
 
 def _draw(

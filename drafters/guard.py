@@ -120,7 +120,10 @@ class Guard:
             proposal = self._call(lambda d: d.propose(request), None)
         else:
             # What it is held to must not be what it can write to.
-            own = DraftRequest(tuple(request.ids), request.budgets.copy(), request.temperatures.copy())
+            own = DraftRequest(
+                tuple(request.ids), request.budgets.copy(), request.temperatures.copy(),
+                request.truncation and request.truncation.copy(),
+            )  # fmt: skip
             proposal = self._call(lambda d: checked(d.propose(own), request, self._vocab_size), None)
         return Proposal.empty(rows) if proposal is None else proposal
 

@@ -100,7 +100,7 @@ class Overwriting(Tracking):
 
     def propose(self, request: DraftRequest) -> Proposal:
         lengths = request.budgets.copy()
-        _overwrite(request.budgets, request.temperatures)
+        _overwrite(request.budgets, request.temperatures, *(request.truncation or ()))
         return Proposal(np.zeros((len(lengths), max(1, int(lengths.max()))), np.int64), lengths)
 
     def observe(self, verified: Verified) -> None:

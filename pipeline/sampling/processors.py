@@ -21,7 +21,7 @@ from pipeline.sampling.bias import BiasTable
 from pipeline.sampling.distribution import entropy, log_probabilities
 from pipeline.sampling.penalties import TokenCounts, penalise
 from pipeline.sampling.target import Kept, Target, make_greedy
-from pipeline.sampling.truncation import truncate
+from pipeline.sampling.truncation import Truncation, truncate
 from pipeline.sampling.verification import packed_rows
 
 _SETTINGS = np.dtype(
@@ -202,7 +202,7 @@ class Processors:
         if not len(truncated):
             return None
         chosen, where = settings[truncated], self._tensor(truncated)
-        mask = truncate(logprobs[where], chosen["top_k"], chosen["top_p"], chosen["min_p"])
+        mask = truncate(logprobs[where], Truncation(chosen["top_k"], chosen["top_p"], chosen["min_p"]))
         logprobs[where] = torch.log_softmax(logprobs[where].masked_fill(~mask, float("-inf")), dim=-1)
         probabilities[where] = logprobs[where].exp()
         return Kept(where, mask)

@@ -9,9 +9,11 @@ from pipeline.messages import SamplingParams
 from tests.unit.tiny_models import VOCABULARY
 
 
-def group(id=0, prompt=(1, 5, 9, 3), samples=1, temperature=1.0, max_new_tokens=20, stop=(), seed=None):
+def group(id=0, prompt=(1, 5, 9, 3), samples=1, temperature=1.0, max_new_tokens=20, stop=(), seed=None, **settings):
     first = 1000 * id if seed is None else seed
-    sampling = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=tuple(stop))
+    sampling = SamplingParams(
+        temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=tuple(stop), **settings
+    )
     return GroupRequest(id, np.array(prompt, np.int64), sampling, tuple(range(first, first + samples)))
 
 

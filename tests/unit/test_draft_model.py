@@ -18,8 +18,11 @@ from drafters.rehearsal import Rehearsal
 from drafters.testing import check_distribution
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
+from pipeline.messages import SamplingParams
 from pipeline.models.checkpoint import load_decoder
 from pipeline.models.kv_cache import PAGE
+from pipeline.sampling.exactness import processed_law
+from pipeline.sampling.truncation import Truncation
 from tests.unit.generation import finish, group, texts
 from tests.unit.tiny_models import save_like_the_kits, save_tiny
 
@@ -71,6 +74,19 @@ def test_the_policy_as_its_own_draft_model_is_always_right(folder, options, page
     else:
         assert stats.accepted == stats.drafted
     assert ours._own.cache.free == ours._own.cache.pages  # nothing is held when all have ended
+
+
+TRUNCATED = [{"top_k": 1}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.2}]
+
+
+@pytest.mark.parametrize("settings", [*([one] for one in TRUNCATED), [{}, {"temperature": 0.0}, *TRUNCATED]], ids=str)
+def test_the_policy_as_its_own_draft_model_is_right_under_truncation(folder, settings):
+    made = generator(folder, drafter(folder, stop_below=0.0))
+    for id, own in enumerate(settings):
+        made.add(group(id, samples=4, max_new_tokens=25, **own))
+    assert len(finish(made)) == 4 * len(settings)
+    stats = made.stats()
+    assert stats.accepted == stats.drafted >= 75 * len(settings) and stats.drafter_failures == 0
 
 
 def test_greedy_text_is_the_same_with_another_model_drafting(folder, other):
@@ -208,6 +224,43 @@ def test_tokens_are_drawn_from_what_is_stated():
     torch.testing.assert_close(proposal.probabilities[7, 1], law)
     pairs = np.bincount(proposal.token_ids @ [4, 1], minlength=16) / rows
     np.testing.assert_allclose(pairs, np.outer(law, law).ravel(), atol=0.03)
+
+
+def drawn(logits, truncation, temperatures, greedy=False):
+    """A first token of each row."""
+    rows = len(logits)
+    drawing = Drawing(
+        DraftRequest(list(range(rows)), np.full(rows, 1), temperatures, truncation),
+        np.full(rows, 1), np.arange(rows), np.zeros(rows, np.int64), vocab_size=logits.shape[1], greedy=greedy,
+    )  # fmt: skip
+    drawing.draw(logits)
+    return drawing.proposal()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["compiled", "any device"])
+def test_what_truncation_leaves_out_is_never_drawn_and_other_rows_are_as_without_it(dtype):
+    each = [SamplingParams(**own) for own in ({}, *TRUNCATED, {"temperature": 0.0, "top_k": 2}, {"top_p": 0.9})] * 300
+    temperatures = np.array([params.temperature for params in each], np.float32)
+    logits = 2 * torch.randn(len(each), 40, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    found, plain = (drawn(logits, truncation, temperatures) for truncation in (Truncation.of(each), None))
+    q, tokens = found.probabilities[:, 0], found.token_ids[:, 0]
+    np.testing.assert_allclose(q.double().sum(1), 1, atol=1e-5)
+    for row, params in enumerate(each):
+        if params.truncates:
+            law = processed_law(logits[row].double().numpy(), params)
+            np.testing.assert_allclose(q[row], law, atol=1e-5)
+            assert ((q[row] > 0).numpy() == (law > 0)).all() and law[tokens[row]] > 0
+    others = np.array([not params.truncates for params in each])
+    assert (q[others] == plain.probabilities[others, 0]).all() and (tokens == plain.token_ids[:, 0])[others].all()
+    assert (found.confidences == plain.confidences)[others].all()
+
+
+def test_greedy_drafts_know_no_truncation():
+    logits, ones = torch.randn(5, 9, generator=torch.Generator().manual_seed(0)), np.ones(5, np.float32)
+    truncation = Truncation.of([SamplingParams(top_k=2)] * 5)
+    found, plain = (drawn(logits, t, ones, greedy=True) for t in (truncation, None))
+    assert found.probabilities is None and (found.confidences == plain.confidences).all()
+    assert (found.token_ids == plain.token_ids).all()
 
 
 def test_a_draft_ends_with_the_first_uncertain_token_whatever_that_is():

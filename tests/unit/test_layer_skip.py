@@ -248,6 +248,14 @@ def test_it_drafts_in_a_cache_that_has_dropped_tokens(idle):
     assert stats.compressions > 3 and stats.drafter_failures == 0 and stats.accepted == stats.drafted > 100
 
 
+def test_drafts_are_truncated_as_the_target_is(idle):
+    made = generator(idle, drafter(refresh_every=10))
+    for id, own in enumerate([{"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.2}, {}]):
+        made.add(group(id, samples=2, max_new_tokens=50, **own))
+    finish(made)
+    assert made.stats().accepted == made.stats().drafted > 100 and made.stats().drafter_failures == 0
+
+
 class Seeing(BaseDrafter):
     name = "seeing"
     needs = Needs.LAYER_STATES

@@ -8,9 +8,11 @@ import torch
 
 from drafters.base import DraftRequest, SequenceStart, Verified
 from drafters.mtp.drafter import MTPDrafter
+from pipeline.messages import SamplingParams
 from pipeline.models import cpu_products
 from pipeline.models.checkpoint import load_decoder
 from pipeline.models.kv_cache import KVCache
+from pipeline.sampling.truncation import Truncation
 from tests.unit.test_mtp import module_for
 from tests.unit.tiny_models import save_tiny
 
@@ -55,11 +57,13 @@ class Follower:
         plan = cache.plan(np.array([cache.take(8)]), np.array([0]), np.array([len(tokens)]))
         return self.decoder.forward(torch.tensor(tokens), plan, cache)
 
-    def steps(self):
+    def steps(self, truncation=None):
+        """The first two by a truncation, if there is one."""
         rng = np.random.default_rng(3)
-        for budgets in ([4, 4, 4, 4], [4, 1, 0, 3], [0, 2, 4, 1], [1, 1, 1, 1], [4, 3, 2, 1]):
+        for step, budgets in enumerate(([4, 4, 4, 4], [4, 1, 0, 3], [0, 2, 4, 1], [1, 1, 1, 1], [4, 3, 2, 1])):
             temperatures = np.array([1.0, 0.5, 0.0, 2.0], np.float32)
-            yield self.drafter.propose(DraftRequest([0, 1, 2, 3], np.array(budgets), temperatures))
+            request = DraftRequest([0, 1, 2, 3], np.array(budgets), temperatures, truncation if step < 2 else None)
+            yield self.drafter.propose(request)
             counts = rng.integers(1, 6, 4)
             emitted = [rng.integers(0, VOCABULARY, n) for n in counts]
             hidden = []
@@ -73,8 +77,21 @@ class Follower:
 @pytest.mark.parametrize("options", [{}, {"greedy": True}, {"stop_below": 0.02}, {"max_tokens": 1}], ids=str)
 def test_whole_drafts_are_those_of_the_parts(decoder, threads, options):
     whole, parts = (Follower(decoder, way, options) for way in (True, False))
+    assert max(compared(whole.steps(), parts.steps())) == (1 if options.get("max_tokens") else 4)
+
+
+def test_drafts_by_truncated_laws_and_whole_ones_follow_each_other(decoder, threads):
+    truncation = Truncation.of([SamplingParams(top_k=k) for k in (3, 0, 0, 5)])
+    whole, parts = (Follower(decoder, way, {}) for way in (True, False))
+    assert max(compared(whole.steps(truncation), parts.steps(truncation))) == 4
+    q = next(Follower(decoder, True, {}).steps(truncation)).probabilities[[0, 2, 3]]
+    assert ((q > 0).sum(-1) == torch.tensor([[3], [VOCABULARY], [5]])).all()
+
+
+def compared(steps, others):
+    """Lengths of the drafts, which agree bit for bit."""
     lengths = []
-    for found, expected in zip(whole.steps(), parts.steps(), strict=True):
+    for found, expected in zip(steps, others, strict=True):
         assert found.lengths.tolist() == expected.lengths.tolist()
         inside = np.arange(found.token_ids.shape[1]) < found.lengths[:, None]
         np.testing.assert_array_equal(found.token_ids[inside], expected.token_ids[inside])
@@ -86,7 +103,8 @@ def test_whole_drafts_are_those_of_the_parts(decoder, threads, options):
             drawn = torch.from_numpy(inside & found.sampled[:, None])
             torch.testing.assert_close(found.probabilities[drawn], expected.probabilities[drawn], rtol=0, atol=0)
         lengths += found.lengths.tolist()
-    assert max(lengths) == (1 if options.get("max_tokens") else 4) and len({*lengths}) > 1
+    assert len({*lengths}) > 1
+    return lengths
 
 
 def test_new_weights_of_the_target_are_drafted_with(decoder):

@@ -5,15 +5,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
+from drafters.draft_model import DraftModelDrafter
 from pipeline.engine.native.generator import NativeGenerator
+from pipeline.messages import SamplingParams
 from pipeline.models.checkpoint import load_decoder
+from pipeline.sampling.exactness import chi_square_p_value, processed_law
 from tests.unit.broken_rules import SKIP_THE_RESIDUAL, change_the_compiled_pass
 from tests.unit.generation import Sampled, finish, group, texts
 from tests.unit.tiny_models import VOCABULARY, reference, reference_logits, save_tiny
 
 PROMPT, SAMPLES, TEMPERATURE = [1, 5, 9, 3], 6000, 0.8
+LEFT = {"top_k": 20, "top_p": 0.9, "min_p": 0.02}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,19 @@ def pair_law(folder):
     return first[:, None] * np.stack([p([x]) for x in range(VOCABULARY)])
 
 
-def p_value(folder, pair_law, drafter):
+@pytest.fixture(scope="module")
+def truncated_pair_law(folder):
+    """As `pair_law`, with `LEFT`, by its definition."""
+    model, params = reference(folder), SamplingParams(temperature=TEMPERATURE, **LEFT)
+
+    def p(prefix):
+        return processed_law(reference_logits(model, PROMPT + prefix)[-1].double().numpy(), params)
+
+    first = p([])
+    return first[:, None] * np.stack([p([x]) for x in range(VOCABULARY)])
+
+
+def p_value(folder, pair_law, drafter, **settings):
     generator = NativeGenerator(
         load_decoder(folder, "float32", "cpu"),
         drafter=drafter,
@@ -42,18 +57,22 @@ def p_value(folder, pair_law, drafter):
         max_draft_tokens=3,
         stop_token_ids=(),
     )
-    generator.add(group(prompt=PROMPT, samples=SAMPLES, temperature=TEMPERATURE, max_new_tokens=4))
+    generator.add(group(prompt=PROMPT, samples=SAMPLES, temperature=TEMPERATURE, max_new_tokens=4, **settings))
     observed = np.zeros_like(pair_law)
     for text in texts(finish(generator)).values():
         observed[text[0], text[1]] += 1
     expected = pair_law * SAMPLES
-    common = expected > 5
-    assert common.sum() > 50
-    seen = np.append(observed[common], observed[~common].sum())
-    wanted = np.append(expected[common], expected[~common].sum())
-    stats_now = generator.stats()
-    assert stats_now.drafter_failures == 0 and stats_now.accepted > 500
-    return stats.chisquare(seen, wanted * seen.sum() / wanted.sum()).pvalue
+    assert (expected > 5).sum() > 20
+    stats = generator.stats()
+    assert stats.drafter_failures == 0 and stats.accepted > 500
+    return chi_square_p_value(observed.ravel(), expected.ravel())
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the policy itself", "another model"])
+def test_pairs_of_tokens_follow_a_truncated_target_where_a_model_drafts(folder, tmp_path, truncated_pair_law, own):
+    path = folder if own else save_tiny(tmp_path, seed=1, num_hidden_layers=1)
+    drafter = DraftModelDrafter(DraftModelDrafter.Options(path=str(path), stop_below=0.0))
+    assert p_value(folder, truncated_pair_law, drafter, **LEFT) > 1e-4
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 2.0])

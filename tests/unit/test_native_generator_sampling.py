@@ -6,6 +6,7 @@ import pytest
 import tokenizers
 import torch
 
+from drafters.arbiter import ArbiterDrafter
 from drafters.suffix_automaton import SuffixAutomatonDrafter
 from pipeline.engine.generator import GroupRequest, TokenOrigin
 from pipeline.engine.native.generator import NativeGenerator
@@ -99,6 +100,47 @@ def test_deterministic_drafts_change_no_text_whatever_the_settings(folder):
         oracles.add(r)
     assert texts(finish(oracles)) == expected
     assert oracles.stats().accepted > 0.8 * oracles.stats().generated_tokens * 8 / 9
+
+
+class Told(Scripted):
+    """Notes each sequence's truncation, and writes over what it is shown."""
+
+    def __init__(self):
+        super().__init__(lambda start, emitted, budget: [3] * budget)
+        self.told = {}
+
+    def propose(self, request):
+        if request.truncation is not None:
+            for i, *row in zip(request.ids, *request.truncation, strict=True):
+                self.told.setdefault(self.starts[i].seed, set()).add(tuple(row))
+            for setting in request.truncation:
+                setting[:] = 1
+        return super().propose(request)
+
+
+@pytest.mark.parametrize("around", [None, "auxiliary", "arbiter"])
+def test_a_drafter_is_told_what_truncates_each_row(folder, around):
+    if around == "auxiliary":
+        drafter = SuffixAutomatonDrafter(SuffixAutomatonDrafter.Options(auxiliary=f"{__name__}:Told"))
+        (told,) = drafter.ensemble.drafters
+    else:
+        told = drafter = Told()
+        if around:
+            drafter = ArbiterDrafter(ArbiterDrafter.Options(measure=False), drafters=[told])
+    generator = build(folder, drafter)
+    for r in REQUESTS:
+        generator.add(r)
+    finish(generator)
+    greedy = (0, 1.0, 0.0)
+    assert told.told and generator.stats().drafter_failures == 0
+    for seed, rows in told.told.items():
+        params = REQUESTS[seed // 100].sampling
+        assert rows == {(params.top_k, params.top_p, params.min_p) if params.temperature else greedy}
+    plain = build(folder, told)
+    plain.add(request(0, SamplingParams(temperature=0.0, top_k=5)))
+    told.told.clear()
+    finish(plain)
+    assert not told.told, "nothing is truncated"
 
 
 def test_a_response_is_as_long_as_asked_before_it_stops(folder):

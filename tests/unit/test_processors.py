@@ -9,7 +9,7 @@ from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
 from pipeline.sampling.exactness import processed_law
 from pipeline.sampling.processors import Processors
-from pipeline.sampling.truncation import truncate
+from pipeline.sampling.truncation import Truncation, truncate
 from pipeline.sampling.verification import packed_rows
 
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def test_a_nucleus_wider_than_the_candidates_is_found(mass):
     logits = torch.from_numpy(np.random.default_rng(1).normal(0, 0.3, (4, 3000)))
     logits[3, 0] = 20.0
     logp = torch.log_softmax(logits, -1)
-    mask = truncate(logp, np.zeros(4, np.int64), np.array([mass, 1.0, mass, mass]), np.zeros(4))
+    mask = truncate(logp, Truncation(np.zeros(4, np.int64), np.array([mass, 1.0, mass, mass]), np.zeros(4)))
     for n, p in enumerate((mass, 1.0, mass, mass)):
         law = processed_law(logits[n].numpy(), SamplingParams(top_p=p))
         assert mask[n].tolist() == (law > 0).tolist()
@@ -132,9 +132,9 @@ def test_a_nucleus_wider_than_the_candidates_is_found(mass):
 def test_tokens_as_likely_as_the_last_one_kept_are_kept():
     logp = torch.log_softmax(torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0, 1.0]]), -1)
     for k, kept in ((1, 1), (2, 4), (4, 4), (5, 6)):
-        assert truncate(logp, np.array([k]), np.ones(1), np.zeros(1)).sum() == kept
+        assert truncate(logp, Truncation(np.array([k]), np.ones(1), np.zeros(1))).sum() == kept
     first_two = float(logp[0, :2].exp().sum())
-    assert truncate(logp, np.array([0]), np.array([first_two - 0.01]), np.zeros(1)).sum() == 4
+    assert truncate(logp, Truncation(np.array([0]), np.array([first_two - 0.01]), np.zeros(1))).sum() == 4
 
 
 def test_slots_are_reused_and_counts_start_anew():

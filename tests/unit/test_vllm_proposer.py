@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from msgspec.structs import asdict
 
-from drafters.base import BaseDrafter, Needs
+from drafters.base import BaseDrafter, Needs, Proposal
 from drafters.registry import build
 from pipeline.engine.vllm.proposer import KEY, DrafterProposer, Tally, check_needs
 from pipeline.errors import UsageError
@@ -44,6 +44,9 @@ class Batch:
         params = SimpleNamespace(
             extra_args={KEY: [group, int(name.split("-")[1])]},
             temperature=1.0,
+            top_k=-1 if group % 2 else 5,
+            top_p=1.0,
+            min_p=0.0,
             max_tokens=len(text),
             stop_token_ids=[STOP],
         )
@@ -128,6 +131,27 @@ def test_a_drafter_follows_requests_whatever_the_batch_does(drafter):
         assert seen["preempted"] > 0 and seen["restored"] > 0
         # texts of a group repeat: what its members said before is what is drafted
         assert batch.accepted > 0.5 * batch.drafted > 100
+
+
+class Told(BaseDrafter):
+    name = "told"
+
+    def begin(self, sequences):
+        self.groups = getattr(self, "groups", {}) | {s.id: s.group for s in sequences}
+
+    def propose(self, request):
+        expected = [0 if self.groups[i] % 2 else 5 for i in request.ids]
+        assert (request.truncation.top_k.tolist() if request.truncation else [0] * len(request.ids)) == expected
+        return Proposal.empty(len(request.ids))
+
+
+def test_a_drafter_is_told_what_truncates_each_request():
+    made = proposer(f"{__name__}:Told")
+    batch = Batch(made, requests=30, seed=5)
+    while batch.waiting or batch.paused or batch.input_batch.req_ids:
+        batch.reschedule()
+        batch.step()
+    assert not made.events and len(made._guard._drafter.groups) > 20
 
 
 @pytest.mark.parametrize(

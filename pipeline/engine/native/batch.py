@@ -8,6 +8,7 @@ import numpy as np
 from drafters.base import Places
 from pipeline.engine.native.sequence import Sequence
 from pipeline.models.kv_cache import PAGE
+from pipeline.sampling.truncation import Truncation
 
 
 class Batch:
@@ -21,7 +22,8 @@ class Batch:
         """row b: pages of live sequence b; what is behind them means nothing"""
         self._ids: tuple[int, ...] | None = None
         self._temperatures = np.zeros(0, np.float32)
-        """of the sequences while they stay the same, as long as there are `_ids`"""
+        self._truncation: Truncation | None = None
+        """both of the sequences while they stay the same, as long as there are `_ids`"""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -42,12 +44,18 @@ class Batch:
         if self._ids is None:
             self._ids = tuple(s.id for s in self._sequences)
             self._temperatures = np.array([s.temperature for s in self._sequences], np.float32)
+            self._truncation = Truncation.of([s.sampling for s in self._sequences])
         return self._ids
 
     @property
     def temperatures(self) -> np.ndarray:
         """float32 [B]; not to be changed"""
         return self._temperatures if self.ids else np.zeros(0, np.float32)
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """None where no sequence truncates; not to be changed"""
+        return self._truncation if self.ids else None
 
     @property
     def slots(self) -> np.ndarray:

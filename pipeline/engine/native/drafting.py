@@ -40,7 +40,7 @@ class Drafting(Guard):
 
     def draft(self, batch: Batch, budgets: np.ndarray) -> Proposal:
         """Of at most `budgets` [B] tokens a row."""
-        return self.propose(DraftRequest(batch.ids, budgets, batch.temperatures))
+        return self.propose(DraftRequest(batch.ids, budgets, batch.temperatures, batch.truncation))
 
     def follow(self, batch: Batch, emissions: Items[Emission], scores: Scores, seconds: float) -> None:
         """Shows what a verification of so many seconds emitted."""

@@ -22,6 +22,7 @@ from drafters.watchdog import WATCH_SECONDS, watch
 from pipeline.engine.vllm.own_drafters import runs_itself
 from pipeline.errors import UsageError
 from pipeline.plugins import search_working_directory
+from pipeline.sampling.truncation import Truncation
 
 KEY = "rollahead"
 """of what is ours in vLLM's additional configuration and in a request's extra arguments"""
@@ -62,6 +63,8 @@ class _Followed:
 
     id: int
     start: SequenceStart
+    sampling: Any
+    """vLLM's parameters"""
     stop: frozenset[int]
     last: int
     """tokens it can have, prompt included"""
@@ -283,7 +286,7 @@ class DrafterProposer:
         start = SequenceStart(self._next_id, prompt, group, params.temperature, seed)
         self._next_id += 1
         last = min(self._max_length, len(prompt) + (params.max_tokens or self._max_length))
-        return _Followed(start.id, start, frozenset(params.stop_token_ids or ()), last, len(prompt))
+        return _Followed(start.id, start, params, frozenset(params.stop_token_ids or ()), last, len(prompt))
 
     def _proposal(self, requests: list[str]) -> Proposal:
         """Of the drafter, for `self._step`."""
@@ -293,6 +296,7 @@ class DrafterProposer:
             [f.id for f in followed],
             np.clip(room, 0, self._most),
             np.array([f.start.temperature for f in followed], np.float32),
+            Truncation.of([f.sampling for f in followed]),
         )
         proposal = self._guard.propose(asked) if followed else Proposal.empty(0)
         self._step = _Step(proposal.drafted_by or (), requests, list(asked.ids), proposal.lengths)
