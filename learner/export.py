@@ -1,13 +1,16 @@
-"""A checkpoint of a run as a plain Hugging Face folder, without what only training needs."""
+"""A checkpoint of a run as a plain Hugging Face folder, without what only training needs, and the draft head that was
+trained beside it, where there is one."""
 
 import shutil
 from pathlib import Path
 
 import torch
 
+from drafters.mtp.head import FILE, PREFIX
 from learner import checkpoint_tensors
 from learner.checkpoint import CorruptCheckpoint, verify
 from pipeline.errors import RunFailed, UsageError
+from pipeline.models.checkpoint import read_tensors
 from pipeline.run_directory import RunDirectory
 from pipeline.weights.filesystem import save_tensors, state_dtype
 
@@ -15,7 +18,8 @@ _TRAINING_ONLY = {checkpoint_tensors.GENERATORS, "state.json", "manifest.json"}
 
 
 def export(folder: Path, step: int | None, out: Path, dtype: str = "float32") -> Path:
-    """Write `out` and return the checkpoint it is made from.
+    """Write `out` and return the checkpoint it is made from. A head that was trained beside the policy comes along, as
+    a file that the drafter mtp finds in a model's folder.
 
     Args:
         folder: run directory.
@@ -24,10 +28,11 @@ def export(folder: Path, step: int | None, out: Path, dtype: str = "float32") ->
         dtype: of the weights, a torch type's name.
 
     Raises:
-        UsageError: no such checkpoint, or `out` exists.
+        UsageError: no such checkpoint, or `out` exists, or the head's file is damaged.
         RunFailed: the checkpoint is damaged.
     """
-    root = RunDirectory(folder).checkpoints
+    run = RunDirectory(folder)
+    root = run.checkpoints
     steps = sorted(int(path.name.removeprefix("step-")) for path in root.glob("step-*") if path.name[5:].isdigit())
     if not steps:
         raise UsageError(f"{folder} has no checkpoint; give a run directory")
@@ -45,10 +50,14 @@ def export(folder: Path, step: int | None, out: Path, dtype: str = "float32") ->
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _write(source, temporary, dtype)
+        _write_head(run.draft_head / source.name, temporary, dtype)
         temporary.rename(out)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UsageError(f"--out {out} cannot be written ({error.strerror or error}); free space there") from error
+    except UsageError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return source
 
 
@@ -62,3 +71,10 @@ def _write(source: Path, target: Path, dtype: str) -> None:
     weights = {name: torch.empty(sizes[name], dtype=kind) for name in sizes if checkpoint_tensors.is_weight(name)}
     checkpoint_tensors.load(source, weights)
     save_tensors(weights, target / checkpoint_tensors.WEIGHTS)
+
+
+def _write_head(source: Path, target: Path, dtype: str) -> None:
+    head = source / FILE
+    if head.exists():
+        tensors = read_tensors([head], PREFIX)
+        save_tensors({name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}, target / FILE)

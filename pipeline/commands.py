@@ -79,10 +79,12 @@ def export(options: argparse.Namespace) -> int:
         print(f'{options.out} is written; vllm serve {options.run} --speculative-config \'{{"method": "mtp", "model": '
               f'"{options.out}", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}}\'')  # fmt: skip
         return 0
+    from drafters.mtp.head import FILE
     from learner.export import export as write_checkpoint
 
-    dtype = options.dtype or "float32"
-    print(f"{options.out} is written from {write_checkpoint(options.run, options.step, options.out, dtype)}")
+    source = write_checkpoint(options.run, options.step, options.out, options.dtype or "float32")
+    head = f", with its draft head in {FILE}" if (options.out / FILE).exists() else ""
+    print(f"{options.out} is written from {source}{head}")
     return 0
 
 

@@ -10,13 +10,17 @@ import torch
 from msgspec import structs
 from safetensors.torch import load_file
 
+from drafters.mtp.head import FILE
 from drafters.mtp.training import CHECKPOINT
 from drafters.registry import build
+from learner import checkpoint
 from learner.co_training import HeadCoTraining
 from learner.policy import policy_state
+from learner.trainer import adamw
+from pipeline.cli import main
 from pipeline.config import check_config
 from pipeline.config.load import load_config
-from pipeline.config.types import DrafterSection
+from pipeline.config.types import DrafterSection, LearnerSection
 from pipeline.engine.native.generator import NativeGenerator
 from pipeline.errors import UsageError
 from pipeline.failpoints import arm
@@ -138,6 +142,32 @@ def test_publication_brings_policy_and_head_together(tmp_path):
     finish(generator)
     assert generator.stats().drafter_failures == 0 and generator.stats().drafted > 0
     assert isinstance(first, Path)
+
+
+def test_an_exported_run_brings_its_head(tmp_path, capsys):
+    folder, run = tiny_folder(tmp_path / "model"), tmp_path / "run"
+    model = tiny_policy(tmp_path / "model")
+    head = head_for(folder, model)
+    for step in (1, 2):
+        head.train(batch(np.random.default_rng(step)))
+        head.save(run / "draft-head", step, keep=2)
+        checkpoint.save(run / "checkpoints", step, model, adamw(model, LearnerSection()), {"step": step})
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    assert "step-2, with its draft head in mtp.safetensors" in capsys.readouterr().out
+    generator = NativeGenerator(out, drafter=build({"name": "mtp"}), max_sequences=4, stop_token_ids=(),
+                                dtype="float32", device="cpu")  # fmt: skip
+    generator.add(group(samples=4, max_new_tokens=20))
+    finish(generator)
+    assert generator.stats().drafter_failures == 0 and generator.stats().drafted > 0
+    loaded = generator._drafting._drafter._head
+    torch.testing.assert_close(loaded.final_norm, head.training.module.norm.weight.detach())
+    assert main(["export", str(run), "--step", "1", "--out", str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    assert {t.dtype for t in load_file(tmp_path / "half" / FILE).values()} == {torch.bfloat16}
+    os.truncate(run / "draft-head" / "step-1" / FILE, 100)
+    assert main(["export", str(run), "--step", "1", "--out", str(tmp_path / "damaged")]) == 2
+    assert "mtp.safetensors is truncated" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*damaged*"))
 
 
 def test_a_head_is_warmed_up_before_the_loss_that_needs_it(tmp_path):
