@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -174,11 +175,13 @@ def _find(name: str) -> Any:
 def _options(name: str, declared: Any, options: dict[str, Any]) -> msgspec.Struct:
     if not (isinstance(declared, type) and issubclass(declared, msgspec.Struct)):
         raise UsageError(f"drafter {name} declares Options that are no msgspec.Struct")
-    for key in options:
+    for key, value in options.items():
         if key not in declared.__struct_fields__:
             near = difflib.get_close_matches(key, declared.__struct_fields__, n=1, cutoff=0.0)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(f"drafter {name} has no option {key!r}{hint}")
+        if isinstance(value, float) and not math.isfinite(value):  # which bounds such as "at least 0" let through
+            raise UsageError(f"drafter {name}: {key} = {value!r} is not valid: set a finite number")
     try:
         return msgspec.convert(options, declared)
     except msgspec.ValidationError as error:

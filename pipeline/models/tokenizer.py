@@ -91,7 +91,8 @@ class Tokenizer:
         return token
 
     def first_difference(self, other: "Tokenizer") -> int | None:
-        """The least id that means another token in `other`, or none; None: all ids mean the same."""
+        """The least id that means another token in `other`, or none; None: all ids mean the same. How texts are divided
+        into tokens is not compared: it may differ where ids alone are exchanged."""
         if self.digest == other.digest:
             return None
         size = max(self.vocab_size, other.vocab_size)

@@ -152,6 +152,8 @@ def test_a_command_line_can_give_options():
             {"name": "suffix-automaton", "corpus_bias": 10**20},
             "corpus_bias = 10+ is not valid: expected int <= 1000000$",
         ),
+        ({"name": "draft-model", "kv_mb": float("inf")}, "draft-model: kv_mb = inf is not valid: set a finite number$"),
+        ({"name": "suffix-automaton", "memory_mb": float("nan")}, "memory_mb = nan is not valid"),
         ({"name": f"{__name__}:Arguments"}, "Arguments cannot be made: TypeError.*'depth'"),
         ({"name": f"{__name__}:Raises"}, r"Raises cannot be made: RuntimeError\('boom'\)"),
         ({"name": f"{__name__}:Leaves"}, r"Leaves cannot be made: SystemExit\(3\)"),
