@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drafters.base import DraftRequest, Proposal
 from pipeline.sampling.distribution import inverse_cdf, log_probabilities
-from pipeline.sampling.plain import draw_plain
+from pipeline.sampling.plain import NO_TRUNCATION, draw_plain
 from pipeline.sampling.splitmix import one_salted_seed, one_uniform
 from pipeline.sampling.truncation import Truncation, truncate
 from pipeline.sampling.uniforms import Stream, salted, stream_offset, uniforms
@@ -34,6 +34,8 @@ class Wanted(NamedTuple):
     """float64 [A, K] in (0, 1), what is drawn by"""
     budgets: np.ndarray
     """int64 [A], most tokens of each, 1 to K"""
+    truncation: np.ndarray
+    """float64 [A, 3], top-k, top-p and min-p of rows that draw; or [0, 3]"""
     stop_below: float
     """a draft ends with the first token that was drawn from a distribution with a lower peak"""
 
@@ -61,8 +63,7 @@ def draw_whole(
     greedy: bool,
     stop_below: float,
 ) -> Proposal:
-    """What `Drawing` draws token by token, from one call for all rows that want a draft; at least one must, and none
-    that draws may be truncated.
+    """What `Drawing` draws token by token, from one call for all rows that want a draft; at least one must.
 
     Args:
         draw: gives the drafts of these rows.
@@ -71,7 +72,8 @@ def draw_whole(
     rows = len(budgets)
     ids = np.asarray(request.ids, np.int64)
     wanting, warm, sampled, numbers, most = _wanted(seeds, ids, positions, request.temperatures, budgets, greedy)
-    found = draw(Wanted(warm, sampled, numbers, most, stop_below))
+    truncation = NO_TRUNCATION if request.truncation is None else request.truncation.take(wanting).table()
+    found = draw(Wanted(warm, sampled, numbers, most, truncation, stop_below))
     depth = int(found.lengths.max())
     tokens, lengths, peaks, q = found.tokens, found.lengths, found.peaks, found.probabilities
     if depth < tokens.shape[1]:
@@ -165,11 +167,13 @@ class Drawing:
         temperatures = np.where(self._temperatures > 0, self._temperatures, 1)[rows]
         # Counted from where this draft starts: no number is met twice, though positions are.
         numbers = uniforms(self._seeds[rows], (self._positions[rows] << _MAX_DRAFT_BITS) + depth, Stream.DRAFT)
-        if self._truncation is not None:
-            logits = _truncated(logits, temperatures, sampled, self._truncation.take(rows))
+        truncation = None if self._truncation is None else self._truncation.take(rows)
         if logits.device.type == "cpu" and logits.dtype == torch.float32:
-            tokens, confidences, q = draw_plain(logits, temperatures, sampled, numbers)
+            table = NO_TRUNCATION if truncation is None else truncation.table()
+            tokens, confidences, q = draw_plain(logits, temperatures, sampled, numbers, table)
         else:
+            if truncation is not None:
+                logits = _truncated(logits, temperatures, sampled, truncation)
             tokens, confidences, q = _draw(logits, temperatures, sampled, numbers)
         if sampled.any():
             self._drawn.append((rows, q))

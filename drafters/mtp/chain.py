@@ -93,7 +93,7 @@ class HeadChain:
             room.arguments, room.passes, self._facts.copy(), np.array([self._epsilon, wanted.stop_below]),
             *self._weights, self._fc, last.view(torch.int16).numpy(), unread.tokens,
             unread.hidden.view(torch.int16).numpy(), unread.counts, tables, cached, cache.pages, room.states, room.x,
-            room.read, room.live, room.logits, room.counters, room.counter, *wanted[:4], found.tokens, found.lengths,
+            room.read, room.live, room.logits, room.counters, room.counter, *wanted[:5], found.tokens, found.lengths,
             found.peaks, found.probabilities.numpy(), *parts,
         )  # fmt: skip
         on_all_threads(_chain, _part, room.arguments)
@@ -116,9 +116,11 @@ class _Room:
 
 _EMBEDDING, _VOCABULARY, _FIRST, _SECOND, _FC, _HEAD, _PASSES, _LAST, _STATES, _X, _READ, _LIVE = range(12)
 _LOGITS, _COUNTER, _TEMPERATURES, _SAMPLED, _NUMBERS, _BUDGETS, _TOKENS, _LENGTHS, _PEAKS, _Q = range(12, 22)
-_NEW, _NEW_TOKENS, _NEW_HIDDEN, _NEW_STARTS, _NEW_POSITIONS, _ROWS, _DEPTHS, _HIDDEN, _REAL = range(22, 31)
-_COUNT = 32
-"""int64 addresses and sizes in this order; the last two are float64: epsilon of the norms, the peak to stop below."""
+_NEW, _NEW_TOKENS, _NEW_HIDDEN, _NEW_STARTS, _NEW_POSITIONS, _ROWS, _DEPTHS, _HIDDEN = range(22, 30)
+_TRUNCATION, _REAL = range(30, 32)
+_COUNT = 33
+"""int64 addresses and sizes in this order, 0 where nothing truncates; the last two are float64: epsilon of the norms,
+the peak to stop below."""
 
 
 @njit(cache=True)
@@ -149,6 +151,7 @@ def _pack(
     sampled: np.ndarray,
     numbers: np.ndarray,
     budgets: np.ndarray,
+    truncation: np.ndarray,
     drawn: np.ndarray,
     lengths: np.ndarray,
     peaks: np.ndarray,
@@ -195,6 +198,7 @@ def _pack(
     a[_COUNTER], a[_TEMPERATURES] = counter.ctypes.data, temperatures.ctypes.data
     a[_SAMPLED], a[_NUMBERS], a[_BUDGETS] = sampled.ctypes.data, numbers.ctypes.data, budgets.ctypes.data
     a[_TOKENS], a[_LENGTHS], a[_PEAKS], a[_Q] = drawn.ctypes.data, lengths.ctypes.data, peaks.ctypes.data, q.ctypes.data
+    a[_TRUNCATION] = truncation.ctypes.data if len(truncation) else 0
     a[_NEW], a[_NEW_TOKENS], a[_NEW_HIDDEN] = new, tokens.ctypes.data, hidden.ctypes.data
     a[_NEW_STARTS], a[_NEW_POSITIONS] = starts.ctypes.data, place.ctypes.data
     a[_ROWS], a[_DEPTHS], a[_HIDDEN] = rows, depths, last.shape[1]
@@ -281,7 +285,10 @@ def _drawn(a: np.ndarray, n: int, depth: int) -> tuple[int, bool]:
     sampled = carray(pointer(a[_SAMPLED]), (rows,), np.bool_)[n]
     number = carray(pointer(a[_NUMBERS]), (rows, depths), np.float64)[n, depth]
     budget = carray(pointer(a[_BUDGETS]), (rows,), np.int64)[n]
-    token, peak = draw_row(row, temperature, sampled, number, q)
+    top_k, top_p, min_p = 0.0, 1.0, 0.0
+    if a[_TRUNCATION]:
+        top_k, top_p, min_p = carray(pointer(a[_TRUNCATION]), (rows, 3), np.float64)[n]
+    token, peak = draw_row(row, temperature, sampled, number, q, top_k, top_p, min_p)
     carray(pointer(a[_TOKENS]), (rows, depths), np.int64)[n, depth] = token
     carray(pointer(a[_PEAKS]), (rows, depths), np.float32)[n, depth] = peak
     carray(pointer(a[_LENGTHS]), (rows,), np.int64)[n] = depth + 1

@@ -131,8 +131,7 @@ class MTPDrafter(BaseDrafter):
         budgets = np.minimum(request.budgets, self.options.max_tokens)
         texts = [text for text, budget in zip(known, budgets.tolist(), strict=True) if budget]
         self._texts.read_prompts(texts)
-        plain = self.options.greedy or request.truncation is None
-        whole = plain and self._head.chains(max(len(texts), sum(text.waiting for text in texts)))
+        whole = self._head.chains(max(len(texts), sum(text.waiting for text in texts)))
         if not whole:
             self._texts.read(texts)
         facts = np.array([(text.seed, text.rows) for text in known], np.int64).reshape(-1, 2)

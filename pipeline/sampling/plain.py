@@ -19,6 +19,7 @@ _LEAST = np.float32(-87.0)
 _BLOCK = 256
 """tokens whose weights are summed before a draw looks for its own among them"""
 _NO_DRAFTS = np.zeros((0, 0, 0), np.float32)
+NO_TRUNCATION = np.zeros((0, 3))
 
 
 def verify_plain(
@@ -70,7 +71,11 @@ def verify_plain(
 
 
 def draw_plain(
-    logits: Tensor, temperatures: np.ndarray, sampled: np.ndarray, numbers: np.ndarray
+    logits: Tensor,
+    temperatures: np.ndarray,
+    sampled: np.ndarray,
+    numbers: np.ndarray,
+    truncation: np.ndarray = NO_TRUNCATION,
 ) -> tuple[np.ndarray, np.ndarray, Tensor]:
     """Tokens int64 [A], the peaks float32 [A] of the distributions, and these, float32 [A, V].
 
@@ -79,11 +84,14 @@ def draw_plain(
         temperatures: [A], all above 0.
         sampled: bool [A], rows that draw; the others take the likeliest token.
         numbers: float64 [A] in (0, 1), what is drawn by.
+        truncation: float64 [A, 3], of rows that draw (`Truncation.table`); or [0, 3].
     """
     rows = len(logits)
     tokens, peaks = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
     q = np.empty(tuple(logits.shape), np.float32)
-    _draw_rows(logits.contiguous().numpy(), temperatures.astype(np.float32), sampled, numbers, tokens, peaks, q)
+    _draw_rows(
+        logits.contiguous().numpy(), temperatures.astype(np.float32), sampled, numbers, truncation, tokens, peaks, q
+    )
     return tokens, peaks, torch.from_numpy(q)
 
 
@@ -144,27 +152,89 @@ def _draw_rows(
     temperatures: np.ndarray,
     sampled: np.ndarray,
     numbers: np.ndarray,
+    truncation: np.ndarray,
     tokens: np.ndarray,
     peaks: np.ndarray,
     q: np.ndarray,
 ) -> None:
     """Fills the last three."""
     for n in range(len(logits)):
-        tokens[n], peaks[n] = draw_row(logits[n], temperatures[n], sampled[n], numbers[n], q[n])
+        top_k, top_p, min_p = 0.0, 1.0, 0.0
+        if len(truncation):
+            top_k, top_p, min_p = truncation[n]
+        tokens[n], peaks[n] = draw_row(logits[n], temperatures[n], sampled[n], numbers[n], q[n], top_k, top_p, min_p)
 
 
 @njit(cache=True)
 def draw_row(
-    row: np.ndarray, temperature: float, sampled: bool, number: float, q: np.ndarray
-) -> tuple[int, np.float32]:
+    row: np.ndarray, temperature: float, sampled: bool, number: float, q: np.ndarray, top_k: float, top_p: float,
+    min_p: float,
+) -> tuple[int, np.float32]:  # fmt: skip
     """Token and peak of one row of `draw_plain`; fills its distribution `q` [V]."""
     sums = np.empty((len(row) + _BLOCK - 1) // _BLOCK)
     greatest, total, _ = _weigh(row, np.float32(1) / temperature, q, sums)
+    if sampled and (top_k > 0 or top_p < 1 or min_p > 0):
+        total = _truncate(q, total, sums, int(top_k), top_p, min_p)
     token = _choose(row, np.float32(sampled), greatest, q, sums, number * total)
     peak = np.float32(1 / total)
     for v in range(len(row)):
         q[v] *= peak
     return token, peak
+
+
+@njit(cache=True)
+def _truncate(weights: np.ndarray, total: float, sums: np.ndarray, top_k: int, top_p: float, min_p: float) -> float:
+    """The sum of what `pipeline.sampling.truncation` leaves of weights [V], the greatest of which is 1; others become
+    0, and `sums`, by block, those of what is left."""
+    if not total > 0:  # not a number, and to be noticed
+        return total
+    least = max(np.float32(min_p), np.float32(1e-37))
+    if top_k > 0:
+        best = _greatest(weights, least, top_k, 0.0)
+        least = best[min(top_k, len(best)) - 1]
+    if top_p < 1:
+        mass = 0.0
+        for weight in weights:
+            mass += weight if weight >= least else 0.0
+        wanted, before, n = top_p * mass, 0.0, 0
+        best = _greatest(weights, least, 1, wanted)
+        while n < len(best) and (n == 0 or before < wanted):
+            least = best[n]
+            before += best[n]
+            n += 1
+    left = 0.0
+    for block in range(len(sums)):
+        part, some = 0.0, weights[block * _BLOCK : (block + 1) * _BLOCK]
+        for v in range(len(some)):
+            if some[v] < least:
+                some[v] = 0
+            part += np.float64(some[v])
+        sums[block] = part
+        left += part
+    return left
+
+
+@njit(cache=True)
+def _greatest(weights: np.ndarray, least: np.float32, count: int, mass: float) -> np.ndarray:
+    """The greatest weights float32 of at least `least`, descending: `count` of them, of `mass` together, and some more;
+    or all. What is sorted is mostly a small part."""
+    bound, found, summed = np.float32(1 / 16), 0, 0.0
+    while True:
+        bound = max(bound, least)
+        found, summed = 0, 0.0
+        for weight in weights:
+            if weight >= bound:
+                found += 1
+                summed += weight
+        if bound == least or (found >= count and summed >= mass):
+            break
+        bound /= np.float32(64)
+    chosen, n = np.empty(found, np.float32), 0
+    for weight in weights:
+        if weight >= bound:
+            chosen[n] = weight
+            n += 1
+    return np.sort(chosen)[::-1]
 
 
 @njit(fastmath=FAST, cache=True)

@@ -49,6 +49,10 @@ class Truncation(NamedTuple):
         """bool [R]"""
         return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
 
+    def table(self) -> np.ndarray:
+        """float64 [R, 3], top-k, top-p and min-p of each row."""
+        return np.array(self, np.float64).T.copy()
+
     def take(self, rows: np.ndarray) -> "Truncation":
         """A copy, of these rows."""
         return Truncation(self.top_k[rows], self.top_p[rows], self.min_p[rows])

@@ -1,13 +1,17 @@
 """Verification in one pass gives what the general one gives, and tells what is not a number."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from drafters import drawing
+from pipeline.sampling.distribution import log_probabilities
 from pipeline.sampling.exactness.statistics import chi_square_p_value
 from pipeline.sampling.plain import draw_plain, verify_plain
 from pipeline.sampling.target import plain_target
+from pipeline.sampling.truncation import Truncation, truncate
 from pipeline.sampling.verification import TokenUniforms, packed_rows, verify
 
 
@@ -128,3 +132,23 @@ def test_what_is_not_a_number_shows_in_the_log_prob(bad):
     one = np.zeros(1, np.int64)
     found = verify_plain(logits, np.ones(1, np.float32), np.zeros((1, 0), np.int64), one, one, one)
     assert not torch.isfinite(found.logprobs).all()
+
+
+@pytest.mark.parametrize("size", [40, 3000])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 4.0])
+def test_the_compiled_draw_truncates_as_the_target_is(size, spread):
+    grid = itertools.product((0, 1, 7, 500, 5000), (1.0, 0.999, 0.6, 1e-6), (0.0, 0.01, 0.5, 1.0))
+    truncation = Truncation(*(np.array(column) for column in zip(*grid, strict=True)))
+    rows = len(truncation.top_k)
+    rng = np.random.default_rng(size)
+    logits = torch.from_numpy(rng.normal(0, spread, (rows, size)).astype(np.float32))
+    logits[::3] = logits[::3].round()  # ties
+    temperatures, sampled = rng.uniform(0.4, 2, rows).astype(np.float32), rng.random(rows) < 0.9
+    logprobs = log_probabilities(logits, torch.from_numpy(temperatures))
+    kept = truncate(logprobs, truncation) | ~torch.from_numpy(sampled)[:, None]
+    tokens, peaks, q = draw_plain(logits, temperatures, sampled, rng.random(rows), truncation.table())
+    assert torch.equal(q > 0, kept)
+    expected = torch.softmax(logprobs.masked_fill(~kept, float("-inf")), -1)
+    torch.testing.assert_close(q, expected, rtol=1e-5, atol=1e-7)
+    assert kept[range(rows), tokens].all()
+    np.testing.assert_allclose(peaks, q.max(1).values, rtol=1e-6)
