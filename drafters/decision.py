@@ -26,9 +26,10 @@ class Step:
     drafted: int = 0
 
     def taught_lengths(self) -> np.ndarray:
-        """int64 [D, B], tokens that the verification says something about; the stack's own array, changed."""
+        """int64 [D, B], tokens that the verification says something about."""
         lengths = self.stack.lengths
         if self.drawn is not None:
+            lengths = lengths.copy()  # they may be those of a proposal that was handed out
             # What was drawn but not verified teaches nothing. A draft that ended before what was granted teaches that
             # it does: its missing tokens count as rejected.
             for index, drawn in enumerate(self.drawn):

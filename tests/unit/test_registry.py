@@ -143,10 +143,10 @@ def test_a_command_line_can_give_options():
         ({"name": "suffix-automaton", "min_match": 0}, "min_match = 0 is not valid: expected int >= 1$"),
         ({"name": "suffix-automaton", "factor": "much"}, "factor = 'much' is not valid: expected float, got str$"),
         ({"name": "suffix-automaton", "memory_mb": -1}, "memory_mb = -1 is not valid: expected float >= 0.0$"),
-        ({"name": "suffix-automaton", "factor": float("inf")}, "factor = inf is not valid: expected float <= 1000000"),
-        ({"name": "suffix-automaton", "base": float("inf")}, "base = inf is not valid: expected float <= 1000000"),
+        ({"name": "suffix-automaton", "factor": float("inf")}, "factor = inf is not valid: set a finite number$"),
+        ({"name": "suffix-automaton", "base": float("inf")}, "base = inf is not valid: set a finite number$"),
         ({"name": "suffix-automaton", "base": 1e300}, r"base = 1e\+300 is not valid: expected float <= 1000000"),
-        ({"name": "suffix-automaton", "memory_mb": float("inf")}, "memory_mb = inf is not valid: expected float <= 1"),
+        ({"name": "suffix-automaton", "memory_mb": float("inf")}, "memory_mb = inf is not valid: set a finite number$"),
         ({"name": "suffix-automaton", "max_tokens": 10**20}, "max_tokens = 10+ is not valid: expected int <= 1000000$"),
         (
             {"name": "suffix-automaton", "corpus_bias": 10**20},
