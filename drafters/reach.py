@@ -20,13 +20,15 @@ _SPREAD = 0.05
 
 @dataclass(slots=True)
 class Reach:
-    """Of one drafter with as many sequences; attributes begin with an underscore where nobody else reads them."""
+    """Of one drafter, with as many sequences as it stands for."""
 
     tokens: int = FIRST
     """that pay best, as far as is known"""
     accepted: float = math.inf
     """of them, on average"""
     _asked: int = 0
+    _chosen_at: int = 0
+    """askings that had gone by"""
     _weight: float = 0.0
     _width: float = 0.0
     _seconds: float = 0.0
@@ -65,7 +67,7 @@ class Reach:
     @property
     def due(self) -> bool:
         """Whether enough askings have gone by to choose again: at first soon."""
-        return self._asked >= 2 and (self._asked % _EVERY == 0 or self._asked in (2, 4, 8))
+        return self._asked != self._chosen_at and (self._asked % _EVERY == 0 or self._asked in (2, 4, 8))
 
     def choose(self, counts: np.ndarray, rows: int, seconds: Callable[[int, int], float], overhead: float) -> bool:
         """The tokens that promise most a second where all of them are verified; whether that is another number now.
@@ -76,6 +78,7 @@ class Reach:
             seconds: of a verification, by sequences and tokens.
             overhead: seconds of a step beside both.
         """
+        self._chosen_at = self._asked
         before, best = self.tokens, 0.0
         by_depth = counts.sum((0, 1))
         expected, survival, chance = 1.0, 1.0, NOMINAL[0]
