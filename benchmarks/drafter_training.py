@@ -3,9 +3,10 @@
     rollahead bench drafter-training --model DIR --texts FILE --out DIR
 
 For each seed a head is made and warmed up by cross-entropy; then each loss goes on from a copy of it, on the same
-batches in the same order. Figures are of texts held out: expected accepted tokens over drafted ones by teacher forcing,
-what the generator counts with the head as its drafter at temperature 1, and how the chance of acceptance at depth 1
-goes with the target's entropy (slope by least squares, a nat; entropy.png where matplotlib is installed).
+batches in the same order, at the learning rates of train-drafter. Figures are of texts held out: expected accepted
+tokens over drafted ones by teacher forcing, what the generator counts with the head as its drafter at temperature 1,
+and how the chance of acceptance at depth 1 goes with the target's entropy (slope by least squares, a nat; entropy.png
+where matplotlib is installed).
 """
 
 import argparse

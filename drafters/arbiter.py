@@ -201,7 +201,7 @@ class ArbiterDrafter(CompositeDrafter):
         drawn, granted = None, proposal.lengths
         if proposal.probabilities is not None:
             drawn = drawn_rows(proposal)[None]
-            granted = self._usual(index, request)
+            granted = self._standings[index].usual(request.budgets)
         lengths = proposal.lengths.tolist()
         stack, drafters, choice = Stack.of_one(proposal), slice(index, index + 1), np.zeros(rows, np.int64)
         self._step = Step(request.ids, drafters, drawn, stack, choice, granted, sum(lengths))
@@ -246,11 +246,6 @@ class ArbiterDrafter(CompositeDrafter):
         standing.was_asked(rows, seconds, proposal.token_ids.shape[1], whole)
         return proposal, seconds
 
-    def _usual(self, index: int, request: DraftRequest) -> np.ndarray:
-        """int64 [B], how long a draft of this drafter is taken to be before it is seen."""
-        standing = self._standings[index]
-        return np.minimum(request.budgets, min(standing.widest, standing.limit))
-
     def _decided(self, request: DraftRequest, proposals: list[Proposal], asked: list[int], drafters: slice) -> Proposal:
         """What is to be verified of the proposals of these drafters."""
         rows, drawn = len(request.ids), None
@@ -270,7 +265,7 @@ class ArbiterDrafter(CompositeDrafter):
             assumed = assumed.copy()
             for index in asked:
                 place = index - drafters.start
-                usual = self._usual(index, request)
+                usual = self._standings[index].usual(request.budgets)
                 blind(drawn[place], usual, assumed[place], stack.matches[place], stack.confidences[place])
         urgency = self._urgency(request.ids)
         seen = drafters, stack.matches, stack.confidences

@@ -42,6 +42,7 @@ class Standing:
     gain: float = math.nan
     """by how much asking it raises tokens a second, its own time included; not a number before it is known"""
     _asking: float = math.nan
+    """of one that does not read"""
     _telling: float = math.nan
     _latest: float = 0.0
     """of the last time it was asked, for all sequences or a few"""
@@ -59,14 +60,10 @@ class Standing:
     @property
     def seconds(self) -> float:
         """Of a step in which it is asked and told what came of it."""
-        asking = self._asking if self._asking >= 0 else 0.0
-        if self.reads and asking:
-            asking = self.reach.seconds(self.reach.tokens)
-        return asking + (self._telling if self._telling >= 0 else 0.0)
+        asking = self.reach.seconds(self.reach.tokens) if self.reads else self._asking
+        return (asking if asking >= 0 else 0.0) + (self._telling if self._telling >= 0 else 0.0)
 
-    def consider(
-        self, counts: np.ndarray, rows: int, seconds: Callable[[int, int], float], overhead: float
-    ) -> None:  # fmt: skip
+    def consider(self, counts: np.ndarray, rows: int, seconds: Callable[[int, int], float], overhead: float) -> None:
         """How far to ask it in this step; as `Reach.choose`. What did not pay before is seen anew where it changes."""
         if not self.reads:
             return
@@ -74,6 +71,10 @@ class Standing:
             self.gain, self._idle = math.nan, 0
         # while it does not pay, what it would do further on is to be seen, too
         self.limit = max(self.reach.next, FIRST) if self.gain <= 0 else self.reach.next
+
+    def usual(self, budgets: np.ndarray) -> np.ndarray:
+        """int64 [B], how long its drafts are taken to be in this step before they are seen."""
+        return np.minimum(budgets, min(self.widest, self.limit))
 
     def may_add(self, promised: np.ndarray, plain: float) -> bool:
         """Whether it is worth asking beside drafts that promise so many accepted tokens, float64 [B], where a step
@@ -119,10 +120,10 @@ class Standing:
 
     def was_asked(self, rows: int, seconds: float, width: int, whole: bool = True) -> None:
         """It proposed drafts of up to `width` tokens, for all sequences where it was asked as a whole."""
-        if whole:
+        if whole and not self.reads:
             self._asking = _usual(self._asking, seconds)
-            if self.reads and width:
-                self.reach.was_asked(width, seconds)
+        elif whole and width:
+            self.reach.was_asked(width, seconds)
         self._latest, self._asked, self._rows = seconds, self._step, rows
         self._width = width
 
