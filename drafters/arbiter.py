@@ -34,6 +34,8 @@ _TRIAL_EVERY = 24
 """asked-for drafts in a row that did not pay, after which some are verified to see whether they still do not"""
 _URGENCY_EVERY = 8
 """steps after which urgency is computed anew: a few tokens more do not change who is ahead"""
+_LEARNT_EVERY = 4
+"""steps without a decision of which one is learnt from: what it took, and what became of its drafts"""
 _RATE = 0.1
 _ONE = np.ones(1)
 """urgency of a sequence alone"""
@@ -161,16 +163,15 @@ class ArbiterDrafter(CompositeDrafter):
             self._lull.begin(None, rows, min(standing.asleep for standing in self._standings))
             return self._undecided(request)
         for index in asked:
-            self._standings[index].consider(
-                self._counts[index], rows, self.costs.seconds, self._deciding + self._learning
-            )
+            self._standings[index].consider(self._counts[index], rows, self.costs.seconds, self._learning)
         self._plain_steps.teach()
         self._not_asked += rows * (len(self._standings) - len(asked))
         others = [standing.asleep for i, standing in enumerate(self._standings) if i != asked[0]]
         if steps := self._delegation.take(asked, rows, others):
             self._lull.begin(asked[0], rows, steps - 1)
             return self._undecided(request)
-        self._trial = self.costs.learns and self._idle > 0 and self._idle % _TRIAL_EVERY == 0
+        tried = self._idle > 0 and self._idle % _TRIAL_EVERY == 0
+        self._trial = self.costs.learns and (tried or any(self._standings[i].tried for i in asked))
         # Side by side are those from the first to the last that is asked: mostly one.
         drafters = slice(asked[0], asked[-1] + 1)
         proposals, asking = self._ask_in_turn(asked, drafters, request)
@@ -193,21 +194,28 @@ class ArbiterDrafter(CompositeDrafter):
             self._resting += rows
             return Proposal.empty(rows)
         self._delegated += rows
-        self._tell(index)
-        request = _limited(request, self._standings[index])
-        proposal = self.ensemble.guards[index].propose(request)
+        standing = self._standings[index]
+        if self._lull.left % _LEARNT_EVERY:
+            standing.limit_to(standing.reach.tokens)
+            self._tell(index)
+            return self._named(index, self.ensemble.guards[index].propose(_limited(request, standing)))
+        standing.limit_to(standing.reach.next)
+        proposal, _ = self._ask(index, request)
         if not proposal.token_ids.shape[1]:
             return proposal
         drawn, granted = None, proposal.lengths
         if proposal.probabilities is not None:
             drawn = drawn_rows(proposal)[None]
-            granted = self._standings[index].usual(request.budgets)
-        lengths = proposal.lengths.tolist()
+            granted = standing.usual(request.budgets)
         stack, drafters, choice = Stack.of_one(proposal), slice(index, index + 1), np.zeros(rows, np.int64)
-        self._step = Step(request.ids, drafters, drawn, stack, choice, granted, sum(lengths))
+        self._step = Step(request.ids, drafters, drawn, stack, choice, granted, int(proposal.lengths.sum()))
+        return self._named(index, proposal)
+
+    def _named(self, index: int, proposal: Proposal) -> Proposal:
+        """Says whose it is, unless it does."""
         if proposal.drafted_by is not None:
             return proposal
-        by = [self._names[index] if length else "" for length in lengths]
+        by = [self._names[index] if length else "" for length in proposal.lengths.tolist()]
         return msgspec.structs.replace(proposal, drafted_by=by)
 
     def _ask_in_turn(self, asked: list[int], drafters: slice, request: DraftRequest) -> tuple[list[Proposal], float]:
@@ -309,12 +317,16 @@ class ArbiterDrafter(CompositeDrafter):
     def observe(self, verified: Verified) -> None:
         rows, step = len(verified.ids), self._step
         drafted = step.drafted if step else 0
-        self._plain_steps.count(drafted > 0, verified.seconds)
+        self._plain_steps.count(drafted > 0 or self._lull.delegate is not None, verified.seconds)
         if self._lull.rests and not any(self._must_know):
             self._plain_steps.keep(rows, verified.seconds)
             self._keep(verified)
             return
         if self._lull.delegate is not None:
+            if step and verified.seconds > 0:
+                usual = self.costs.seconds(rows, rows + drafted)
+                self._standings[self._lull.delegate].reach.was_verified(drafted / rows, verified.seconds, usual)
+                self.costs.observe(rows, rows + drafted, verified.seconds)
             self._tell_delegate(verified)
             self._learn(verified)
             return
@@ -398,8 +410,9 @@ class ArbiterDrafter(CompositeDrafter):
                     _, _, _, otherwise, _, _ = self._allocated(
                         drafters, matches, confidences, without, request, urgency, self._unused
                     )
-                gain = found.longer(standing.seconds).rate / otherwise.rate - 1
-                standing.judged(gain, plain, 1 if dear else 2 * len(asked), deciding, len(self._standings))
+                steps, drafters_in_all = 1 if dear else 2 * len(asked), len(self._standings)
+                found = found.longer(standing.seconds)
+                standing.judged(found, otherwise, plain, steps, deciding, drafters_in_all)
         self._price = price
 
     def _keep(self, verified: Verified, told: Sequence[int] = ()) -> None:

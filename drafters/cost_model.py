@@ -20,9 +20,10 @@ seen. The n-th step moves all by 1/n and the n-th at a place this by 1/(n + 1): 
 what was guessed before, and the machine's speed is known before the curve is bent"""
 _MEASURED = 20.0
 """steps at a place that a measurement of it, or of its neighbours, counts for"""
-_MOST_SURPRISE, _MOST_AT_PLACE = 0.7, 0.2
-"""a step may be taken to be off by this factor's logarithm at most, and by this beyond what all are off: a pause of the
-machine is no cost"""
+_MOST_SURPRISE = 0.7
+"""A step may be taken to be off by this factor's logarithm at most: a pause of the machine is no cost. All and the
+step's place are moved by the same surprise: if pauses moved all by more, the calm steps after them would move their
+place back for it, and what was not tried meanwhile would seem ever dearer beside it."""
 
 
 class CostModel:
@@ -128,8 +129,6 @@ def _correct(
         for b, weight_b in ((j, 1 - v), (j + 1, v)):
             weight = weight_a * weight_b
             met[a, b] += weight
-            if met[a, b] > 3:
-                left = min(max(left, -_MOST_AT_PLACE), _MOST_AT_PLACE)
             table[a, b] *= np.exp(max(_PLACE_RATE, 1.0 / (met[a, b] + 1.0)) * weight * left)
         if weight_a > 0:
             _level(table[a], met[a])

@@ -8,13 +8,13 @@ compared again. What was drafted has no part in it but through what earlier step
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_COMPARED = 8
-"""decisions that are compared before steps go without"""
+_COMPARED, _COMPARED_AGAIN = 8, 2
+"""decisions that are compared before steps go without: at first, and between stretches that went without"""
 _MARGIN = 1.02
 """whole drafts must promise this much more than decided ones"""
-_FEWEST, _MOST = 8, 64
+_FEWEST, _MOST = 8, 128
 """steps without a decision: twice as many every time, while they go on to promise more"""
-_MEMORY = 8.0
+_MEMORY = 32
 """comparisons that count fully; older ones fade"""
 
 
@@ -28,11 +28,10 @@ class Outlook(NamedTuple):
     def longer(self, seconds: float) -> "Outlook":
         return Outlook(self.tokens, self.seconds + seconds)
 
-    def towards(self, newer: "Outlook") -> "Outlook":
+    def towards(self, newer: "Outlook", rate: float) -> "Outlook":
         """A running mean."""
         return Outlook(
-            self.tokens + (newer.tokens - self.tokens) / _MEMORY,
-            self.seconds + (newer.seconds - self.seconds) / _MEMORY,
+            self.tokens + rate * (newer.tokens - self.tokens), self.seconds + rate * (newer.seconds - self.seconds)
         )
 
     @property
@@ -51,7 +50,8 @@ class Delegation:
         """What was compared does not hold any more."""
         self._of = -1, 0
         """drafter, and sequences"""
-        self._left = self._compared = 0
+        self._left = self._compared = self._seen = 0
+        """steps to go, and comparisons since the last that went without a decision, and of all"""
         self._window = _FEWEST
         """steps of the next delegation"""
 
@@ -61,14 +61,15 @@ class Delegation:
         if self._of != (drafter, rows):
             self.stop()
             self._of = drafter, rows
-            self._plain, self._decided, self._whole = plain, decided, whole
-        self._plain, self._decided = self._plain.towards(plain), self._decided.towards(decided)
-        self._whole = self._whole.towards(whole)
+        self._seen += 1
+        rate = 1 / min(self._seen, _MEMORY)
+        self._plain, self._decided = self._plain.towards(plain, rate), self._decided.towards(decided, rate)
+        self._whole = self._whole.towards(whole, rate)
         self._compared += 1
         best = self._whole.rate > max(_MARGIN * self._decided.rate, self._plain.rate)
         if not best:
             self._window = _FEWEST
-        elif self._compared >= _COMPARED:
+        elif self._compared >= (_COMPARED if self._window == _FEWEST else _COMPARED_AGAIN):
             self._left, self._compared = self._window, 0
             self._window = min(2 * self._window, _MOST)
         return best
@@ -99,23 +100,24 @@ class Lull:
         """whether nobody drafts in this step, nor in those left"""
         self.delegate: int | None = None
         """whose drafts are verified as they are"""
-        self._rows = self._steps = self._left = 0
+        self._rows = self._steps = self.left = 0
+        """sequences; and steps after the one that decided on them, in all and to come"""
 
     def begin(self, delegate: int | None, rows: int, steps: int) -> None:
         """This step and so many more."""
         self.rests, self.delegate = delegate is None, delegate
-        self._rows, self._steps, self._left = rows, steps, steps
+        self._rows, self._steps, self.left = rows, steps, steps
 
     def goes_on(self, rows: int) -> bool:
         """Whether another step, of so many sequences, is one of them."""
-        if not self._left or rows != self._rows:
+        if not self.left or rows != self._rows:
             return False
-        self._left -= 1
+        self.left -= 1
         return True
 
     def end(self) -> int:
         """Steps that went by after the one that decided on them."""
-        passed = self._steps - self._left
+        passed = self._steps - self.left
         self.begin(None, 0, 0)
         self.rests = False
         return passed

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -10,12 +10,44 @@ from drafters.acceptance import CELL, NOMINAL, bucket
 
 FIRST, _MOST = 4, 16
 """tokens: to begin with, and at most"""
-_EVERY, _FURTHER = 16, 8
-"""askings between two choices, and which of them is for a token more: what one costs and brings stays known"""
+_EVERY = 16
+"""askings between two choices"""
+_BESIDE = (0, 1, 0, -1)
+"""askings by turns: of two in four for a token more, or less, what one costs and brings stays known"""
+_FURTHER = 2
+"""tokens beyond the longest draft so far that may be chosen: what lies far ahead is a guess"""
+_MARGIN = 1.01
+"""A further token must promise this much more: where the curve is flat, the shorter draft is the surer."""
 _MEMORY = 0.98
 """what an asking counts for beside the next"""
 _SPREAD = 0.05
 """variance of widths, in tokens squared, that the guess of a token's time counts for: as long as all else takes"""
+
+
+@dataclass(slots=True)
+class Line:
+    """Running means of widths and of what is seen at them, and how the one follows the other."""
+
+    weight: float = 0.0
+    width: float = 0.0
+    height: float = 0.0
+    _spread: float = 0.0
+    _together: float = 0.0
+    """variance of the widths, and covariance"""
+
+    def add(self, width: float, height: float) -> None:
+        self.weight = _MEMORY * self.weight + 1
+        rate = 1 / self.weight
+        off, above = width - self.width, height - self.height
+        self.width, self.height = self.width + rate * off, self.height + rate * above
+        self._spread = (1 - rate) * (self._spread + rate * off * off)
+        self._together = (1 - rate) * (self._together + rate * off * above)
+
+    def slope(self, guess: float) -> float:
+        return (self._together + _SPREAD * guess) / (self._spread + _SPREAD)
+
+    def at(self, width: float, slope: float) -> float:
+        return self.height + slope * (width - self.width)
 
 
 @dataclass(slots=True)
@@ -26,43 +58,48 @@ class Reach:
     """that pay best, as far as is known"""
     accepted: float = math.inf
     """of them, on average"""
+    _widest: int = 0
+    """draft that it made"""
     _asked: int = 0
     _chosen_at: int = 0
     """askings that had gone by"""
-    _weight: float = 0.0
-    _width: float = 0.0
-    _seconds: float = 0.0
-    """running means"""
-    _spread: float = 0.0
-    _together: float = 0.0
-    """of the widths, and of widths and seconds: variance and covariance"""
+    _asking: Line = field(default_factory=Line)
+    """seconds"""
+    _verifying: Line = field(default_factory=Line)
+    """seconds beyond those that all drafters' drafts of this width take: caches are colder after some than others"""
 
     @property
     def next(self) -> int:
         """Tokens to ask for in this step."""
-        return min(self.tokens + (self._asked % _EVERY == _FURTHER), _MOST)
+        return min(max(self.tokens + _BESIDE[self._asked % len(_BESIDE)], 1), _MOST)
+
+    @property
+    def known(self) -> bool:
+        """Whether its time was ever measured."""
+        return self._asking.weight > 0
 
     def was_asked(self, width: int, seconds: float) -> None:
         """Drafts of up to `width` tokens took so long."""
-        if self._weight:
-            seconds = min(seconds, 2 * self.seconds(width))  # a pause of the machine is no cost
-        self._asked += 1
-        self._weight = _MEMORY * self._weight + 1
-        rate = 1 / self._weight
-        off, late = width - self._width, seconds - self._seconds
-        self._width, self._seconds = self._width + rate * off, self._seconds + rate * late
-        self._spread = (1 - rate) * (self._spread + rate * off * off)
-        self._together = (1 - rate) * (self._together + rate * off * late)
+        if self.known:
+            if seconds < self.seconds(width) / 2:
+                self._asking = Line()  # what came before was a pause, or compiling
+            else:
+                seconds = min(seconds, 2 * self.seconds(width))  # a pause of the machine is no cost
+        self._asked, self._widest = self._asked + 1, max(self._widest, width)
+        self._asking.add(width, seconds)
 
-    @property
-    def _each(self) -> float:
-        """Seconds that a token more takes."""
-        guess = self._seconds / (self._width + 1)
-        return max((self._together + _SPREAD * guess) / (self._spread + _SPREAD), 0.0)
+    def was_verified(self, width: float, seconds: float, usual: float) -> None:
+        """Whole drafts of `width` tokens, on average, took so long, where `usual` was expected."""
+        self._verifying.add(width, min(seconds, 2 * usual) - usual)
 
     def seconds(self, tokens: int) -> float:
         """Of asking for so many."""
-        return max(self._seconds + self._each * (tokens - self._width), 0.0)
+        slope = max(self._asking.slope(self._asking.height / (self._asking.width + 1)), 0.0)
+        return max(self._asking.at(tokens, slope), 0.0)
+
+    def beyond(self, tokens: int) -> float:
+        """Seconds that verifying so many takes beyond what is usual."""
+        return self._verifying.at(tokens, max(self._verifying.slope(0.0), 0.0))
 
     @property
     def due(self) -> bool:
@@ -82,12 +119,13 @@ class Reach:
         before, best = self.tokens, 0.0
         by_depth = counts.sum((0, 1))
         expected, survival, chance = 1.0, 1.0, NOMINAL[0]
-        for tokens in range(1, _MOST + 1):
+        for tokens in range(1, min(_MOST, self._widest + _FURTHER) + 1):
             accepted, seen = by_depth[bucket(-1, -1.0, tokens - 1)[2]]
             chance = (accepted + chance * CELL) / (seen + CELL)
             survival *= chance
             expected += survival
-            rate = rows * expected / (seconds(rows, rows * (1 + tokens)) + overhead + self.seconds(tokens))
-            if rate > best:
+            verifying = seconds(rows, rows * (1 + tokens)) + self.beyond(tokens)
+            rate = rows * expected / (verifying + overhead + self.seconds(tokens))
+            if rate > best * _MARGIN:
                 best, self.tokens, self.accepted = rate, tokens, expected - 1
         return self.tokens != before

@@ -6,23 +6,32 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from drafters.delegation import Outlook
 from drafters.reach import FIRST, Reach
 
 DEAR = 0.03
 """A drafter that takes more than this part of a plain step is judged whenever it is asked."""
 _PATIENCE, _DEAR_PATIENCE = 12, 2
 """steps in a row in which it did not pay, after which it sleeps"""
+_TRIES, _HOPELESS = 8, -0.3
+"""Steps in a row in which one that reads is asked, at first and when it wakes, before it may sleep, and the gain below
+which it is spared the rest: the first of them finds caches cold, and it reads what it missed."""
 _EXPLORATION = 0.01
 """part of the time that asking drafters which do not pay is to take, all of them together; shorter sleeps take more"""
 _SHORTEST, _LONGEST, _LONGEST_OF_READERS = 16, 128, 512
 """steps of a sleep when it is longest: at least, for drafters that cost next to nothing, at most, and at most for those
 that have to read what they missed"""
+_TOGETHER = 32
+"""Longer sleeps end in a step whose number is a multiple of this."""
 _RETRY_AFTER = 8
 """steps after which a sleeper that costs little to wake is asked where the batch has become half or twice as large"""
 SAMPLE = 4
 """sequences that a drafter which reads is asked for, to see whether it still does not pay"""
-_RATE = 0.1
-_UNKNOWN = 1 << 40
+_RATE, _RATE_OF_READERS = 0.1, 0.03
+"""what a judgement counts for in the mean: drafts of a model promise much in one step and little in the next"""
+_FEWEST = 3
+"""judgements that what seems hopeless rests on"""
+_UNKNOWN, _NOTHING = 1 << 40, Outlook(0, 0)
 
 
 @dataclass(slots=True)
@@ -41,6 +50,12 @@ class Standing:
     """tokens that a draft is to have at most in this step"""
     gain: float = math.nan
     """by how much asking it raises tokens a second, its own time included; not a number before it is known"""
+    _judgements: int = 0
+    _found: Outlook = _NOTHING
+    _otherwise: Outlook = _NOTHING
+    """running means of what steps with and without it promise"""
+    _whole: Outlook = _NOTHING
+    """what a step promises, on average, in which all that it drafts is verified; 0: that is not known"""
     _asking: float = math.nan
     """of one that does not read"""
     _telling: float = math.nan
@@ -54,6 +69,7 @@ class Standing:
     _idle: int = 0
     _wakes: int = 0
     """step"""
+    _tries: int = _TRIES
     doubted: bool = False
     """whether it has slept, and goes back to sleep unless it pays now"""
 
@@ -68,9 +84,17 @@ class Standing:
         if not self.reads:
             return
         if self.reach.due and self.reach.choose(counts, rows, seconds, overhead) and self.gain <= 0:
-            self.gain, self._idle = math.nan, 0
-        # while it does not pay, what it would do further on is to be seen, too
-        self.limit = max(self.reach.next, FIRST) if self.gain <= 0 else self.reach.next
+            self.gain, self._idle, self._judgements = math.nan, 0, 0
+        tokens = self.reach.tokens
+        if math.isfinite(self.reach.accepted):
+            verifying = seconds(rows, rows * (1 + tokens)) + self.reach.beyond(tokens) + overhead
+            self._whole = Outlook(rows * (1 + self.reach.accepted), verifying).longer(self.seconds)
+        self.limit_to(self.reach.next)
+
+    def limit_to(self, tokens: int) -> None:
+        """How far to ask it in this step, if it reads: while it does not pay, what more would do is to be seen, too."""
+        if self.reads:
+            self.limit = max(tokens, FIRST) if self.gain <= 0 else tokens
 
     def usual(self, budgets: np.ndarray) -> np.ndarray:
         """int64 [B], how long its drafts are taken to be in this step before they are seen."""
@@ -87,10 +111,17 @@ class Standing:
         """Its own time, measured in a step's."""
         return self.seconds / seconds
 
+    @property
+    def tried(self) -> bool:
+        """Whether its drafts are to be verified even where they seem not to pay, to see whether they do."""
+        return self.reads and self.gain <= 0 and self._tries > 0
+
     def begin_step(self, rows: int) -> bool:
         """Whether to ask it in this step, with so many sequences."""
         awake = self.awake(rows)
         self._step += 1
+        if awake and self.reads and self._step - self._asked > 1:
+            self._tries, self._judgements = _TRIES, 0
         if self._width:
             self.widest = self._width if self.widest == _UNKNOWN else max(self.widest, self._width)
         return awake
@@ -122,8 +153,8 @@ class Standing:
         """It proposed drafts of up to `width` tokens, for all sequences where it was asked as a whole."""
         if whole and not self.reads:
             self._asking = _usual(self._asking, seconds)
-        elif whole and width:
-            self.reach.was_asked(width, seconds)
+        elif whole and width and (self._step - self._asked <= 1 or not self.reach.known):
+            self.reach.was_asked(width, seconds)  # but not where it read what it had missed
         self._latest, self._asked, self._rows = seconds, self._step, rows
         self._width = width
 
@@ -131,22 +162,39 @@ class Standing:
         """It observed a step."""
         self._telling = _usual(self._telling, seconds)
 
-    def judged(self, gain: float, plain: float, steps: int = 1, deciding: float = 0.0, drafters: int = 1) -> None:
-        """Asking it raised tokens a second by `gain`, where a step without drafts takes `plain` seconds; a sample of
-        so many steps. To wake it alone took `deciding` seconds beside its own; it is one of so many drafters."""
-        self.gain = gain if math.isnan(self.gain) else self.gain + _RATE * (gain - self.gain)
+    def judged(
+        self, found: Outlook, otherwise: Outlook, plain: float, steps: int = 1, deciding: float = 0.0, drafters: int = 1
+    ) -> None:  # fmt: skip
+        """What a step promises that asks it, and one that does not, where a step without drafts takes `plain` seconds;
+        a sample of so many steps. Asked alone, it took `deciding` seconds beside its own; it is one of so many
+        drafters. Single drafts promise very different things: gains are of their means."""
+        self._judgements += 1
+        rate = max(1 / self._judgements, _RATE_OF_READERS if self.reads else _RATE)
+        self._found, self._otherwise = self._found.towards(found, rate), self._otherwise.towards(otherwise, rate)
+        self.gain = self._found.rate / self._otherwise.rate - 1
+        if deciding and self._whole.seconds:
+            self.gain = max(self.gain, self._whole.rate / otherwise.rate - 1)
+        self._tries = max(self._tries - 1, 0)
         if self.gain > 0:
             self._idle, self.doubted = 0, False
             return
         self._idle += steps
         cost = self.part_of(plain)
+        trying = self.tried and self._rows <= SAMPLE
+        if trying and (self.gain > _HOPELESS or self._judgements < _FEWEST):
+            return
         over = self._idle - (_DEAR_PATIENCE if cost > DEAR else _PATIENCE)
         if over > 0:
-            taken = self._latest if self.reads else self.seconds
-            longest = max((taken + deciding) / plain / _EXPLORATION * drafters, _SHORTEST)
+            taken = (self._latest if self.reads else self.seconds) + deciding
+            if self.reads:
+                taken = max(taken, -self.gain * self._judgements * self._found.seconds)
+            longest = max(taken / plain / _EXPLORATION * drafters, _SHORTEST)
             longest = min(longest, _LONGEST_OF_READERS if self.reads else _LONGEST)
             self.doubted = True
-            self._wakes = self._step + 1 + int(longest if cost > DEAR else min(longest, 1 + over / 2))
+            steps = int(longest if cost > DEAR else min(longest, 1 + over / 2))
+            self._wakes = self._step + 1 + steps
+            if steps >= _TOGETHER:  # in steps in which others wake, too: one decision for all
+                self._wakes += -self._wakes % _TOGETHER
 
 
 class Standings:

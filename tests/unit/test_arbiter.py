@@ -287,6 +287,17 @@ def test_decisions_repeat_with_the_same_costs():
     assert guess.needs == guess.ensemble.needs and not guess.costs.learns
 
 
+def test_pauses_among_steps_without_drafts_do_not_make_drafts_seem_dearer():
+    """Calm steps after a pause undo it in all that it moved, alike."""
+    rng, costs = np.random.default_rng(0), CostModel()
+    costs.fit({(1, 1): 6e-4, (1, 2): 6.6e-4, (1, 4): 7.6e-4, (1, 8): 1e-3})
+    before = costs.seconds(1, 4) / costs.seconds(1, 1)
+    for _ in range(6000):
+        pause = rng.exponential(1.0) if rng.random() < 0.05 else 0.0
+        costs.observe_plain([(1, 6e-4 * (1 + 0.03 * abs(rng.normal())) * (1 + pause))])
+    assert costs.seconds(1, 4) / costs.seconds(1, 1) == pytest.approx(before, rel=0.1)
+
+
 def test_it_learns_costs_from_the_steps_and_then_does_as_well_as_with_known_ones():
     cost = COSTS["a knee at 16"]
     recorded = rollouts(3, prompts=12)

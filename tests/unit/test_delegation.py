@@ -16,14 +16,14 @@ def compared(delegation, decided, whole, drafter=0, rows=1, times=8, plain=PLAIN
 
 def test_steps_without_decisions_become_more_while_they_promise_more():
     delegation, windows = Delegation(), []
-    for _ in range(5):
-        assert all(compared(delegation, BAD, GOOD))
+    for times in (8, 2, 2, 2, 2, 2):
+        assert all(compared(delegation, BAD, GOOD, times=times - 1)) and taken(delegation) == 0
+        assert all(compared(delegation, BAD, GOOD, times=1))
         windows.append(taken(delegation))
-    assert windows == [8, 16, 32, 64, 64]
-    assert not compared(delegation, Outlook(30.0, 1.0), GOOD, times=1)[0]
+    assert windows == [8, 16, 32, 64, 128, 128]
+    assert not compared(delegation, Outlook(99.0, 1.0), GOOD, times=1)[0]
     while not compared(delegation, BAD, GOOD, times=1)[0]:
         pass
-    compared(delegation, BAD, GOOD, times=7)
     assert taken(delegation) == 8
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from drafters.acceptance import CONFIDENCES, DEPTHS, MATCHES
 from drafters.arbiter import ArbiterDrafter
 from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceStart, Verified
 from drafters.cost_model import CostModel
+from drafters.delegation import Outlook
 from drafters.late import Backlog, merged
 from drafters.slots import Slots, with_room
 from drafters.stack import Stack
@@ -150,6 +152,10 @@ def test_the_first_of_the_largest_logits_counts():
 # ---- standings ------------------------------------------------------------------------------------------------------
 
 
+NOTHING = Outlook(1.0, 1.0)
+"""a step that asks nobody"""
+
+
 def sleeps(gain, seconds, steps=200):
     """Steps of `steps` in which a drafter of such gain and cost, in steps of one second, is asked."""
     standing, asked = Standing(), 0
@@ -157,7 +163,7 @@ def sleeps(gain, seconds, steps=200):
         if standing.begin_step(4):
             asked += 1
             standing.was_asked(4, seconds, 3)
-            standing.judged(gain(step), 1.0)
+            standing.judged(Outlook(1 + gain(step), 1.0), NOTHING, 1.0)
     return asked
 
 
@@ -171,12 +177,52 @@ def test_a_sleeper_wakes_where_it_begins_to_pay():
     assert sleeps(lambda step: 0.3 if step > 100 else -0.01, 0.01) > 80
 
 
+def reader(gains, rows=1, seconds=0.5, steps=40):
+    """Steps in which a drafter is asked that reads, and pays by such gains in turns."""
+    standing, asked = Standing(reads=True), []
+    for step in range(steps):
+        if standing.begin_step(rows):
+            asked.append(step)
+            standing.was_asked(rows, seconds, 3)
+            standing.judged(Outlook(1 + gains[step % len(gains)], 1.0), NOTHING, 1.0)
+    return asked
+
+
+def test_a_reader_may_promise_little_in_some_steps_and_is_tried_before_it_sleeps():
+    assert reader([-0.25, -0.25, -0.25, 0.9]) == list(range(40)), "on average it pays"
+    assert reader([-0.1]) == list(range(8))
+    assert len(reader([-0.1], steps=180)) == 16, "and when it wakes"
+    assert reader([-0.6]) == [0, 1, 2], "hopeless"
+    assert len(reader([-0.1], rows=64)) == 3, "of many sequences reading takes too long"
+
+
+def test_what_a_reader_missed_is_not_what_asking_it_takes():
+    standing, asked = Standing(reads=True), 0
+    for step in range(1200):
+        if standing.begin_step(1):
+            standing.was_asked(1, 9.0 if step - asked > 1 else 0.5, 4)
+            standing.judged(Outlook(2.0 if step < 200 else 0.1, 1.0), NOTHING, 1.0)
+            asked = step
+    assert asked > 800 and standing.asleep and standing.seconds == pytest.approx(0.5, rel=0.01)
+
+
+def test_whole_drafts_that_pay_on_average_keep_a_reader_awake():
+    standing, counts = Standing(reads=True), np.zeros((MATCHES, CONFIDENCES, DEPTHS, 2))
+    counts[..., :] = 90, 100
+    for _ in range(100):
+        assert standing.begin_step(1)
+        standing.consider(counts, 1, lambda rows, tokens: 1.0, 0.0)
+        standing.was_asked(1, 0.2, standing.limit)
+        standing.judged(Outlook(0.8, 1.0), NOTHING, 1.0, deciding=0.01)
+    assert standing.gain > 1
+
+
 def test_a_drafter_that_reads_is_judged_apart_for_batches_of_other_sizes():
     standings = Standings(reads=True)
     for _ in range(4):
         if standings.of(64).begin_step(64):
             standings.of(64).was_asked(64, 0.5, 3)
-            standings.of(64).judged(-0.5, 1.0)
+            standings.of(64).judged(Outlook(0.5, 1.0), NOTHING, 1.0)
     assert standings.of(33) is standings.of(64) is not standings.of(32) and standings.of(1) is not standings.of(2)
     assert not standings.of(64).begin_step(64) and standings.of(2).begin_step(2)
 
@@ -188,7 +234,7 @@ def test_for_others_a_batch_of_another_size_is_a_reason_to_ask_again():
     for _ in range(7):
         if standing.begin_step(64):
             standing.was_asked(64, 0.5, 3)
-            standing.judged(-0.5, 1.0)
+            standing.judged(Outlook(0.5, 1.0), NOTHING, 1.0)
     assert not standing.awake(64) and not standing.awake(2)
     for _ in range(6):
         assert not standing.begin_step(64)

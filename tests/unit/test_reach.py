@@ -51,6 +51,35 @@ def test_a_pause_of_the_machine_is_no_cost():
     assert reach.seconds(4) < 1.05
 
 
+def test_compiling_is_no_cost_either():
+    reach = Reach()
+    for step in range(6):
+        reach.was_asked(4, 1.0 if step else 900.0)
+    assert reach.seconds(4) == pytest.approx(1.0)
+
+
+def test_what_verifying_takes_beyond_what_is_usual_is_learnt_by_width():
+    reach, counts = Reach(), counts_of(*[0.95] * DEPTHS)
+    for _ in range(400):
+        width = reach.next
+        reach.was_asked(width, 0.2)
+        usual = seconds(1, 1 + width)
+        reach.was_verified(width, usual + 0.05 + 0.04 * width, usual)
+        if reach.due:
+            reach.choose(counts, 1, seconds, 0.0)
+    assert reach.beyond(reach.tokens) == pytest.approx(0.05 + 0.04 * reach.tokens, rel=0.05)
+    best = max(range(1, 17), key=lambda n: sum(0.95**k for k in range(n + 1)) / (0.75 + 0.09 * n))
+    assert abs(reach.tokens - best) <= 1 < 16 - best
+
+
+def test_a_token_more_and_one_less_are_asked_for_by_turns():
+    reach, widths = Reach(), []
+    for _ in range(8):
+        widths.append(reach.next)
+        reach.was_asked(widths[-1], 1.0)
+    assert widths == [4, 5, 4, 3] * 2
+
+
 def test_what_a_draft_promises_is_the_sum_of_its_tokens_survivals():
     counts, chances = np.zeros((1, MATCHES, CONFIDENCES, DEPTHS, 2)), np.zeros((1, MATCHES, CONFIDENCES, DEPTHS))
     counts[0] = counts_of(0.9, 0.8, 0.5, 0.5, 0.5)
