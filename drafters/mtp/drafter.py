@@ -132,8 +132,9 @@ class MTPDrafter(BaseDrafter):
         texts = [text for text, budget in zip(known, budgets.tolist(), strict=True) if budget]
         self._texts.read_prompts(texts)
         whole = self._head.chains(max(len(texts), sum(text.waiting for text in texts)))
-        if not whole:
+        if not whole:  # too much is left to read at once
             self._texts.read(texts)
+            whole = self._head.chains(len(texts))
         facts = np.array([(text.seed, text.rows) for text in known], np.int64).reshape(-1, 2)
         seeds, rows = facts[:, 0].copy(), facts[:, 1].copy()
         # Nothing can be drafted after a prompt of a single token, whose successor no row predicts.

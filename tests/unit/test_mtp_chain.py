@@ -80,6 +80,15 @@ def test_whole_drafts_are_those_of_the_parts(decoder, threads, options):
     assert max(compared(whole.steps(), parts.steps())) == (1 if options.get("max_tokens") else 4)
 
 
+def test_what_is_too_much_to_read_in_the_call_is_read_before_it(decoder, threads, monkeypatch):
+    whole, parts = (Follower(decoder, way, {}) for way in (True, False))
+    head, made = whole.drafter._head, []
+    chained, fits = MTPDrafter._chained, head.chains
+    monkeypatch.setattr(head, "chains", lambda rows: rows <= 4 and fits(rows))
+    monkeypatch.setattr(MTPDrafter, "_chained", lambda self, *given: made.append(1) or chained(self, *given))
+    assert max(compared(whole.steps(), parts.steps())) == 4 and len(made) == 5
+
+
 def test_drafts_by_truncated_laws_and_whole_ones_follow_each_other(decoder, threads):
     truncation = Truncation.of([SamplingParams(top_k=k) for k in (3, 0, 0, 5)])
     whole, parts = (Follower(decoder, way, {}) for way in (True, False))
