@@ -12,6 +12,7 @@ from numba import njit
 
 from drafters.base import Drafter, DraftRequest, Needs, Proposal, SequenceStart, Target, Verified
 from pipeline.errors import UsageError
+from pipeline.models.cpu_kernels import highest
 
 T = TypeVar("T")
 
@@ -357,16 +358,18 @@ def _are_distributions(
 ) -> bool:
     """Whether q [B, K, V] are distributions that give the tokens ids [B, K] something, for the first `lengths` [B] of
     the rows that were `sampled` [B]; fills the `peaks` [B] of their first ones."""
+    words = q.view(np.int32)  # loops over bits become vector instructions
     for b in range(q.shape[0]):
         if sampled[b]:
             for k in range(lengths[b]):
-                row, total, least, most = q[b, k], np.float32(0), np.float32(0), np.float32(0)
+                row, signs, total = q[b, k], words[b, k, 0], np.float32(0)
                 for v in range(len(row)):
                     total += row[v]
-                    least = min(least, row[v])
-                    most = max(most, row[v])
-                if not (least >= 0 and abs(total - np.float32(1)) < np.float32(1e-3) and row[ids[b, k]] > 0):
+                    signs |= words[b, k, v]
+                if signs < 0 and row.min() < 0:  # and not a zero with a sign
+                    return False
+                if not (abs(total - np.float32(1)) < np.float32(1e-3) and row[ids[b, k]] > 0):
                     return False
                 if k == 0:
-                    peaks[b] = most
+                    peaks[b] = highest(row)
     return True

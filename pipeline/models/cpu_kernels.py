@@ -84,6 +84,26 @@ def exponential(x: float) -> float:
     return p * _power_of_two(np.int32(n))
 
 
+@intrinsic
+def float_of(context: Any, word: Any) -> Any:
+    """The float32 that an int32 is the bits of."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), build
+
+
+@njit(inline="always")
+def highest(row: np.ndarray) -> float:
+    """The greatest of float32 [N], by their bits, in which a loop becomes vector instructions: of two numbers the
+    greater has the greater, once those of negative ones are turned. Not a number, where one is that has no sign."""
+    words, most = row.view(np.int32), np.int32(-(2**31))
+    for k in range(len(words)):
+        most = max(most, words[k] ^ ((words[k] >> 31) & np.int32(0x7FFFFFFF)))
+    return float_of(np.int32(most ^ ((most >> 31) & np.int32(0x7FFFFFFF))))
+
+
 @njit(fastmath=FAST, cache=True)
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.ndarray) -> None:
     """Rows of `x` [N, H] over their root mean square, times `weight` float32 [H] (Zhang and Sennrich, 2019)."""
@@ -281,9 +301,7 @@ def _softmax(weights: np.ndarray, r: int, begin: int, end: int) -> None:
     """
     for k in range(begin):
         weights[r, k] = -np.inf
-    greatest = np.float32(-np.inf)
-    for k in range(end):
-        greatest = max(greatest, weights[r, k])
+    greatest = highest(weights[r, :end])
     total = np.float32(0)
     for k in range(end):
         weights[r, k] = exponential(weights[r, k] - greatest)

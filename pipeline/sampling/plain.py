@@ -10,7 +10,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from pipeline.models.cpu_kernels import FAST, exponential
+from pipeline.models.cpu_kernels import FAST, exponential, highest
 from pipeline.sampling.uniforms import Stream, uniforms
 from pipeline.sampling.verification import VerifiedTokens, packed_rows
 
@@ -241,9 +241,7 @@ def _greatest(weights: np.ndarray, least: np.float32, count: int, mass: float) -
 def _weigh(row: np.ndarray, inverse: float, weights: np.ndarray, sums: np.ndarray) -> tuple[np.float32, float, float]:
     """The greatest logit, the sum of the weights e^((logit - greatest) / T), and that of weight times exponent; fills
     `weights` [V] and their sums by block, float64."""
-    greatest = np.float32(-np.inf)
-    for v in range(len(row)):
-        greatest = max(greatest, row[v])
+    greatest = highest(row)
     total, mean = 0.0, 0.0
     for block in range(len(sums)):
         part, moment = 0.0, 0.0
