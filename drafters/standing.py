@@ -59,8 +59,8 @@ class Standing:
     _asking: float = math.nan
     """of one that does not read"""
     _telling: float = math.nan
-    _latest: float = 0.0
-    """of the last time it was asked, for all sequences or a few"""
+    _spent: float = 0.0
+    """in asking it since it woke, for all sequences or a few"""
     _step: int = 0
     _asked: int = 0
     """step"""
@@ -121,7 +121,7 @@ class Standing:
         awake = self.awake(rows)
         self._step += 1
         if awake and self.reads and self._step - self._asked > 1:
-            self._tries, self._judgements = _TRIES, 0
+            self._tries, self._judgements, self._spent = _TRIES, 0, 0.0
         if self._width:
             self.widest = self._width if self.widest == _UNKNOWN else max(self.widest, self._width)
         return awake
@@ -155,7 +155,8 @@ class Standing:
             self._asking = _usual(self._asking, seconds)
         elif whole and width and (self._step - self._asked <= 1 or not self.reach.known):
             self.reach.was_asked(width, seconds)  # but not where it read what it had missed
-        self._latest, self._asked, self._rows = seconds, self._step, rows
+        self._spent += seconds
+        self._asked, self._rows = self._step, rows
         self._width = width
 
     def was_told(self, seconds: float) -> None:
@@ -176,7 +177,7 @@ class Standing:
             self.gain = max(self.gain, self._whole.rate / otherwise.rate - 1)
         self._tries = max(self._tries - 1, 0)
         if self.gain > 0:
-            self._idle, self.doubted = 0, False
+            self._idle, self.doubted, self._spent = 0, False, 0.0
             return
         self._idle += steps
         cost = self.part_of(plain)
@@ -185,9 +186,10 @@ class Standing:
             return
         over = self._idle - (_DEAR_PATIENCE if cost > DEAR else _PATIENCE)
         if over > 0:
-            taken = (self._latest if self.reads else self.seconds) + deciding
-            if self.reads:
-                taken = max(taken, -self.gain * self._judgements * self._found.seconds)
+            taken = deciding + self.seconds
+            if self.reads:  # what it missed, and less in some steps than there would have been without it
+                missed = max(self._spent - self._judgements * self.seconds, 0.0)
+                taken = deciding + missed - self.gain * self._judgements * self._found.seconds
             longest = max(taken / plain / _EXPLORATION * drafters, _SHORTEST)
             longest = min(longest, _LONGEST_OF_READERS if self.reads else _LONGEST)
             self.doubted = True
