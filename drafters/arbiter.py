@@ -324,15 +324,17 @@ class ArbiterDrafter(CompositeDrafter):
             return
         if self._lull.delegate is not None:
             if step and verified.seconds > 0:
-                usual = self.costs.seconds(rows, rows + drafted)
-                self._standings[self._lull.delegate].reach.was_verified(drafted / rows, verified.seconds, usual)
-                self.costs.observe(rows, rows + drafted, verified.seconds)
+                reach, usual = self._standings[self._lull.delegate].reach, self.costs.seconds(rows, rows + drafted)
+                reach.was_verified(drafted / rows, verified.seconds, usual)
+                # What such drafts take beyond others says nothing of steps without them.
+                self.costs.observe(rows, rows + drafted, verified.seconds - reach.beyond(drafted / rows))
             self._tell_delegate(verified)
             self._learn(verified)
             return
         entered = self._clock()
         self._plain_steps.teach()
-        self.costs.observe(rows, rows + drafted, verified.seconds)
+        if drafted or self._plain_steps.settled:
+            self.costs.observe(rows, rows + drafted, verified.seconds)
         telling = self._tell_awake(verified)
         self._learn(verified)
         self._learning = _smoothed(self._learning, self._clock() - entered - telling)

@@ -5,7 +5,9 @@ from drafters.cost_model import CostModel
 _NEEDED = 4
 """steps without drafts, of about as many sequences, that a decision to draft rests on at least"""
 _EVERY = 128
-"""drafted steps after which there is another: what not drafting takes is not learnt from drafting"""
+"""drafted steps after which there are some more: what not drafting takes is not learnt from drafting"""
+_SETTLED = 3
+"""Steps without drafts in a row of which the last is learnt from: the first finds the caches full of what drafted."""
 
 
 class PlainSteps:
@@ -17,8 +19,15 @@ class PlainSteps:
         """sequences and seconds, of which the costs have not learnt yet"""
         self._known: set[int] = set()
         """numbers of sequences for which what not drafting takes is known"""
-        self._drafted = self._untimed = 0
-        """steps in a row that had drafts, and of which nobody said what they took"""
+        self._drafted = self._plain = self._untimed = 0
+        """steps in a row that had drafts, that had none, and of which nobody said what they took"""
+        self._begun = False
+        """whether steps are going on that are to show it"""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last step shows what not drafting takes."""
+        return self._plain >= _SETTLED
 
     def due(self, rows: int) -> bool:
         """Whether a step of so many sequences is to show what it takes without drafts."""
@@ -28,16 +37,18 @@ class PlainSteps:
             if self._costs.plain_steps(rows) < _NEEDED:
                 return True
             self._known.add(rows)
-        return self._drafted >= _EVERY
+        self._begun = self._drafted >= _EVERY or (self._begun and 0 < self._plain < _SETTLED)
+        return self._begun
 
     def count(self, drafted: bool, seconds: float) -> None:
         """A step that took so many seconds, 0 where that is not known."""
-        self._drafted = self._drafted + 1 if drafted else 0
+        self._drafted, self._plain = (self._drafted + 1, 0) if drafted else (0, self._plain + 1)
         self._untimed = 0 if seconds > 0 else self._untimed + 1
 
     def keep(self, rows: int, seconds: float) -> None:
         """A step without drafts, for the costs to learn from later."""
-        self._kept.append((rows, seconds))
+        if self.settled:
+            self._kept.append((rows, seconds))
 
     def teach(self) -> None:
         """The costs, what was kept."""

@@ -97,7 +97,7 @@ class Reach:
         slope = max(self._asking.slope(self._asking.height / (self._asking.width + 1)), 0.0)
         return max(self._asking.at(tokens, slope), 0.0)
 
-    def beyond(self, tokens: int) -> float:
+    def beyond(self, tokens: float) -> float:
         """Seconds that verifying so many takes beyond what is usual."""
         return self._verifying.at(tokens, max(self._verifying.slope(0.0), 0.0))
 

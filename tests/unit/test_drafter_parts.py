@@ -13,6 +13,7 @@ from drafters.base import BaseDrafter, DraftRequest, Needs, Proposal, SequenceSt
 from drafters.cost_model import CostModel
 from drafters.delegation import Outlook
 from drafters.late import Backlog, merged
+from drafters.plain_steps import PlainSteps
 from drafters.slots import Slots, with_room
 from drafters.stack import Stack
 from drafters.standing import DEAR, Standing, Standings
@@ -118,12 +119,28 @@ def test_steps_in_which_all_sleep_teach_what_not_drafting_takes():
         arbiter.observe(verified({1: [3]}))
     arbiter._standings_by_size[0].of(1)._wakes = 40
     known = arbiter.costs.plain_steps(1)
-    for _ in range(39):
+    for _ in range(43):
         arbiter.propose(DraftRequest([1], np.array([4]), np.ones(1, np.float32)))
         arbiter.observe(Verified([1], [np.array([3])], np.zeros(1, np.int64), seconds=0.25))
     arbiter.propose(DraftRequest([1], np.array([4]), np.ones(1, np.float32)))
     assert arbiter.costs.plain_steps(1) >= known + 38
     assert arbiter.costs.seconds(1, 1) == pytest.approx(0.25, rel=0.05)
+
+
+def test_steps_without_drafts_teach_once_the_caches_are_theirs():
+    costs, drafted = CostModel.of(lambda rows, tokens: 1.0, learns=True), 300
+    steps = PlainSteps(costs)
+    costs._met[:] = 20
+    made = []
+    for _ in range(drafted):
+        due = steps.due(1)
+        made.append(due)
+        steps.count(not due, 1.0)
+        if due:
+            steps.keep(1, 5.0 if not steps.settled else 1.0)
+    steps.teach()
+    assert "".join("-d"[due] for due in made).split("-" * 128)[1:] == ["ddd", "ddd" + "-" * (drafted - 262)]
+    assert costs.seconds(1, 1) == pytest.approx(1.0)
 
 
 def test_token_recycling_follows_without_logits_and_learns_with_them():
