@@ -324,10 +324,9 @@ class ArbiterDrafter(CompositeDrafter):
             return
         if self._lull.delegate is not None:
             if step and verified.seconds > 0:
-                reach, usual = self._standings[self._lull.delegate].reach, self.costs.seconds(rows, rows + drafted)
-                reach.was_verified(drafted / rows, verified.seconds, usual)
-                # What such drafts take beyond others says nothing of steps without them.
-                self.costs.observe(rows, rows + drafted, verified.seconds - reach.beyond(drafted / rows))
+                usual = self.costs.seconds(rows, rows + drafted)
+                beyond = self._standings[self._lull.delegate].was_verified(drafted / rows, verified.seconds, usual)
+                self.costs.observe(rows, rows + drafted, verified.seconds - beyond)
             self._tell_delegate(verified)
             self._learn(verified)
             return

@@ -159,6 +159,14 @@ class Standing:
         self._asked, self._rows = self._step, rows
         self._width = width
 
+    def was_verified(self, tokens: float, seconds: float, usual: float) -> float:
+        """Whole drafts of so many tokens a sequence took so long, where `usual` was expected. Seconds of that which are
+        its own, if it reads, and say nothing of steps without its drafts."""
+        if not self.reads:
+            return 0.0
+        self.reach.was_verified(tokens, seconds, usual)
+        return self.reach.beyond(tokens)
+
     def was_told(self, seconds: float) -> None:
         """It observed a step."""
         self._telling = _usual(self._telling, seconds)
@@ -193,9 +201,9 @@ class Standing:
             longest = max(taken / plain / _EXPLORATION * drafters, _SHORTEST)
             longest = min(longest, _LONGEST_OF_READERS if self.reads else _LONGEST)
             self.doubted = True
-            steps = int(longest if cost > DEAR else min(longest, 1 + over / 2))
-            self._wakes = self._step + 1 + steps
-            if steps >= _TOGETHER:  # in steps in which others wake, too: one decision for all
+            asleep = int(longest if cost > DEAR else min(longest, 1 + over / 2))
+            self._wakes = self._step + 1 + asleep
+            if asleep >= _TOGETHER:  # in steps in which others wake, too: one decision for all
                 self._wakes += -self._wakes % _TOGETHER
 
 

@@ -223,6 +223,13 @@ def test_what_a_reader_missed_is_not_what_asking_it_takes():
     assert asked > 600 and standing.asleep and standing.seconds == pytest.approx(0.5, rel=0.01)
 
 
+def test_what_a_drafters_drafts_take_beyond_others_is_its_own_if_it_reads():
+    reader, table = Standing(reads=True), Standing()
+    for _ in range(20):
+        found = reader.was_verified(4, 1.3, 1.0), table.was_verified(4, 1.3, 1.0)
+    assert found == (pytest.approx(0.3), 0.0)
+
+
 def test_whole_drafts_that_pay_on_average_keep_a_reader_awake():
     standing, counts = Standing(reads=True), np.zeros((MATCHES, CONFIDENCES, DEPTHS, 2))
     counts[..., :] = 90, 100
