@@ -169,6 +169,9 @@ class EngineSection(Section):
     drafter: Annotated[Piece, option("drafter by name or module:Class, with its options")] = field(
         default_factory=lambda: {"name": "arbiter", "drafters": ["suffix-automaton"]}
     )
+    drafter_seconds: Annotated[
+        Annotated[float, Meta(gt=0, le=86400)], option("longest call of a drafter; a longer one switches it off")
+    ] = 20.0
     switching: SwitchingSection = field(default_factory=SwitchingSection)
     stagger: Annotated[bool, option("of more samples than run at once, one of each group goes ahead of the others")] = (
         True

@@ -73,6 +73,7 @@ def build_generator(config: Config, folder: Path, log: Log, goes_on: Callable[[]
     generator = NativeGenerator(
         folder,
         drafter=build(config.engine.drafter),
+        drafter_seconds=config.engine.drafter_seconds,
         max_sequences=config.engine.max_sequences,
         max_draft_tokens=config.engine.max_draft_tokens,
         stagger=config.engine.stagger,

@@ -1,7 +1,6 @@
 """The guard around a drafter, and the watchdog that names one that does not return."""
 
 import asyncio
-import functools
 import threading
 import time
 
@@ -14,7 +13,6 @@ from drafters.composite import CompositeDrafter, Ensemble, joined
 from drafters.guard import Guard, checked
 from drafters.rehearsal import VOCABULARY, Rehearsal, tiny_target
 from drafters.suffix_automaton import SuffixAutomatonDrafter
-from pipeline.engine.native import generator as generator_module
 from pipeline.engine.native.drafting import Drafting
 from pipeline.engine.native.generator import NativeGenerator
 from tests.unit.generation import Sampled, Scripted, finish, group, texts
@@ -140,12 +138,10 @@ class Both(CompositeDrafter):
 @pytest.mark.parametrize(
     ("bad", "why"), [(Broken(), "KeyError: 'lost'"), (Slow(0.3), "TooSlow: a call took 0.3 s, more than 0.2")]
 )
-def test_one_of_several_drafters_fails_alone(folder, monkeypatch, bad, why):
+def test_one_of_several_drafters_fails_alone(folder, bad, why):
     plain, events = NativeGenerator(folder, max_sequences=8), []
-    monkeypatch.setattr(generator_module, "Drafting", functools.partial(Drafting, call_seconds=0.2))
-    generator = NativeGenerator(
-        folder, drafter=Both(SuffixAutomatonDrafter(), bad), max_sequences=8, on_event=events.append
-    )
+    both = Both(SuffixAutomatonDrafter(), bad)
+    generator = NativeGenerator(folder, drafter=both, drafter_seconds=0.2, max_sequences=8, on_event=events.append)
     for g in (plain, generator):
         g.add(group(samples=8, max_new_tokens=30))
     done = finish(generator)

@@ -107,10 +107,10 @@ class Batch:
         return text[have : have + good + 1].tolist()
 
 
-def proposer(drafter: str, **options: object) -> DrafterProposer:
+def proposer(drafter: str, seconds: float = 20.0, **options: object) -> DrafterProposer:
     return DrafterProposer(
         SimpleNamespace(
-            additional_config={KEY: {"drafter": {"name": drafter, **options}}},
+            additional_config={KEY: {"drafter": {"name": drafter, **options}, "seconds": seconds}},
             model_config=SimpleNamespace(max_model_len=LENGTH, get_vocab_size=lambda: VOCABULARY),
             speculative_config=SimpleNamespace(num_speculative_tokens=K),
         )
@@ -143,6 +143,26 @@ class Told(BaseDrafter):
         expected = [0 if self.groups[i] % 2 else 5 for i in request.ids]
         assert (request.truncation.top_k.tolist() if request.truncation else [0] * len(request.ids)) == expected
         return Proposal.empty(len(request.ids))
+
+
+class Late(BaseDrafter):
+    name = "late"
+
+    def propose(self, request):
+        time.sleep(0.02)
+        return Proposal.empty(len(request.ids))
+
+
+@pytest.mark.parametrize("seconds", [0.01, 20.0])
+def test_a_call_that_is_too_long_switches_a_drafter_off(seconds):
+    made = proposer(f"{__name__}:Late", seconds=seconds)
+    batch = Batch(made, requests=3, seed=5)
+    while not batch.input_batch.req_ids:
+        batch.reschedule()
+    for _ in range(8):
+        batch.step()
+    said = "drafter late is switched off after TooSlow: a call took 0.0"
+    assert [event[: len(said)] for event in made.events] == ([said] if seconds < 1 else [])
 
 
 def test_a_drafter_is_told_what_truncates_each_request():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from drafters.base import Drafter, Needs, Proposal
+from drafters.guard import CALL_SECONDS
 from drafters.none import NoDrafter
 from pipeline.engine.generator import FinishedSample, GroupRequest
 from pipeline.engine.native.batch import Batch
@@ -51,6 +52,7 @@ class NativeGenerator:
         model: str | Path | Decoder,
         *,
         drafter: Drafter | None = None,
+        drafter_seconds: float = CALL_SECONDS,
         max_sequences: int = 64,
         max_draft_tokens: int = 8,
         max_length: int | None = None,
@@ -74,6 +76,7 @@ class NativeGenerator:
         Args:
             model: Hugging Face checkpoint directory, or a decoder to use (then `dtype` and `device` are its own).
             drafter: None drafts nothing.
+            drafter_seconds: longest call of it; after a longer one it is switched off.
             max_sequences: sequences running at once.
             max_draft_tokens: longest draft a verification.
             max_length: tokens of prompt and response together; None: what the model was made for.
@@ -117,7 +120,7 @@ class NativeGenerator:
         self._memory = self._new_memory(kv_bytes, kv_compression)
         batch = Batch(max_sequences, self.max_length)
         self._target = PolicyTarget(self.decoder, self._memory, batch, folder, tokenizer)
-        self._drafting = Drafting(drafter, self._target, on_event)
+        self._drafting = Drafting(drafter, self._target, on_event, drafter_seconds)
         self._scheduler = Scheduler(stagger)
         self._running = Running(
             batch,

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from drafters.guard import CALL_SECONDS
 from drafters.registry import build
 from pipeline.config.check_vllm import check_exact, check_speculation, check_stages, drafts
 from pipeline.engine.vllm import own_drafters, proposer
@@ -30,6 +31,7 @@ def engine_arguments(
     max_draft_tokens: int,
     max_length: int,
     scratch: Path,
+    drafter_seconds: float = CALL_SECONDS,
     dtype: str = "auto",
     kv_bytes: int = 0,
 ) -> Any:
@@ -43,6 +45,7 @@ def engine_arguments(
         max_draft_tokens: longest draft; 0: none.
         max_length: tokens of prompt and response.
         scratch: folder for files that vLLM reads, as long as its engine lives.
+        drafter_seconds: longest call of a drafter of ours.
         dtype: compute type.
         kv_bytes: memory for keys and values; 0: on a CPU for `max_sequences`, at most half of what is free; elsewhere
             vLLM's own choice.
@@ -79,7 +82,7 @@ def engine_arguments(
         "load_format": "rollahead",
         **options,
     }
-    arguments |= speculation(drafter, options, max_draft_tokens, folder, scratch)
+    arguments |= speculation(drafter, options, max_draft_tokens, folder, scratch, drafter_seconds)
     configs = [config]
     if "speculative_config" in arguments:
         arguments["per_request_spec_decode_metrics"] = "summary"
@@ -98,12 +101,17 @@ def engine_arguments(
 
 
 def speculation(
-    drafter: Mapping[str, Any], options: Mapping[str, Any], most: int, folder: Path, scratch: Path
+    drafter: Mapping[str, Any],
+    options: Mapping[str, Any],
+    most: int,
+    folder: Path,
+    scratch: Path,
+    seconds: float = CALL_SECONDS,
 ) -> dict[str, Any]:
     """The drafter as vLLM takes it: a proposer of ours around it, a method of vLLM's with its model, or vLLM's own by
     `engine.vllm.speculative_config`."""
     own = options.get("speculative_config")
-    extra = {proposer.KEY: {"drafter": dict(drafter)}}
+    extra = {proposer.KEY: {"drafter": dict(drafter), "seconds": seconds}}
     if own is not None:
         return {"speculative_config": {"num_speculative_tokens": most, **own}, "additional_config": extra}
     if not drafts(drafter, options, most):

@@ -18,6 +18,7 @@ def vllm_generator(config: Config, folder: Path, on_event: Callable[[str], None]
     return VllmGenerator(
         folder,
         drafter=engine.drafter,
+        drafter_seconds=engine.drafter_seconds,
         options=engine.vllm,
         max_sequences=engine.max_sequences,
         max_draft_tokens=engine.max_draft_tokens,

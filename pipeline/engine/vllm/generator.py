@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from drafters.guard import CALL_SECONDS
 from pipeline.capabilities import GENERATORS
 from pipeline.engine.generator import FinishedSample, GeneratorLost, GroupRequest
 from pipeline.engine.native.stop_strings import StopStrings
@@ -45,6 +46,7 @@ class VllmGenerator:
         folder: Path,
         *,
         drafter: Mapping[str, Any],
+        drafter_seconds: float = CALL_SECONDS,
         options: Mapping[str, Any] | None = None,
         max_sequences: int = 64,
         max_draft_tokens: int = 8,
@@ -60,6 +62,7 @@ class VllmGenerator:
         Args:
             folder: Hugging Face checkpoint directory.
             drafter: by name or module:Class, with its options; it works in vLLM's worker process.
+            drafter_seconds: longest call of it; after a longer one it is switched off.
             options: arguments of vLLM's engine.
             max_sequences: sequences running at once.
             max_draft_tokens: longest draft a verification.
@@ -78,9 +81,9 @@ class VllmGenerator:
         found = require_vllm()
         self._scratch = tempfile.TemporaryDirectory(prefix="rollahead-vllm-")
         arguments = engine_arguments(
-            folder, drafter=drafter, options=options or {}, max_sequences=max_sequences,
-            max_draft_tokens=max_draft_tokens, max_length=max_length, scratch=Path(self._scratch.name), dtype=dtype,
-            kv_bytes=kv_bytes,
+            folder, drafter=drafter, drafter_seconds=drafter_seconds, options=options or {},
+            max_sequences=max_sequences, max_draft_tokens=max_draft_tokens, max_length=max_length,
+            scratch=Path(self._scratch.name), dtype=dtype, kv_bytes=kv_bytes,
         )  # fmt: skip
         self.capabilities, self.version, self.max_length = GENERATORS["vllm"], version, max_length
         self._speculating = arguments.speculative_config is not None

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from drafters.base import Drafter, DraftRequest, Proposal, SequenceStart, Verified, locked
 from drafters.composite import CompositeDrafter
-from drafters.guard import Guard
+from drafters.guard import CALL_SECONDS, Guard
 from drafters.registry import build
 from drafters.watchdog import WATCH_SECONDS, watch
 from pipeline.engine.vllm.own_drafters import runs_itself
@@ -129,7 +129,8 @@ class DrafterProposer:
         """what to tell the user; taken by `RollaheadWorker`"""
         drafter = build(options["drafter"])
         check_needs(drafter)
-        self._guard = Guard(drafter, vllm_config.model_config.get_vocab_size(), self.events.append)
+        size = vllm_config.model_config.get_vocab_size()
+        self._guard = Guard(drafter, size, self.events.append, options.get("seconds", CALL_SECONDS))
         watch(self._guard, WATCH_SECONDS, functools.partial(_say_and_keep, self.events))
         self._most = int(vllm_config.speculative_config.num_speculative_tokens)
         self._max_length = int(vllm_config.model_config.max_model_len)
