@@ -411,9 +411,8 @@ class ArbiterDrafter(CompositeDrafter):
                     _, _, _, otherwise, _, _ = self._allocated(
                         drafters, matches, confidences, without, request, urgency, self._unused
                     )
-                steps, drafters_in_all = 1 if dear else 2 * len(asked), len(self._standings)
-                found = found.longer(standing.seconds)
-                standing.judged(found, otherwise, plain, steps, deciding, drafters_in_all)
+                found, steps = found.longer(standing.seconds), 1 if dear else 2 * len(asked)
+                standing.judged(found, otherwise, plain, steps, deciding, len(self._standings))
         self._price = price
 
     def _keep(self, verified: Verified, told: Sequence[int] = ()) -> None:

@@ -70,6 +70,7 @@ class Standing:
     _wakes: int = 0
     """step"""
     _tries: int = _TRIES
+    """left"""
     doubted: bool = False
     """whether it has slept, and goes back to sleep unless it pays now"""
 
@@ -194,17 +195,22 @@ class Standing:
             return
         over = self._idle - (_DEAR_PATIENCE if cost > DEAR else _PATIENCE)
         if over > 0:
-            taken = deciding + self.seconds
-            if self.reads:  # what it missed, and less in some steps than there would have been without it
-                missed = max(self._spent - self._judgements * self.seconds, 0.0)
-                taken = deciding + missed - self.gain * self._judgements * self._found.seconds
-            longest = max(taken / plain / _EXPLORATION * drafters, _SHORTEST)
-            longest = min(longest, _LONGEST_OF_READERS if self.reads else _LONGEST)
-            self.doubted = True
-            asleep = int(longest if cost > DEAR else min(longest, 1 + over / 2))
-            self._wakes = self._step + 1 + asleep
-            if asleep >= _TOGETHER:  # in steps in which others wake, too: one decision for all
-                self._wakes += -self._wakes % _TOGETHER
+            longest = self._longest_sleep(plain, deciding, drafters)
+            self._sleep(int(longest if cost > DEAR else min(longest, 1 + over / 2)))
+
+    def _longest_sleep(self, plain: float, deciding: float, drafters: int) -> float:
+        """Steps after which waking it again has taken the part of the time that exploration may take."""
+        taken = deciding + self.seconds
+        if self.reads:  # what it missed, and less in some steps than there would have been without it
+            missed = max(self._spent - self._judgements * self.seconds, 0.0)
+            taken = deciding + missed - self.gain * self._judgements * self._found.seconds
+        longest = max(taken / plain / _EXPLORATION * drafters, _SHORTEST)
+        return min(longest, _LONGEST_OF_READERS if self.reads else _LONGEST)
+
+    def _sleep(self, steps: int) -> None:
+        self.doubted, self._wakes = True, self._step + 1 + steps
+        if steps >= _TOGETHER:  # in steps in which others wake, too: one decision for all
+            self._wakes += -self._wakes % _TOGETHER
 
 
 class Standings:
