@@ -9,7 +9,7 @@ or what was drawn after it, looks good is not distributed as its probabilities s
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -34,7 +34,7 @@ _TRIAL_EVERY = 24
 """asked-for drafts in a row that did not pay, after which some are verified to see whether they still do not"""
 _URGENCY_EVERY = 8
 """steps after which urgency is computed anew: a few tokens more do not change who is ahead"""
-_LEARNT_EVERY = 4
+_LEARNT_EVERY, _LEARNT_EVERY_OF_READERS = 8, 4
 """steps without a decision of which one is learnt from: what it took, and what became of its drafts"""
 _RATE = 0.1
 _ONE = np.ones(1)
@@ -91,7 +91,7 @@ class ArbiterDrafter(CompositeDrafter):
         _compile()
         self._progress = GroupProgress()
         self._standings_by_size = [Standings(bool(guard.needs & _READS)) for guard in self.ensemble]
-        self._must_know = [bool(guard.needs & ~WAITS) for guard in self.ensemble]
+        self._must_know = {index for index, guard in enumerate(self.ensemble) if guard.needs & ~WAITS}
         """who is told every step"""
         self._standings: list[Standing] = []
         """of each drafter, with as many sequences as in the current step"""
@@ -195,7 +195,7 @@ class ArbiterDrafter(CompositeDrafter):
             return Proposal.empty(rows)
         self._delegated += rows
         standing = self._standings[index]
-        if self._lull.left % _LEARNT_EVERY:
+        if self._lull.left % (_LEARNT_EVERY_OF_READERS if standing.reads else _LEARNT_EVERY):
             standing.limit_to(standing.reach.tokens)
             self._tell(index)
             return self._named(index, self.ensemble.guards[index].propose(_limited(request, standing)))
@@ -315,19 +315,19 @@ class ArbiterDrafter(CompositeDrafter):
         return values
 
     def observe(self, verified: Verified) -> None:
-        rows, step = len(verified.ids), self._step
+        rows, step, delegate = len(verified.ids), self._step, self._lull.delegate
         drafted = step.drafted if step else 0
-        self._plain_steps.count(drafted > 0 or self._lull.delegate is not None, verified.seconds)
-        if self._lull.rests and not any(self._must_know):
+        self._plain_steps.count(drafted > 0 or delegate is not None, verified.seconds)
+        if self._lull.rests and not self._must_know:
             self._plain_steps.keep(rows, verified.seconds)
             self._keep(verified)
             return
-        if self._lull.delegate is not None:
+        if delegate is not None:
             if step and verified.seconds > 0:
                 usual = self.costs.seconds(rows, rows + drafted)
-                beyond = self._standings[self._lull.delegate].was_verified(drafted / rows, verified.seconds, usual)
+                beyond = self._standings[delegate].was_verified(drafted / rows, verified.seconds, usual)
                 self.costs.observe(rows, rows + drafted, verified.seconds - beyond)
-            self._tell_delegate(verified)
+            self._tell_delegate(verified, delegate)
             self._learn(verified)
             return
         entered = self._clock()
@@ -349,9 +349,9 @@ class ArbiterDrafter(CompositeDrafter):
             stack.confidences, *verified.flat(),
         )  # fmt: skip
 
-    def _tell_delegate(self, verified: Verified) -> None:
+    def _tell_delegate(self, verified: Verified, delegate: int) -> None:
         """And those who must know."""
-        told = [i for i, must in enumerate(self._must_know) if must or i == self._lull.delegate]
+        told = {delegate, *self._must_know}
         for index in told:
             self._tell(index)
             self.ensemble.guards[index].observe(verified)
@@ -362,7 +362,7 @@ class ArbiterDrafter(CompositeDrafter):
         rows, told, telling = len(verified.ids), [], 0.0
         for index, (guard, standings) in enumerate(zip(self.ensemble, self._standings_by_size, strict=True)):
             standing = standings.of(rows)
-            if self._must_know[index] or standing.awake(rows):
+            if index in self._must_know or standing.awake(rows):
                 began = self._clock()
                 self._tell(index)
                 guard.observe(verified)
@@ -391,7 +391,7 @@ class ArbiterDrafter(CompositeDrafter):
     ) -> None:  # fmt: skip
         """What asking a drafter brought, its time included, against deciding without it, or where nobody else is asked
         against deciding nothing: of dear ones, and those that have slept, in every step, of the others by turns."""
-        price, deciding = self._price, self._deciding + self._learning if len(asked) == 1 else 0.0
+        price, deciding, alone = self._price, self._deciding + self._learning, len(asked) == 1
         for index in asked:
             standing = self._standings[index]
             dear = standing.part_of(plain) > DEAR
@@ -412,10 +412,10 @@ class ArbiterDrafter(CompositeDrafter):
                         drafters, matches, confidences, without, request, urgency, self._unused
                     )
                 found, steps = found.longer(standing.seconds), 1 if dear else 2 * len(asked)
-                standing.judged(found, otherwise, plain, steps, deciding, len(self._standings))
+                standing.judged(found, otherwise, plain, steps, deciding, len(self._standings), alone)
         self._price = price
 
-    def _keep(self, verified: Verified, told: Sequence[int] = ()) -> None:
+    def _keep(self, verified: Verified, told: Collection[int] = ()) -> None:
         """For those who have not been told."""
         self._backlog.add(verified, told)
         if self._backlog.full:
@@ -427,8 +427,13 @@ class ArbiterDrafter(CompositeDrafter):
             guard.observe(merged(missed, Needs.HIDDEN_STATES in guard.needs))
 
     def _deliver(self) -> None:
-        for index in range(len(self.ensemble)):
-            self._tell(index)
+        same: dict[tuple[int, bool], Verified] = {}
+        for index, guard in enumerate(self.ensemble):
+            if missed := self._backlog.take(index):
+                with_states = Needs.HIDDEN_STATES in guard.needs
+                together = same.get((len(missed), with_states)) or merged(missed, with_states)
+                same[len(missed), with_states] = together
+                guard.observe(together)
         self._follow_groups()
 
     def _follow_groups(self) -> None:
@@ -446,7 +451,7 @@ class ArbiterDrafter(CompositeDrafter):
 
 def _limited(request: DraftRequest, standing: Standing) -> DraftRequest:
     """As far as this drafter is asked."""
-    if request.budgets.max(initial=0) <= standing.limit:
+    if not standing.reads or request.budgets.max(initial=0) <= standing.limit:
         return request
     return msgspec.structs.replace(request, budgets=np.minimum(request.budgets, standing.limit))
 

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import torch
 
-from drafters.base import Needs, Verified
+from drafters.base import Needs, Verified, locked
 
 WAITS = ~Needs.LAYER_STATES
 """what a drafter may need whose observations can wait; of layer states a step's are many times its hidden states"""
@@ -20,8 +20,8 @@ class Backlog:
 
     def __init__(self, readers: int) -> None:
         self._steps: list[Verified] = []
-        self._behind = [0] * readers
-        """the last so many steps are new to each reader"""
+        self._read = [0] * readers
+        """of those steps, what each reader has been told"""
         self._bytes = 0
 
     @property
@@ -30,28 +30,33 @@ class Backlog:
 
     def add(self, verified: Verified, told: Collection[int] = ()) -> None:
         """A step, and who has been told of it, and of all before it; its logits and layer states are not kept."""
-        self._behind = [count + 1 for count in self._behind]
-        for reader in told:
-            self._behind[reader] = 0
-        if not any(self._behind):
-            return
         if verified.logits is not None or verified.layers is not None:
             verified = msgspec.structs.replace(verified, logits=None, layers=None)
         self._steps.append(verified)
         if verified.hidden is not None:
             self._bytes += verified.hidden.nbytes
+        for reader in told:
+            self._read[reader] = len(self._steps)
+        self._forget()
 
     def take(self, reader: int) -> list[Verified]:
         """All that is new to a reader, in order."""
-        behind, self._behind[reader] = self._behind[reader], 0
-        found = self._steps[-behind:] if behind else []
-        if not any(self._behind):
-            self._steps, self._bytes = [], 0
+        before, now = self._read[reader], len(self._steps)
+        if before == now:
+            return []
+        found = self._steps[before:]
+        self._read[reader] = now
+        self._forget()
         return found
+
+    def _forget(self) -> None:
+        """What all readers have been told."""
+        if min(self._read) == len(self._steps):
+            self._steps, self._bytes, self._read = [], 0, [0] * len(self._read)
 
 
 def merged(steps: Sequence[Verified], hidden_states: bool = False) -> Verified:
-    """As if one verification had emitted it all; with the hidden states that emitted tokens were sampled from, where
+    """As if one verification had emitted it all, read-only; with the hidden states that emitted tokens were sampled from, where
     they are asked for and all steps have them."""
     if len(steps) == 1:
         return steps[0]
@@ -76,8 +81,8 @@ def merged(steps: Sequence[Verified], hidden_states: bool = False) -> Verified:
     accepted = np.bincount(row_of, np.concatenate([step.accepted for step in steps]), len(rows))
     return Verified(
         list(rows),
-        np.split(np.concatenate(emitted)[order], ends[:-1]),
-        accepted.astype(np.int64),
+        np.split(locked(np.concatenate(emitted)[order]), ends[:-1]),
+        locked(accepted.astype(np.int64)),
         hidden=hidden,
         starts=starts,
         seconds=sum(step.seconds for step in steps),
@@ -93,6 +98,6 @@ def _merged_simply(steps: Sequence[Verified]) -> Verified | None:
     emitted = list(chain.from_iterable(step.emitted for step in steps))
     if len(ids) > 1 and set(map(len, emitted)) != {1}:
         return None
-    by_row = np.concatenate(emitted).reshape(-1, len(ids)).T.copy()
-    accepted = np.array([step.accepted for step in steps], np.int64).sum(axis=0)
-    return Verified(list(ids), list(by_row), accepted, seconds=sum(step.seconds for step in steps))
+    by_row = locked(np.concatenate(emitted).reshape(-1, len(ids)).T.copy())
+    accepted = np.concatenate([step.accepted for step in steps]).reshape(-1, len(ids)).sum(axis=0, dtype=np.int64)
+    return Verified(list(ids), list(by_row), locked(accepted), seconds=sum(step.seconds for step in steps))

@@ -21,6 +21,8 @@ _EXPLORATION = 0.01
 _SHORTEST, _LONGEST, _LONGEST_OF_READERS = 16, 128, 512
 """steps of a sleep when it is longest: at least, for drafters that cost next to nothing, at most, and at most for those
 that have to read what they missed"""
+_MOST_SLEEPS = 16
+"""that are counted"""
 _TOGETHER = 32
 """Longer sleeps end in a step whose number is a multiple of this."""
 _RETRY_AFTER = 8
@@ -67,6 +69,8 @@ class Standing:
     _rows: int = 1
     """of that step"""
     _idle: int = 0
+    _sleeps: int = 0
+    """in a row; those of one that costs next to nothing are twice as long every time"""
     _wakes: int = 0
     """step"""
     _tries: int = _TRIES
@@ -173,20 +177,21 @@ class Standing:
         self._telling = _usual(self._telling, seconds)
 
     def judged(
-        self, found: Outlook, otherwise: Outlook, plain: float, steps: int = 1, deciding: float = 0.0, drafters: int = 1
+        self, found: Outlook, otherwise: Outlook, plain: float, steps: int = 1, deciding: float = 0.0,
+        drafters: int = 1, alone: bool = False,
     ) -> None:  # fmt: skip
         """What a step promises that asks it, and one that does not, where a step without drafts takes `plain` seconds;
-        a sample of so many steps. Asked alone, it took `deciding` seconds beside its own; it is one of so many
-        drafters. Single drafts promise very different things: gains are of their means."""
+        a sample of so many steps. The step took `deciding` seconds beside those of asking; it is one of so many
+        drafters, and asked alone or not. Single drafts promise very different things: gains are of their means."""
         self._judgements += 1
         rate = max(1 / self._judgements, _RATE_OF_READERS if self.reads else _RATE)
         self._found, self._otherwise = self._found.towards(found, rate), self._otherwise.towards(otherwise, rate)
         self.gain = self._found.rate / self._otherwise.rate - 1
-        if deciding and self._whole.seconds:
+        if alone and self._whole.seconds:
             self.gain = max(self.gain, self._whole.rate / otherwise.rate - 1)
         self._tries = max(self._tries - 1, 0)
         if self.gain > 0:
-            self._idle, self.doubted, self._spent = 0, False, 0.0
+            self._idle, self._sleeps, self.doubted, self._spent = 0, 0, False, 0.0
             return
         self._idle += steps
         cost = self.part_of(plain)
@@ -196,7 +201,7 @@ class Standing:
         over = self._idle - (_DEAR_PATIENCE if cost > DEAR else _PATIENCE)
         if over > 0:
             longest = self._longest_sleep(plain, deciding, drafters)
-            self._sleep(int(longest if cost > DEAR else min(longest, 1 + over / 2)))
+            self._sleep(int(longest if cost > DEAR else min(longest, 2**self._sleeps)))
 
     def _longest_sleep(self, plain: float, deciding: float, drafters: int) -> float:
         """Steps after which waking it again has taken the part of the time that exploration may take."""
@@ -209,6 +214,7 @@ class Standing:
 
     def _sleep(self, steps: int) -> None:
         self.doubted, self._wakes = True, self._step + 1 + steps
+        self._sleeps = min(self._sleeps + 1, _MOST_SLEEPS)
         if steps >= _TOGETHER:  # in steps in which others wake, too: one decision for all
             self._wakes += -self._wakes % _TOGETHER
 

@@ -237,7 +237,7 @@ def test_whole_drafts_that_pay_on_average_keep_a_reader_awake():
         assert standing.begin_step(1)
         standing.consider(counts, 1, lambda rows, tokens: 1.0, 0.0)
         standing.was_asked(1, 0.2, standing.limit)
-        standing.judged(Outlook(0.8, 1.0), NOTHING, 1.0, deciding=0.01)
+        standing.judged(Outlook(0.8, 1.0), NOTHING, 1.0, deciding=0.01, alone=True)
     assert standing.gain > 1
 
 
