@@ -9,7 +9,7 @@ or what was drawn after it, looks good is not distributed as its probabilities s
 
 import functools
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -36,6 +36,8 @@ _URGENCY_EVERY = 8
 """steps after which urgency is computed anew: a few tokens more do not change who is ahead"""
 _LEARNT_EVERY, _LEARNT_EVERY_OF_READERS = 8, 4
 """steps without a decision of which one is learnt from: what it took, and what became of its drafts"""
+_FEW = 2
+"""sequences of a step at most where one that begins is a reason to ask sleepers again"""
 _RATE = 0.1
 _ONE = np.ones(1)
 """urgency of a sequence alone"""
@@ -110,7 +112,13 @@ class ArbiterDrafter(CompositeDrafter):
         self._sampled: dict[int, np.ndarray] = {}
         """drafters that were asked for a few sequences alone, bool [B]"""
         self._step: Step | None = None
+        self._unused_step: Step | None = None
+        """of another delegate, whose drafts are not verified: what was drawn would teach nothing"""
         self._delegation, self._lull = Delegation(), Lull()
+        self._drafting: int | None = None
+        """who drafts in a step without a decision"""
+        self._rows = 0
+        """sequences of the last step"""
 
     def attach(self, target: Target) -> None:
         super().attach(target)
@@ -124,6 +132,11 @@ class ArbiterDrafter(CompositeDrafter):
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
         super().begin(sequences)
         self._progress.begin(sequences)
+        sleepers = [standing for standing in self._standings if not standing.reads and standing.asleep]
+        if sleepers and self._rows <= _FEW:  # these may be of another kind than those before
+            self._end_lull()
+            for standing in sleepers:
+                standing.reconsider()
 
     def preempt(self, ids: Sequence[int]) -> None:
         self._deliver()
@@ -149,8 +162,8 @@ class ArbiterDrafter(CompositeDrafter):
     def propose(self, request: DraftRequest) -> Proposal:
         began = self._clock()
         self._steps += 1
-        rows = len(request.ids)
-        self._step = None
+        rows = self._rows = len(request.ids)
+        self._step = self._unused_step = self._drafting = None
         if self._lull.goes_on(rows):
             return self._undecided(request)
         self._end_lull()
@@ -160,56 +173,83 @@ class ArbiterDrafter(CompositeDrafter):
         self._standings = [standings.of(rows) for standings in self._standings_by_size]
         asked = [i for i, standing in enumerate(self._standings) if standing.begin_step(rows)]
         if not asked:
-            self._lull.begin(None, rows, min(standing.asleep for standing in self._standings))
+            self._lull.begin((), rows, min(standing.asleep for standing in self._standings))
             return self._undecided(request)
         for index in asked:
             self._standings[index].consider(self._counts[index], rows, self.costs.seconds, self._learning)
         self._plain_steps.teach()
         self._not_asked += rows * (len(self._standings) - len(asked))
-        others = [standing.asleep for i, standing in enumerate(self._standings) if i != asked[0]]
-        if steps := self._delegation.take(asked, rows, others):
-            self._lull.begin(asked[0], rows, steps - 1)
+        others = [standing.asleep for i, standing in enumerate(self._standings) if i not in asked]
+        awake = tuple(asked)
+        if steps := self._delegation.take(awake, rows, others):
+            self._lull.begin(tuple(self._in_turn(awake)), rows, steps - 1)
             return self._undecided(request)
         tried = self._idle > 0 and self._idle % _TRIAL_EVERY == 0
         self._trial = self.costs.learns and (tried or any(self._standings[i].tried for i in asked))
         # Side by side are those from the first to the last that is asked: mostly one.
         drafters = slice(asked[0], asked[-1] + 1)
         proposals, asking = self._ask_in_turn(asked, drafters, request)
-        proposal = self._decided(request, proposals, asked, drafters)
+        proposal = self._decided(request, proposals, awake, asked, drafters)
         self._idle = 0 if self._step and self._step.drafted and not self._trial else self._idle + 1
         self._deciding = _smoothed(self._deciding, self._clock() - began - asking)
         return proposal
 
     def _end_lull(self) -> None:
         """With this step, or before."""
-        delegate = self._lull.delegate
+        delegates = self._lull.delegates
+        if delegates:
+            self._delegation.give_back(self._lull.left)
         if passed := self._lull.end():
             for index, standing in enumerate(self._standings):
-                standing.pass_over(passed, index == delegate)
+                standing.pass_over(passed, index in delegates)
 
     def _undecided(self, request: DraftRequest) -> Proposal:
-        """All that the delegate proposes."""
-        rows, index = len(request.ids), self._lull.delegate
-        if index is None:
+        """All that a delegate proposes: of two the second, where that usually brings more than the first's promises."""
+        rows = len(request.ids)
+        if not self._lull.delegates:
             self._resting += rows
             return Proposal.empty(rows)
         self._delegated += rows
+        proposal = Proposal.empty(rows)
+        reads = self._standings[self._lull.delegates[-1]].reads
+        learns = self._lull.left % (_LEARNT_EVERY_OF_READERS if reads else _LEARNT_EVERY) == 0
+        for index in self._lull.delegates:
+            if self._drafting is not None:
+                at_hand = self._promised(self._drafting, proposal)
+                if not self._standings[index].may_add(at_hand, self.costs.seconds(rows, rows)):
+                    break
+            further, step = self._whole(index, request, learns)
+            if further.token_ids.shape[1]:
+                unused = self._step if self._step and self._step.drawn is None else None
+                proposal, self._drafting, self._step, self._unused_step = further, index, step, unused
+        return proposal if self._drafting is None else self._named(self._drafting, proposal)
+
+    def _whole(self, index: int, request: DraftRequest, learns: bool) -> tuple[Proposal, Step | None]:
+        """The draft of a delegate, with the step to learn from."""
         standing = self._standings[index]
-        if self._lull.left % (_LEARNT_EVERY_OF_READERS if standing.reads else _LEARNT_EVERY):
+        if not learns:
             standing.limit_to(standing.reach.tokens)
             self._tell(index)
-            return self._named(index, self.ensemble.guards[index].propose(_limited(request, standing)))
+            return self.ensemble.guards[index].propose(_limited(request, standing)), None
         standing.limit_to(standing.reach.next)
         proposal, _ = self._ask(index, request)
-        if not proposal.token_ids.shape[1]:
-            return proposal
-        drawn, granted = None, proposal.lengths
+        rows, drawn, granted = len(request.ids), None, proposal.lengths
         if proposal.probabilities is not None:
             drawn = drawn_rows(proposal)[None]
             granted = standing.usual(request.budgets)
         stack, drafters, choice = Stack.of_one(proposal), slice(index, index + 1), np.zeros(rows, np.int64)
-        self._step = Step(request.ids, drafters, drawn, stack, choice, granted, int(proposal.lengths.sum()))
-        return self._named(index, proposal)
+        return proposal, Step(request.ids, drafters, drawn, stack, choice, granted, int(proposal.lengths.sum()))
+
+    def _promised(self, index: int, proposal: Proposal) -> np.ndarray:
+        """Accepted tokens, float64 [B], that a draft promises; none if it was drawn: that must not be looked at."""
+        if proposal.probabilities is not None:
+            return np.zeros(len(proposal.lengths))
+        one = Stack.of_one(proposal)
+        return promised(self._chances[index], one.matches[0], one.confidences[0], one.lengths[0])
+
+    def _in_turn(self, indices: Iterable[int]) -> list[int]:
+        """Those who read come last: what is at hand then may promise as much."""
+        return sorted(indices, key=lambda index: self._standings[index].reads)
 
     def _named(self, index: int, proposal: Proposal) -> Proposal:
         """Says whose it is, unless it does."""
@@ -224,7 +264,7 @@ class ArbiterDrafter(CompositeDrafter):
         rows, total = len(request.ids), 0.0
         proposals, at_hand = [Proposal.empty(rows)] * (drafters.stop - drafters.start), np.zeros(rows)
         self._sampled.clear()
-        for index in sorted(asked, key=lambda i: self._standings[i].reads):
+        for index in self._in_turn(asked):
             standing = self._standings[index]
             if at_hand.any() and not standing.may_add(at_hand, self.costs.seconds(rows, rows)):
                 asked.remove(index)
@@ -232,10 +272,8 @@ class ArbiterDrafter(CompositeDrafter):
                 continue
             proposal, seconds = self._ask(index, request)
             proposals[index - drafters.start], total = proposal, total + seconds
-            if len(asked) > 1 and not standing.reads and proposal.probabilities is None:
-                one = Stack.of_one(proposal)
-                here = promised(self._chances[index], one.matches[0], one.confidences[0], one.lengths[0])
-                at_hand = np.maximum(at_hand, here)
+            if len(asked) > 1 and not standing.reads:
+                at_hand = np.maximum(at_hand, self._promised(index, proposal))
         return proposals, total
 
     def _ask(self, index: int, request: DraftRequest) -> tuple[Proposal, float]:
@@ -247,6 +285,7 @@ class ArbiterDrafter(CompositeDrafter):
             newest = np.asarray(request.ids) >= np.partition(request.ids, -SAMPLE)[-SAMPLE]
             self._sampled[index] = newest
             request = msgspec.structs.replace(request, budgets=np.where(newest, request.budgets, 0))
+        whole = whole and self._backlog.waiting(index) <= 1
         began = self._clock()
         self._tell(index)
         proposal = self.ensemble.guards[index].propose(_limited(request, standing))
@@ -254,8 +293,11 @@ class ArbiterDrafter(CompositeDrafter):
         standing.was_asked(rows, seconds, proposal.token_ids.shape[1], whole)
         return proposal, seconds
 
-    def _decided(self, request: DraftRequest, proposals: list[Proposal], asked: list[int], drafters: slice) -> Proposal:
-        """What is to be verified of the proposals of these drafters."""
+    def _decided(
+        self, request: DraftRequest, proposals: list[Proposal], awake: tuple[int, ...], asked: list[int],
+        drafters: slice,
+    ) -> Proposal:  # fmt: skip
+        """What is to be verified of the proposals of these drafters, who of those awake were asked."""
         rows, drawn = len(request.ids), None
         if any(p.probabilities is not None for p in proposals):
             drawn = np.stack([drawn_rows(p) for p in proposals])
@@ -280,11 +322,13 @@ class ArbiterDrafter(CompositeDrafter):
         choice, granted, drafted, decided, plain, whole = self._allocated(
             *seen, assumed, request, urgency, self._reasons
         )
-        if len(asked) == 1 and not self._sampled and not self._trial:
-            asking = self._standings[asked[0]].seconds
+        if self._may_delegate(awake, rows):
+            asking = sum(self._standings[index].seconds for index in asked)
             undrafted = Outlook(float(urgency.sum()), plain)
+            if len(asked) > 1:  # the one that reads would draft
+                whole = self._standings[self._in_turn(asked)[-1]].average(rows, self.costs.seconds)
             whole = whole.longer(self._learning)
-            if self._delegation.compare(asked[0], rows, undrafted, decided.longer(asking), whole.longer(asking)):
+            if self._delegation.compare(awake, rows, undrafted, decided.longer(asking), whole.longer(asking)):
                 decided = whole
         self._judge(asked, drafters, stack, assumed, request, urgency, decided, plain)
         if not drafted:
@@ -301,6 +345,17 @@ class ArbiterDrafter(CompositeDrafter):
         self._step = Step(request.ids, drafters, drawn, stack, choice, granted, drafted)
         return proposal if drafted else Proposal.empty(rows)
 
+    def _may_delegate(self, awake: tuple[int, ...], rows: int) -> bool:
+        """Whether steps may go without a decision: where one drafter is asked, or two by turns, of whom one reads, for
+        a single sequence, whose steps are so short that deciding weighs much."""
+        if self._sampled or self._trial:
+            return False
+        if len(awake) != 2 or rows > 1:
+            return len(awake) == 1
+        first, second = (self._standings[index] for index in self._in_turn(awake))
+        doubted = first.doubted or second.doubted
+        return second.reads and not first.reads and second.reach.settled and not doubted
+
     def _urgency(self, ids: Sequence[int]) -> np.ndarray:
         """float64 [B]; of some steps ago while the batch is the same, and alike for all while nothing is drafted."""
         if len(ids) == 1:
@@ -315,19 +370,19 @@ class ArbiterDrafter(CompositeDrafter):
         return values
 
     def observe(self, verified: Verified) -> None:
-        rows, step, delegate = len(verified.ids), self._step, self._lull.delegate
+        rows, step = len(verified.ids), self._step
         drafted = step.drafted if step else 0
-        self._plain_steps.count(drafted > 0 or delegate is not None, verified.seconds)
+        self._plain_steps.count(drafted > 0 or self._drafting is not None, verified.seconds)
         if self._lull.rests and not self._must_know:
             self._plain_steps.keep(rows, verified.seconds)
             self._keep(verified)
             return
-        if delegate is not None:
-            if step and verified.seconds > 0:
+        if self._lull.delegates:
+            if step and self._drafting is not None and verified.seconds > 0:
                 usual = self.costs.seconds(rows, rows + drafted)
-                beyond = self._standings[delegate].was_verified(drafted / rows, verified.seconds, usual)
+                beyond = self._standings[self._drafting].was_verified(drafted / rows, verified.seconds, usual)
                 self.costs.observe(rows, rows + drafted, verified.seconds - beyond)
-            self._tell_delegate(verified, delegate)
+            self._tell_delegates(verified)
             self._learn(verified)
             return
         entered = self._clock()
@@ -340,18 +395,19 @@ class ArbiterDrafter(CompositeDrafter):
 
     def _learn(self, verified: Verified) -> None:
         """What became of the drafts."""
-        step, self._step = self._step, None
-        if step is None or tuple(step.ids) != tuple(verified.ids):
-            return
-        stack, lengths = step.stack, step.taught_lengths()
-        learn(
-            self._counts[step.drafters], self._chances[step.drafters], stack.tokens, lengths, stack.matches,
-            stack.confidences, *verified.flat(),
-        )  # fmt: skip
+        steps, self._step, self._unused_step = (self._step, self._unused_step), None, None
+        for step in steps:
+            if step is not None and tuple(step.ids) == tuple(verified.ids):
+                stack = step.stack
+                learn(
+                    self._counts[step.drafters], self._chances[step.drafters], stack.tokens, step.taught_lengths(),
+                    stack.matches, stack.confidences, *verified.flat(),
+                )  # fmt: skip
 
-    def _tell_delegate(self, verified: Verified, delegate: int) -> None:
-        """And those who must know."""
-        told = {delegate, *self._must_know}
+    def _tell_delegates(self, verified: Verified) -> None:
+        """And those who must know, but not the second of two before it is asked again."""
+        first, *others = self._lull.delegates
+        told = {first, *(i for i in others if i == self._drafting), *self._must_know}
         for index in told:
             self._tell(index)
             self.ensemble.guards[index].observe(verified)

@@ -2,7 +2,8 @@
 
 While one drafter alone is asked, every decision is compared with verifying all of that drafter's draft without one. If
 that promises more tokens a second, the drafter's whole drafts are verified for some steps, after which decisions are
-compared again. What was drafted has no part in it but through what earlier steps taught.
+compared again. What was drafted has no part in it but through what earlier steps taught. Two drafters can be delegates
+together, by turns: the second is asked where the first's draft promises little.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ class Outlook(NamedTuple):
 
 
 class Delegation:
-    """To one of an arbiter's drafters, for batches of one size."""
+    """To one or two of an arbiter's drafters, for batches of one size."""
 
     def __init__(self) -> None:
         self._plain = self._decided = self._whole = Outlook(0, 0)
@@ -48,19 +49,21 @@ class Delegation:
 
     def stop(self) -> None:
         """What was compared does not hold any more."""
-        self._of = -1, 0
-        """drafter, and sequences"""
+        self._of: tuple[tuple[int, ...], int] = (), 0
+        """drafters, and sequences"""
         self._left = self._compared = self._seen = 0
         """steps to go, and comparisons since the last that went without a decision, and of all"""
         self._window = _FEWEST
         """steps of the next delegation"""
 
-    def compare(self, drafter: int, rows: int, plain: Outlook, decided: Outlook, whole: Outlook) -> bool:
-        """A step of so many sequences in which this drafter alone was asked: without drafts, as decided, and with all
-        that it proposed. Whether the last is the best, by all that was compared."""
-        if self._of != (drafter, rows):
+    def compare(
+        self, drafters: tuple[int, ...], rows: int, plain: Outlook, decided: Outlook, whole: Outlook
+    ) -> bool:  # fmt: skip
+        """A step of so many sequences in which these drafters alone were awake: without drafts, as decided, and with
+        the whole draft of one. Whether the last is the best, by all that was compared."""
+        if self._of != (drafters, rows):
             self.stop()
-            self._of = drafter, rows
+            self._of = drafters, rows
         self._seen += 1
         rate = 1 / min(self._seen, _MEMORY)
         self._plain, self._decided = self._plain.towards(plain, rate), self._decided.towards(decided, rate)
@@ -74,7 +77,7 @@ class Delegation:
             self._window = min(2 * self._window, _MOST)
         return best
 
-    def take(self, asked: Sequence[int], rows: int, asleep: Sequence[int] = ()) -> int:
+    def take(self, asked: tuple[int, ...], rows: int, asleep: Sequence[int] = ()) -> int:
         """Steps of so many sequences, in which these drafters are asked, that go without a decision from now on. A step
         in which others are asked, too, to see what they bring, comes between and does not end it.
 
@@ -83,13 +86,17 @@ class Delegation:
             rows: sequences.
             asleep: steps after this one in which each of the others sleeps.
         """
-        if len(asked) > 1:
+        if self._of != (asked, rows):
+            if not set(asked) > set(self._of[0]):
+                self._left = 0
             return 0
-        if self._of != (asked[0], rows):
-            self._left = 0
         taken = min(self._left, *(steps + 1 for steps in asleep)) if asleep else self._left
         self._left -= taken
         return taken
+
+    def give_back(self, steps: int) -> None:
+        """Steps that were taken and did not come."""
+        self._left += steps
 
 
 class Lull:
@@ -98,14 +105,14 @@ class Lull:
     def __init__(self) -> None:
         self.rests = False
         """whether nobody drafts in this step, nor in those left"""
-        self.delegate: int | None = None
+        self.delegates: tuple[int, ...] = ()
         """whose drafts are verified as they are"""
         self._rows = self._steps = self.left = 0
         """sequences; and steps after the one that decided on them, in all and to come"""
 
-    def begin(self, delegate: int | None, rows: int, steps: int) -> None:
+    def begin(self, delegates: tuple[int, ...], rows: int, steps: int) -> None:
         """This step and so many more."""
-        self.rests, self.delegate = delegate is None, delegate
+        self.rests, self.delegates = not delegates, delegates
         self._rows, self._steps, self.left = rows, steps, steps
 
     def goes_on(self, rows: int) -> bool:
@@ -118,6 +125,6 @@ class Lull:
     def end(self) -> int:
         """Steps that went by after the one that decided on them."""
         passed = self._steps - self.left
-        self.begin(None, 0, 0)
+        self.begin((), 0, 0)
         self.rests = False
         return passed

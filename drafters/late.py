@@ -39,13 +39,16 @@ class Backlog:
             self._read[reader] = len(self._steps)
         self._forget()
 
+    def waiting(self, reader: int) -> int:
+        """Steps that are new to a reader."""
+        return len(self._steps) - self._read[reader]
+
     def take(self, reader: int) -> list[Verified]:
         """All that is new to a reader, in order."""
-        before, now = self._read[reader], len(self._steps)
-        if before == now:
+        if not self.waiting(reader):
             return []
-        found = self._steps[before:]
-        self._read[reader] = now
+        found = self._steps[self._read[reader] :]
+        self._read[reader] = len(self._steps)
         self._forget()
         return found
 
@@ -56,8 +59,8 @@ class Backlog:
 
 
 def merged(steps: Sequence[Verified], hidden_states: bool = False) -> Verified:
-    """As if one verification had emitted it all, read-only; with the hidden states that emitted tokens were sampled from, where
-    they are asked for and all steps have them."""
+    """As if one verification had emitted it all, read-only; with the hidden states that emitted tokens were sampled
+    from, where they are asked for and all steps have them."""
     if len(steps) == 1:
         return steps[0]
     if not hidden_states and (plain := _merged_simply(steps)):

@@ -16,6 +16,8 @@ _BESIDE = (0, 1, 0, -1)
 """askings by turns: of two in four for a token more, or less, what one costs and brings stays known"""
 _FURTHER = 2
 """tokens beyond the longest draft so far that may be chosen: what lies far ahead is a guess"""
+_REFUSALS = 8
+"""askings for more than its longest draft, after which it is taken to draft no more than that"""
 _MARGIN = 1.01
 """A further token must promise this much more: where the curve is flat, the shorter draft is the surer."""
 _MEMORY = 0.98
@@ -60,6 +62,8 @@ class Reach:
     """of them, on average"""
     _widest: int = 0
     """draft that it made"""
+    _refusals: int = 0
+    """askings for more than that, without a longer draft"""
     _asked: int = 0
     _chosen_at: int = 0
     """askings that had gone by"""
@@ -78,6 +82,11 @@ class Reach:
         """Whether its time was ever measured."""
         return self._asking.weight > 0
 
+    @property
+    def settled(self) -> bool:
+        """Whether it was ever chosen."""
+        return math.isfinite(self.accepted)
+
     def was_asked(self, width: int, seconds: float) -> None:
         """Drafts of up to `width` tokens took so long."""
         if self.known:
@@ -85,7 +94,11 @@ class Reach:
                 self._asking = Line()  # what came before was a pause, or compiling
             else:
                 seconds = min(seconds, 2 * self.seconds(width))  # a pause of the machine is no cost
-        self._asked, self._widest = self._asked + 1, max(self._widest, width)
+        if width > self._widest:
+            self._widest, self._refusals = width, 0
+        elif self.next > self._widest:
+            self._refusals += 1
+        self._asked += 1
         self._asking.add(width, seconds)
 
     def was_verified(self, width: float, seconds: float, usual: float) -> None:
@@ -119,7 +132,8 @@ class Reach:
         before, best = self.tokens, 0.0
         by_depth = counts.sum((0, 1))
         expected, survival, chance = 1.0, 1.0, NOMINAL[0]
-        for tokens in range(1, min(_MOST, self._widest + _FURTHER) + 1):
+        further = 0 if self._refusals >= _REFUSALS else _FURTHER
+        for tokens in range(1, min(_MOST, self._widest + further) + 1):
             accepted, seen = by_depth[bucket(-1, -1.0, tokens - 1)[2]]
             chance = (accepted + chance * CELL) / (seen + CELL)
             survival *= chance

@@ -90,10 +90,8 @@ class Standing:
             return
         if self.reach.due and self.reach.choose(counts, rows, seconds, overhead) and self.gain <= 0:
             self.gain, self._idle, self._judgements = math.nan, 0, 0
-        tokens = self.reach.tokens
-        if math.isfinite(self.reach.accepted):
-            verifying = seconds(rows, rows * (1 + tokens)) + self.reach.beyond(tokens) + overhead
-            self._whole = Outlook(rows * (1 + self.reach.accepted), verifying).longer(self.seconds)
+        if self.reach.settled:
+            self._whole = self.average(rows, seconds).longer(overhead + self.seconds)
         self.limit_to(self.reach.next)
 
     def limit_to(self, tokens: int) -> None:
@@ -142,6 +140,23 @@ class Standing:
     def asleep(self) -> int:
         """Further steps in which it is not asked, if the number of sequences stays."""
         return max(self._wakes - self._step - 1, 0)
+
+    def average(self, rows: int, seconds: Callable[[int, int], float]) -> Outlook:
+        """What a step promises in which its drafts, which are as long as usual, are verified, without what asking
+        takes; of one that reads.
+
+        Args:
+            rows: sequences.
+            seconds: of a verification, by sequences and tokens.
+        """
+        tokens = self.reach.tokens
+        verifying = seconds(rows, rows * (1 + tokens)) + self.reach.beyond(tokens)
+        return Outlook(rows * (1 + self.reach.accepted), verifying)
+
+    def reconsider(self) -> None:
+        """Ask it in the next step, if that takes next to nothing."""
+        if not self.reads:
+            self._wakes = min(self._wakes, self._step + 1)
 
     def pass_over(self, steps: int, asked: bool) -> None:
         """So many steps went by, in which it was asked, or was not, without anything being measured."""

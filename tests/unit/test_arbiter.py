@@ -20,6 +20,7 @@ from drafters.plain_steps import PlainSteps
 from drafters.prompt_lookup import PromptLookupDrafter
 from drafters.rehearsal import VOCABULARY
 from drafters.replay import RecordedText, replay
+from drafters.standing import Standing
 from drafters.suffix_automaton import SuffixAutomatonDrafter
 from drafters.testing import check_distribution, check_drafter
 from pipeline.engine.native.generator import NativeGenerator
@@ -392,17 +393,22 @@ class OneRight(Dear):
         return proposal
 
 
-def slow_decisions(monkeypatch, part, seconds, dear, cost):
-    """Replay of one long text by an arbiter of this drafter, whose part takes so long."""
+def slow_arbiter(monkeypatch, part, seconds, clock, drafters, cost):
+    """Of these drafters, whose part takes so long."""
     stock = getattr(arbiter_module, part)
 
     def slow(*arguments):
-        dear.clock.now += seconds
+        clock.now += seconds
         return stock(*arguments)
 
     monkeypatch.setattr(arbiter_module, part, slow)
+    return ArbiterDrafter(costs=CostModel.of(cost), clock=clock, drafters=drafters)
+
+
+def slow_decisions(monkeypatch, part, seconds, dear, cost):
+    """Replay of one long text by an arbiter of this drafter, whose part takes so long."""
     recorded = [RecordedText(np.array([1]), np.full(4000, 7), 0)]
-    drafter = ArbiterDrafter(costs=CostModel.of(cost), clock=dear.clock, drafters=[dear])
+    drafter = slow_arbiter(monkeypatch, part, seconds, dear.clock, [dear], cost)
     return drafter, replay(drafter, recorded, slots=1, max_draft_tokens=4, costs=cost)
 
 
@@ -424,6 +430,34 @@ def test_where_deciding_takes_more_than_it_brings_whole_drafts_are_verified(monk
     assert 0.7 * totals.steps < drafter.counters()["not decided"] < 0.95 * totals.steps
     assert totals.by_drafter == {"dear": (totals.drafted, totals.accepted)}
     assert dear.clock.now < 0.3 * 0.002 * totals.steps
+
+
+class Copying(Dear):
+    """Sure of itself and right in every second text, and neither in the others."""
+
+    name = "copying"
+
+    def propose(self, request):
+        proposal = super().propose(request)
+        self.right = request.ids[0] % 2 == 0
+        tokens = np.full((1, 4), 7 if self.right else 9)
+        sure = np.full((1, 4), 0.98 if self.right else 0.2, np.float32)
+        return Proposal(tokens, proposal.lengths, confidences=sure)
+
+
+def test_two_drafters_take_turns_without_a_decision_by_what_the_first_promises(monkeypatch):
+    """In a single sequence, where the second takes its time and the first none, and deciding takes long."""
+    clock = Clock()
+    copying, reading = Copying(clock, 1e-5, True), Dear(clock, 0.001, True)
+    reading.needs = Needs.HIDDEN_STATES
+    texts = [RecordedText(np.array([1]), np.full(150, 7), i) for i in range(24)]
+    drafter = slow_arbiter(monkeypatch, "allocate", 0.002, clock, [copying, reading], lambda n, t: 0.004 + 1e-4 * t)
+    totals = replay(drafter, texts, slots=1, max_draft_tokens=4, costs=lambda n, t: 0.004 + 1e-4 * t)
+    assert drafter.counters()["not decided"] > 0.7 * totals.steps
+    assert copying.calls > 0.9 * totals.steps and 0.4 * totals.steps < reading.calls < 0.65 * totals.steps
+    assert totals.accepted > 0.9 * totals.drafted, "the first drafts where it is right alone"
+    chances = drafter._chances[0, 0, :, 0]
+    assert chances[1] < 0.1 and chances[7] > 0.9, "it is learnt from also where the other one drafts"
 
 
 @pytest.mark.parametrize("needs", [Needs.HIDDEN_STATES, Needs.NOTHING])
@@ -568,6 +602,45 @@ def test_whole_drafts_without_a_decision_leave_the_distribution_as_it_is(monkeyp
     assert made[-1].counters()["not decided"] > 500
 
 
+class Repeating(BaseDrafter):
+    """Now has a draft that the kit's target likes, now none."""
+
+    name = "repeating"
+
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+
+    def propose(self, request):
+        lengths = np.minimum(request.budgets, self.rng.choice([0, 3]))
+        return Proposal(np.full((len(lengths), 3), 8), lengths)
+
+
+def test_two_delegates_by_turns_leave_the_distribution_as_it_is(monkeypatch):
+    """Who drafts may depend on what is certain, not on what was drawn."""
+    by: list[str] = []
+
+    def make():
+        telling = Telling(Telling.Options())
+        telling.needs = Needs.HIDDEN_STATES
+        cost = CostModel.of(lambda rows, tokens: rows + 0.01 * tokens)
+        drafter = ArbiterDrafter(costs=cost, drafters=[Repeating(), telling])
+        propose = drafter.propose
+
+        def noting(request):
+            proposal = propose(request)
+            if drafter._lull.delegates == (0, 1):
+                by.extend(proposal.drafted_by or ())
+            return proposal
+
+        drafter.propose = noting
+        return drafter
+
+    monkeypatch.setattr(Delegation, "take", lambda self, asked, rows, asleep: 3 * (len(asked) == 2))
+    monkeypatch.setattr(Standing, "may_add", lambda self, promised, plain: not promised.any())
+    check_distribution(make, 1000)
+    assert min(by.count("repeating"), by.count("telling")) > 200
+
+
 def remembering(propose, proposals):
     def remembered(request):
         proposals.append(propose(request))
@@ -596,6 +669,25 @@ def test_whether_a_drawn_draft_is_verified_does_not_depend_on_what_was_drawn(sur
             verified[token].append(bool(proposal.lengths[0]))
     assert len(verified[8]) > 30 and len(verified[15]) > 30
     assert {*verified[8]} == {*verified[15]} and len({*verified[8]}) == 1
+
+
+def test_whose_turn_it_is_does_not_depend_on_what_the_first_drew():
+    by = set()
+    for seed in range(40):
+        first, second = Telling(Telling.Options(seed)), Telling(Telling.Options(seed))
+        second.name, second.needs = "second", Needs.HIDDEN_STATES
+        drafter = ArbiterDrafter(costs=CostModel.of(COSTS["flat"]), drafters=[first, second], clock=lambda: 0.0)
+        guard = Guard(drafter, VOCABULARY, pytest.fail)
+        guard.begin([SequenceStart(0, np.array([1, 5, 9]), 0, 1.0, 0)])
+        request = DraftRequest([0], np.array([3]), np.ones(1, np.float32))
+        guard.propose(request)
+        drafter._standings[1].reach.accepted = 0.5
+        drafter._lull.begin((0, 1), 1, 1)
+        proposals: list[Proposal] = []
+        first.propose = remembering(first.propose, proposals)
+        found = guard.propose(request).drafted_by
+        by.add((tuple(found or ()), int(proposals[0].lengths[0])))
+    assert by == {(("second",), 1), (("second",), 3)}
 
 
 def test_an_arbiter_without_drafters_is_refused():

@@ -1,6 +1,10 @@
 """When an arbiter leaves its drafts as they are."""
 
+import numpy as np
+
+from drafters.acceptance import CONFIDENCES, DEPTHS, MATCHES
 from drafters.delegation import Delegation, Lull, Outlook
+from drafters.reach import Reach
 
 PLAIN, GOOD, BAD = Outlook(1.0, 1.0), Outlook(3.0, 1.0), Outlook(2.0, 1.0)
 
@@ -11,7 +15,7 @@ def taken(delegation, rows=1, asked=(0,), asleep=()):
 
 
 def compared(delegation, decided, whole, drafter=0, rows=1, times=8, plain=PLAIN):
-    return [delegation.compare(drafter, rows, plain, decided, whole) for _ in range(times)]
+    return [delegation.compare((drafter,), rows, plain, decided, whole) for _ in range(times)]
 
 
 def test_steps_without_decisions_become_more_while_they_promise_more():
@@ -51,6 +55,8 @@ def test_other_batches_and_drafters_need_decisions_but_one_that_is_asked_once_mo
     assert taken(delegation, asleep=[2, 7]) == 3
     assert taken(delegation, asked=(0, 1)) == 0
     assert taken(delegation) == 5
+    delegation.give_back(2)
+    assert taken(delegation, asked=(1, 0, 2)) == 0 and taken(delegation) == 2
     compared(delegation, BAD, GOOD)
     assert taken(delegation, rows=2) == 0 and taken(delegation) == 0
     compared(delegation, BAD, GOOD, rows=2)
@@ -63,10 +69,25 @@ def test_other_batches_and_drafters_need_decisions_but_one_that_is_asked_once_mo
 def test_a_lull_ends_with_its_steps_or_another_number_of_sequences():
     lull = Lull()
     assert not lull.goes_on(1) and lull.end() == 0
-    lull.begin(2, 4, 3)
-    assert (lull.delegate, lull.rests) == (2, False)
+    lull.begin((2,), 4, 3)
+    assert (lull.delegates, lull.rests) == ((2,), False)
     assert [lull.goes_on(4) for _ in range(4)] == [True, True, True, False]
-    assert lull.end() == 3 and lull.delegate is None and not lull.rests
-    lull.begin(None, 4, 3)
+    assert lull.end() == 3 and lull.delegates == () and not lull.rests
+    lull.begin((), 4, 3)
     assert lull.rests and lull.goes_on(4) and not lull.goes_on(3)
     assert lull.end() == 1 and not lull.goes_on(4) and not lull.rests
+
+
+def test_a_drafter_that_never_drafts_longer_is_not_taken_to():
+    """But it is asked for a token more by turns, and may do so later."""
+    counts, reach = np.zeros((MATCHES, CONFIDENCES, DEPTHS, 2)), Reach()
+    counts[..., :] = 99, 100
+
+    def chosen(longest):
+        for _ in range(64):
+            reach.was_asked(min(reach.next, longest), 0.01)
+            if reach.due:
+                reach.choose(counts, 1, lambda rows, tokens: 1.0, 0.0)
+        return reach.tokens
+
+    assert chosen(3) == 3 and chosen(5) == 5
