@@ -34,10 +34,10 @@ _TRIAL_EVERY = 24
 """asked-for drafts in a row that did not pay, after which some are verified to see whether they still do not"""
 _URGENCY_EVERY = 8
 """steps after which urgency is computed anew: a few tokens more do not change who is ahead"""
-_LEARNT_EVERY, _LEARNT_EVERY_OF_READERS = 8, 4
+_LEARNT_EVERY = 8
 """steps without a decision of which one is learnt from: what it took, and what became of its drafts"""
 _FEW = 2
-"""sequences of a step at most where one that begins is a reason to ask sleepers again"""
+"""sequences of a step at most where a prompt that begins, perhaps of another kind, is a reason to ask sleepers again"""
 _RATE = 0.1
 _ONE = np.ones(1)
 """urgency of a sequence alone"""
@@ -109,6 +109,8 @@ class ArbiterDrafter(CompositeDrafter):
         self._resting = self._not_asked = self._measuring = self._delegated = self._spared = 0
         self._trial = False
         """whether this step is one to learn what drafting costs"""
+        self._drawing: set[int] = set()
+        """drafters that have drawn tokens of a draft"""
         self._sampled: dict[int, np.ndarray] = {}
         """drafters that were asked for a few sequences alone, bool [B]"""
         self._step: Step | None = None
@@ -117,8 +119,8 @@ class ArbiterDrafter(CompositeDrafter):
         self._delegation, self._lull = Delegation(), Lull()
         self._drafting: int | None = None
         """who drafts in a step without a decision"""
-        self._rows = 0
-        """sequences of the last step"""
+        self._rows, self._group = 0, -1
+        """sequences of the last step, and the group of the one that began last"""
 
     def attach(self, target: Target) -> None:
         super().attach(target)
@@ -132,8 +134,9 @@ class ArbiterDrafter(CompositeDrafter):
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
         super().begin(sequences)
         self._progress.begin(sequences)
+        known, self._group = self._group, sequences[-1].group
         sleepers = [standing for standing in self._standings if not standing.reads and standing.asleep]
-        if sleepers and self._rows <= _FEW:  # these may be of another kind than those before
+        if sleepers and self._rows <= _FEW and self._group != known:
             self._end_lull()
             for standing in sleepers:
                 standing.reconsider()
@@ -211,8 +214,7 @@ class ArbiterDrafter(CompositeDrafter):
             return Proposal.empty(rows)
         self._delegated += rows
         proposal = Proposal.empty(rows)
-        reads = self._standings[self._lull.delegates[-1]].reads
-        learns = self._lull.left % (_LEARNT_EVERY_OF_READERS if reads else _LEARNT_EVERY) == 0
+        learns = self._lull.left % _LEARNT_EVERY == 0
         for index in self._lull.delegates:
             if self._drafting is not None:
                 at_hand = self._promised(self._drafting, proposal)
@@ -290,6 +292,8 @@ class ArbiterDrafter(CompositeDrafter):
         self._tell(index)
         proposal = self.ensemble.guards[index].propose(_limited(request, standing))
         seconds = self._clock() - began
+        if proposal.probabilities is not None:
+            self._drawing.add(index)
         standing.was_asked(rows, seconds, proposal.token_ids.shape[1], whole)
         return proposal, seconds
 
@@ -322,15 +326,20 @@ class ArbiterDrafter(CompositeDrafter):
         choice, granted, drafted, decided, plain, whole = self._allocated(
             *seen, assumed, request, urgency, self._reasons
         )
+        by_turns: dict[int, Outlook] = {}
         if self._may_delegate(awake, rows):
             asking = sum(self._standings[index].seconds for index in asked)
             undrafted = Outlook(float(urgency.sum()), plain)
-            if len(asked) > 1:  # the one that reads would draft
-                whole = self._standings[self._in_turn(asked)[-1]].average(rows, self.costs.seconds)
+            wholes = self._wholes(awake, drafters, stack) if len(awake) > 1 else {}
+            if wholes:
+                whole = wholes[self._in_turn(asked)[-1]]
             whole = whole.longer(self._learning)
             if self._delegation.compare(awake, rows, undrafted, decided.longer(asking), whole.longer(asking)):
-                decided = whole
-        self._judge(asked, drafters, stack, assumed, request, urgency, decided, plain)
+                decided, by_turns = whole, wholes
+        if by_turns:
+            self._judge_turns(asked, by_turns, decided, plain)
+        else:
+            self._judge(asked, drafters, stack, assumed, request, urgency, decided, plain)
         if not drafted:
             proposal = Proposal.empty(rows)
         elif drawn is None:
@@ -352,9 +361,30 @@ class ArbiterDrafter(CompositeDrafter):
             return False
         if len(awake) != 2 or rows > 1:
             return len(awake) == 1
-        first, second = (self._standings[index] for index in self._in_turn(awake))
-        doubted = first.doubted or second.doubted
-        return second.reads and not first.reads and second.reach.settled and not doubted
+        indices = self._in_turn(awake)
+        first, second = (self._standings[index] for index in indices)
+        if first.doubted or second.doubted or indices[0] in self._drawing:
+            return False
+        return second.reads and not first.reads and second.reach.settled
+
+    def _wholes(self, awake: tuple[int, ...], drafters: slice, stack: Stack) -> dict[int, Outlook]:
+        """Of each of two that may draft by turns for a single sequence: what its whole draft promises, the one that it
+        has, or, of the one that reads, its usual one."""
+        first, second = self._in_turn(awake)
+        place = first - drafters.start
+        seen = stack.matches[place], stack.confidences[place], stack.lengths[place]
+        accepted, verifying = promised(self._chances[first], *seen)[0], self.costs.seconds(1, 1 + int(seen[2][0]))
+        usual = self._standings[second].average(1, self.costs.seconds)
+        return {first: Outlook(1 + float(accepted), verifying), second: usual}
+
+    def _judge_turns(self, asked: list[int], wholes: dict[int, Outlook], found: Outlook, plain: float) -> None:
+        """What taking turns brought each of two drafters, against the other one's whole drafts alone."""
+        deciding = self._deciding + self._learning
+        asking = sum(self._standings[index].seconds for index in asked)
+        for index, other in zip(wholes, reversed(wholes), strict=True):
+            if index in asked:
+                otherwise = wholes[other].longer(self._standings[other].seconds + self._learning)
+                self._standings[index].judged(found.longer(asking), otherwise, plain, 1, deciding, len(self._standings))
 
     def _urgency(self, ids: Sequence[int]) -> np.ndarray:
         """float64 [B]; of some steps ago while the batch is the same, and alike for all while nothing is drafted."""

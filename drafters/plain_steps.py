@@ -4,8 +4,9 @@ from drafters.cost_model import CostModel
 
 _NEEDED = 4
 """steps without drafts, of about as many sequences, that a decision to draft rests on at least"""
-_EVERY = 128
-"""drafted steps after which there are some more: what not drafting takes is not learnt from drafting"""
+_EVERY, _SELDOM = 128, 512
+"""drafted steps after which there are some more, at first, and in the end, each time after twice as many: what not
+drafting takes is not learnt from drafting"""
 _SETTLED = 3
 """Steps without drafts in a row of which the last is learnt from: the first finds the caches full of what drafted."""
 
@@ -21,6 +22,7 @@ class PlainSteps:
         """numbers of sequences for which what not drafting takes is known"""
         self._drafted = self._plain = self._untimed = 0
         """steps in a row that had drafts, that had none, and of which nobody said what they took"""
+        self._every = _EVERY
         self._begun = False
         """whether steps are going on that are to show it"""
 
@@ -37,7 +39,10 @@ class PlainSteps:
             if self._costs.plain_steps(rows) < _NEEDED:
                 return True
             self._known.add(rows)
-        self._begun = self._drafted >= _EVERY or (self._begun and 0 < self._plain < _SETTLED)
+        if self._drafted >= self._every:
+            self._begun, self._every = True, min(2 * self._every, _SELDOM)
+        else:
+            self._begun = self._begun and 0 < self._plain < _SETTLED
         return self._begun
 
     def count(self, drafted: bool, seconds: float) -> None:

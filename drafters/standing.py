@@ -13,9 +13,10 @@ DEAR = 0.03
 """A drafter that takes more than this part of a plain step is judged whenever it is asked."""
 _PATIENCE, _DEAR_PATIENCE = 12, 2
 """steps in a row in which it did not pay, after which it sleeps"""
-_TRIES, _HOPELESS = 8, -0.3
+_FIRST_TRIES, _TRIES, _HOPELESS = 24, 8, -0.3
 """Steps in a row in which one that reads is asked, at first and when it wakes, before it may sleep, and the gain below
-which it is spared the rest: the first of them finds caches cold, and it reads what it missed."""
+which it is spared the rest: nothing is known of it at first, later the first of them finds caches cold, and it reads
+what it missed."""
 _EXPLORATION = 0.01
 """part of the time that asking drafters which do not pay is to take, all of them together; shorter sleeps take more"""
 _SHORTEST, _LONGEST, _LONGEST_OF_READERS = 16, 128, 512
@@ -73,7 +74,7 @@ class Standing:
     """in a row; those of one that costs next to nothing are twice as long every time"""
     _wakes: int = 0
     """step"""
-    _tries: int = _TRIES
+    _tries: int = _FIRST_TRIES
     """left"""
     doubted: bool = False
     """whether it has slept, and goes back to sleep unless it pays now"""

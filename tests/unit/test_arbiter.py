@@ -700,3 +700,25 @@ def test_an_empty_batch_of_budgets_is_no_trouble():
     drafter.begin([SequenceStart(0, np.array([1, 2, 1]), 0, 1.0, 0)])
     proposal = drafter.propose(DraftRequest([0], np.zeros(1, np.int64), np.ones(1, np.float32)))
     assert proposal.lengths.tolist() == [0]
+
+
+def test_a_prompt_that_begins_alone_wakes_sleepers_that_cost_next_to_nothing():
+    """Not another sample of the same prompt, nor where others run."""
+
+    def asked(group, rows):
+        dear, reading = Dear(Clock(), 0.0, False), Dear(Clock(), 0.0, False)
+        reading.needs = Needs.HIDDEN_STATES
+        drafter = ArbiterDrafter(costs=CostModel.of(COSTS["flat"]), clock=dear.clock, drafters=[dear, reading])
+        drafter.begin([SequenceStart(i, np.array([1]), 0, 1.0, i) for i in range(rows)])
+        request = DraftRequest(list(range(rows)), np.full(rows, 4), np.ones(rows, np.float32))
+        drafter.propose(request)
+        for standing in drafter._standings:
+            standing._wakes = 1000
+        drafter.propose(request)
+        drafter.begin([SequenceStart(99, np.array([1]), group, 1.0, 99)])
+        before = dear.calls, reading.calls
+        drafter.propose(request)
+        return dear.calls - before[0], reading.calls - before[1]
+
+    assert asked(1, 1) == (1, 0)
+    assert asked(0, 1) == asked(1, 4) == (0, 0)
