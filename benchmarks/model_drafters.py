@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from pipeline.models.kv_cache import PAGE, KVCache
 from pipeline.models.tokenizer import Tokenizer
 
 Row = dict[str, Any]
+_ROUNDS = 60
+"""in which what a prediction rests on is measured"""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -178,19 +180,20 @@ def _counts(layers: int, options: argparse.Namespace) -> list[int]:
 
 def _speed(decoder: Decoder, prompts: Sequence[np.ndarray], options: argparse.Namespace) -> list[Row]:
     makers: dict[str, Callable[[], Drafter]] = {"none": NoDrafter}
-    steps: dict[str, Callable[[int], float]] = {}
+    steps: dict[str, Callable[[int], Callable[[], None]]] = {}
     layers = len(decoder.layers)
     common = {"max_tokens": options.draft_tokens, "stop_below": options.stop_below}
     for count in _counts(layers, options):
         name = f"layer-skip {count}/{layers}"
         settings = LayerSkipDrafter.Options(skip=count / layers, **common)
         makers[name] = lambda settings=settings: LayerSkipDrafter(settings)  # type: ignore[misc]
-        steps[name] = lambda rows, left=layers - count: _draft_step(decoder, left, rows, options)  # type: ignore[misc]
+        left = [i * layers // (layers - count) for i in range(layers - count)]
+        steps[name] = lambda rows, left=left: _draft(decoder, left, rows, options)  # type: ignore[misc]
     if options.draft_model:
         smaller = load_decoder(options.draft_model, decoder.dtype)
         own = DraftModelDrafter.Options(path=str(options.draft_model), **common)
         makers["draft-model"] = lambda: DraftModelDrafter(own)
-        steps["draft-model"] = lambda rows: _draft_step(smaller, len(smaller.layers), rows, options)
+        steps["draft-model"] = lambda rows: _draft(smaller, None, rows, options)
     rows: list[Row] = []
     for batch in options.batch:
         speeds: dict[str, list[float]] = {name: [] for name in makers}
@@ -200,63 +203,76 @@ def _speed(decoder: Decoder, prompts: Sequence[np.ndarray], options: argparse.Na
                 seconds, last[name] = _run(decoder, makers[name](), prompts, batch, options)
                 if repeat:  # the first round warms up
                     speeds[name].append(last[name].generated_tokens / seconds)
+        predicted = _predicted(decoder, last, batch, {name: step(batch) for name, step in steps.items()}, options)
         for name in makers:
             ratios = [a / b for a, b in zip(speeds[name], speeds["none"], strict=True)]
             row: Row = {
                 "drafter": name, "batch": batch, "temperature": options.temperature,
                 "tokens_per_second": statistics.median(speeds[name]), "ratio_to_plain": spread(ratios),
             }  # fmt: skip
-            if name in steps:
-                row |= _predicted(decoder, last[name], batch, steps[name](batch), options)
-            rows.append(row)
+            rows.append(row | predicted.get(name, {}))
     return rows
 
 
-def _predicted(decoder: Decoder, stats: GeneratorStats, batch: int, step: float, options: argparse.Namespace) -> Row:
-    """E[L] t(B, 1) / (t(B, 1 + n) + n d): n tokens drafted a verification, d seconds a draft step."""
-    drafted, emitted = stats.drafted / stats.verifications, stats.generated_tokens / stats.verifications
-    plain, low = _verification(decoder, batch, 1, options), _verification(decoder, batch, 1 + int(drafted), options)
-    high = _verification(decoder, batch, 2 + int(drafted), options)
-    seconds = low + (drafted - int(drafted)) * (high - low) + drafted * step
-    return {
-        "acceptance_rate": stats.accepted / max(1, stats.drafted),
-        "tokens_per_verification": emitted,
-        "drafted_per_verification": drafted,
-        "draft_step_of_plain_step": step / plain,
-        "predicted_ratio": emitted * plain / seconds,
-    }
+def _predicted(
+    decoder: Decoder, stats: Mapping[str, GeneratorStats], batch: int, steps: Mapping[str, Callable[[], None]],
+    options: argparse.Namespace,
+) -> dict[str, Row]:  # fmt: skip
+    """Of each drafter E[L] t(B, 1) / (t(B, 1 + n) + n d): n tokens drafted a verification, d seconds a draft step; t
+    and d are measured side by side."""
+    drafted = {name: stats[name].drafted / stats[name].verifications for name in steps}
+    widths = {1} | {width + int(n) for n in drafted.values() for width in (1, 2)}
+    verifying = {width: verification_step(decoder, batch, width, 128) for width in sorted(widths)}
+    taken = _medians({**verifying, **steps}, options)
+    taken |= {name: taken[name] / options.draft_tokens for name in steps}
+    found = {}
+    for name, n in drafted.items():
+        plain, low, high = taken[1], taken[1 + int(n)], taken[2 + int(n)]
+        emitted = stats[name].generated_tokens / stats[name].verifications
+        seconds = low + (n - int(n)) * (high - low) + n * taken[name]
+        found[name] = {
+            "acceptance_rate": stats[name].accepted / max(1, stats[name].drafted),
+            "tokens_per_verification": emitted,
+            "drafted_per_verification": n,
+            "draft_step_of_plain_step": taken[name] / plain,
+            "predicted_ratio": emitted * plain / seconds,
+        }
+    return found
 
 
-def _verification(decoder: Decoder, rows: int, per_row: int, options: argparse.Namespace) -> float:
-    """t(B, n): least seconds of a verification."""
-    return _least(verification_step(decoder, rows, per_row, 128), options)
-
-
-def _least(step: Callable[[], None], options: argparse.Namespace) -> float:
-    clock, taken = CLOCKS[options.clock], []
-    for _ in range(30):
-        began = clock()
-        step()
-        taken.append(clock() - began)
-    return min(taken)
+def _medians(steps: Mapping[Any, Callable[[], None]], options: argparse.Namespace) -> dict[Any, float]:
+    """Seconds of each step, one after the other and again: what else the machine does meets all of them alike. Each is
+    made twice, and the second counts, as in a run others like it have gone before."""
+    clock = CLOCKS[options.clock]
+    taken: dict[Any, list[float]] = {name: [] for name in steps}
+    for _ in range(_ROUNDS):
+        for name, step in steps.items():
+            step()
+            began = clock()
+            step()
+            taken[name].append(clock() - began)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 @torch.no_grad()
-def _draft_step(decoder: Decoder, layers: int, rows: int, options: argparse.Namespace) -> float:
-    """Least seconds of a draft token for `rows` sequences of 128 tokens, through so many layers."""
+def _draft(
+    decoder: Decoder, layers: Sequence[int] | None, rows: int, options: argparse.Namespace
+) -> Callable[[], None]:  # fmt: skip
+    """A draft for `rows` sequences of 128 tokens, through some layers, or all."""
     cache = KVCache(decoder.config, decoder.dtype, decoder.device, rows * (128 // PAGE + 1))
     tables = np.array(cache.take(cache.free), np.int64).reshape(rows, -1)
     cached, ones = np.full(rows, 128, np.int64), np.ones(rows, np.int64)
     temperatures = np.full(rows, options.temperature, np.float32)
-    request = DraftRequest(list(range(rows)), ones, temperatures)
+    request = DraftRequest(list(range(rows)), options.draft_tokens * ones, temperatures)
 
+    @torch.no_grad()
     def step() -> None:
-        x = decoder.embedding[torch.zeros(rows, dtype=torch.int64)]
-        plan = cache.plan(tables, cached, ones)
-        for index in range(layers):
-            x = decoder.block(index, x, plan, cache)
-        drawing = Drawing(request, ones, ones, ones, vocab_size=decoder.config.vocab_size)
-        drawing.draw(decoder.logits(decoder.attention.norm(x, decoder.final_norm)))
+        drawing = Drawing(request, request.budgets, ones, ones, vocab_size=decoder.config.vocab_size)
+        tokens = np.zeros(rows, np.int64)
+        for _ in range(options.draft_tokens):
+            plan = cache.plan(tables, cached, ones)
+            hidden = decoder.forward(torch.from_numpy(tokens), plan, cache, only=layers)
+            tokens = drawing.draw(decoder.logits(hidden))
         drawing.proposal()
 
-    return _least(step, options)
+    return step

@@ -173,15 +173,12 @@ class LayerSkipDrafter(BaseDrafter):
     def _forward(self, target: Target, tokens: np.ndarray, places: Places, sets: Sequence[Set]) -> Tensor:
         """Hidden states [A, H] after the final norm, of a token for each of A rows, without the layers of its set."""
         decoder, cache = target.decoder, target.cache
-        x = decoder.embedding[torch.from_numpy(tokens).to(decoder.device)]
-        plan = _one_more(cache, places)
-        same = all(chosen == sets[0] for chosen in sets)
-        plans = {}
+        ids = torch.from_numpy(tokens).to(decoder.device)
+        if all(chosen == sets[0] for chosen in sets):
+            kept = [index for index in range(len(decoder.layers)) if index not in sets[0]]
+            return decoder.forward(ids, _one_more(cache, places), cache, only=kept)
+        x, plans = decoder.embedding[ids], {}
         for index in range(len(decoder.layers)):
-            if same:
-                if index not in sets[0]:
-                    x = decoder.block(index, x, plan, cache)
-                continue
             rows = tuple(row for row, chosen in enumerate(sets) if index not in chosen)
             if rows:
                 if rows not in plans:

@@ -78,8 +78,8 @@ def _gated(
 
 _X, _TABLE, _LAYERS, _ROWS, _HIDDEN, _HEADS, _KV_HEADS, _DIMENSION, _INNER, _PAGES = range(10)
 _POSITION, _PLACE, _TOKEN_PAGE, _TABLES, _COLUMNS, _CACHED, _STARTS, _SEQUENCES = range(10, 18)
-_COS, _SIN, _ANGLES, _WORK, _SUMS, _COUNTERS, _NORM, _REALS = range(18, 26)
-ARGUMENTS = 27
+_COS, _SIN, _ANGLES, _WORK, _SUMS, _COUNTERS, _NORM, _STATES, _REALS = range(18, 27)
+ARGUMENTS = 28
 """int64 addresses and sizes in this order; the last two are float64: epsilon of the norms, scale of the scores."""
 
 
@@ -117,10 +117,14 @@ def through_layers(a: np.ndarray, thread: int, threads: int) -> None:
     normed = carray(pointer(work + 2 * n * hidden * thread), (n, hidden), np.int16)
     sums = carray(pointer(a[_SUMS] + 8 * n * BLOCK * thread), (n, BLOCK), np.float32)
     others = carray(pointer(a[_SUMS] + 8 * n * BLOCK * thread + 4 * n * BLOCK), (n, BLOCK), np.float32)
+    keeps = a[_STATES] != 0 and thread == 0
+    states = carray(pointer(a[_STATES]), (a[_LAYERS] + 1 if keeps else 0, n, hidden), np.int16)
     met = 0
 
     for layer in range(a[_LAYERS]):
         row = table[layer]
+        if keeps:  # nobody writes to the rows before threads have met twice
+            states[layer] = x
         norm = carray(pointer(row[0]), (hidden,), np.float32)
         rms_norm(x, norm, epsilon, normed)
         blocks = wide // BLOCK
@@ -165,6 +169,8 @@ def through_layers(a: np.ndarray, thread: int, threads: int) -> None:
         if threads > 1:
             meet(counters, met)
 
+    if keeps:
+        states[-1] = x
     if a[_NORM] and thread == 0:
         rms_norm(x, carray(pointer(a[_NORM]), (hidden,), np.float32), epsilon, x)
 
@@ -277,39 +283,43 @@ class CompiledLayers:
         x: Tensor,
         plan: AttentionPlan,
         cache: KVCache,
-        first: int = 0,
-        last: int | None = None,
+        layers: Sequence[int] | None = None,
         norm: Tensor | None = None,
+        states: Tensor | None = None,
     ) -> Tensor:
-        """Layers `first` to `last` on bfloat16 rows [N, H], in place; their keys and values are cached.
+        """Some layers, one after the other, on bfloat16 rows [N, H], in place; their keys and values are cached.
 
         Args:
             x: of N packed tokens.
             plan: of this pass.
             cache: read and written.
-            first, last: None: to the end.
+            layers: by number; None: all.
             norm: weight float32 [H] of a norm behind them, if there is one.
+            states: bfloat16 [layers + 1, N, H], filled with the rows and what each layer made of them.
         """
-        table, *rest = self.parts(cache, len(x), plan.positions_end, torch.get_num_threads(), first, last)
+        table, *rest = self.parts(cache, len(x), plan.positions_end, torch.get_num_threads(), layers)
         counters, arguments = np.zeros(1 + len(table), np.int64), np.empty(ARGUMENTS, np.int64)
         kept = pack(
             arguments, x.data_ptr(), 0 if norm is None else norm.data_ptr(), cache.pages, plan.tables, plan.cached,
             plan.starts, plan.position, plan.place, plan.page, counters, table, *rest,
         )  # fmt: skip
+        if states is not None:
+            arguments[_STATES] = states.data_ptr()
         on_all_threads(through_layers, _layers_part, arguments)
         del kept, rest  # what the addresses are of has lived until here
         return x
 
     def parts(
-        self, cache: KVCache, rows: int, end: int, threads: int, first: int = 0, last: int | None = None
+        self, cache: KVCache, rows: int, end: int, threads: int, layers: Sequence[int] | None = None
     ) -> tuple[np.ndarray, ...]:
         """The last seven arguments of `pack`, for passes of up to `rows` tokens at positions before `end`."""
-        c, table, store = self._config, self._table[first:last], cache.store
+        c, store = self._config, cache.store
         place = store.data_ptr(), *store.stride()[:2]
         if place != self._place:
             self._place, (address, layer, values) = place, place
             self._table[:, 10] = address + 2 * layer * np.arange(len(self._table))
             self._table[:, 11] = self._table[:, 10] + 2 * values
+        table = self._table if layers is None else self._table[np.asarray(layers, np.int64)]
         wide = (c.heads + 2 * c.kv_heads) * c.head_dim
         numbers = rows * (wide + 2 * c.heads * c.head_dim + c.intermediate_size + (threads + 1) * c.hidden_size)
         work, sums = np.empty(numbers, np.int16), np.empty(2 * threads * rows * BLOCK, np.float32)
@@ -345,7 +355,7 @@ def pack(
     a[_TABLES], a[_CACHED], a[_STARTS] = tables.ctypes.data, cached.ctypes.data, starts.ctypes.data
     a[_POSITION], a[_PLACE], a[_TOKEN_PAGE] = position.ctypes.data, place.ctypes.data, page.ctypes.data
     a[_COS], a[_SIN], a[_WORK] = cos.ctypes.data, sin.ctypes.data, work.ctypes.data
-    a[_SUMS], a[_COUNTERS] = sums.ctypes.data, counters.ctypes.data
+    a[_SUMS], a[_COUNTERS], a[_STATES] = sums.ctypes.data, counters.ctypes.data, 0
     a[_REALS:] = real.view(np.int64)
     return tables, cached, starts
 

@@ -1,6 +1,6 @@
 """A lean decoder for the Llama / Mistral / Qwen2 / Qwen3 family, equal to transformers' logits on the same weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -145,7 +145,7 @@ class LayerWeights:
         if attention is self.attention and self.takes_compiled(len(x)):
             assert self._compiled is not None
             rows = x.clone(memory_format=torch.contiguous_format)
-            return self._compiled(rows, plan, cache, index, index + 1)
+            return self._compiled(rows, plan, cache, [index])
         qkv = layer.qkv(attention.norm(x, layer.input_norm))
         x = layer.output.plus(attention(index, qkv, layer.qk_norm, plan, cache), x)
         normed = attention.norm(x, layer.post_norm)
@@ -187,6 +187,7 @@ class Decoder(LayerWeights):
         cache: KVCache,
         states: list[Tensor] | None = None,
         attention: Attention | None = None,
+        only: Sequence[int] | None = None,
     ) -> Tensor:
         """Hidden states [N, H] after the final norm of packed tokens int64 [N].
 
@@ -196,15 +197,20 @@ class Decoder(LayerWeights):
             cache: read and written.
             states: filled with [N, H] tensors, the embedding and what each layer gave, where it is a list.
             attention: stands in for the decoder's own, and need not cache keys and values.
+            only: layers that are computed, in this order; None: all.
         """
         attention, x = attention or self.attention, self.embedding[token_ids]
-        if states is None and attention is self.attention and self.takes_compiled(len(x)):
+        if attention is self.attention and self.takes_compiled(len(x)):
             assert self._compiled is not None
-            return self._compiled(x, plan, cache, norm=self.final_norm)
+            kept = None
+            if states is not None:
+                kept = x.new_empty(len(self.layers if only is None else only) + 1, *x.shape)
+                states.extend(kept)
+            return self._compiled(x, plan, cache, only, self.final_norm, kept)
         if states is not None:
             states.append(x)
-        for index, layer in enumerate(self.layers):
-            x = self.through(index, layer, x, plan, cache, attention)
+        for index in range(len(self.layers)) if only is None else only:
+            x = self.through(index, self.layers[index], x, plan, cache, attention)
             if states is not None:
                 states.append(x)
         return attention.norm(x, self.final_norm)

@@ -107,6 +107,23 @@ def test_states_of_layers_and_single_layers_are_those_of_the_pass(tmp_path):
     assert all(torch.equal(cache.store, caches[0].store) for cache in caches[1:])
 
 
+def test_some_of_the_layers_are_computed_in_one_call_too(tmp_path):
+    decoder = load_decoder(saved(tmp_path, "biases"), dtype="bfloat16")
+    found = []
+    for rows in (1000, 0):
+        decoder.most_compiled_rows = rows
+        cache = KVCache(decoder.config, decoder.dtype, CPU, 1)
+        plan = cache.plan(np.zeros((1, 1), np.int64), np.zeros(1, np.int64), np.array([5]))
+        found.append((decoder.forward(torch.arange(5), plan, cache, only=[0, 2]), cache.store))
+    x = decoder.embedding[torch.arange(5)]
+    decoder.most_compiled_rows, cache = 1000, KVCache(decoder.config, decoder.dtype, CPU, 1)
+    for layer in (0, 2):
+        x = decoder.block(layer, x, plan, cache)
+    assert torch.equal(decoder.attention.norm(x, decoder.final_norm), found[0][0])
+    assert torch.equal(cache.store, found[0][1]) and not cache.store[1].any()
+    torch.testing.assert_close(found[0][0].float(), found[1][0].float(), atol=0.1, rtol=0.1)
+
+
 def test_new_weights_are_computed_with(tmp_path):
     decoder = load_decoder(saved(tmp_path / "a", "biases"), dtype="bfloat16")
     other = load_decoder(saved(tmp_path / "b", "biases", seed=1), dtype="bfloat16")
