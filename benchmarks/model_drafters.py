@@ -4,7 +4,7 @@
 
 Parts: `sets` (acceptance of the program's set, against fixed sets of the same size: layers left out evenly, at the end,
 at the beginning, in the middle) and `speed` (against plain decoding, in turns, beside the speed that the measured costs
-of a verification, a layer and a head predict for the acceptance found).
+of verifications and of drafting predict for the acceptance found).
 """
 
 import argparse
@@ -13,17 +13,16 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from benchmarks.options import SEED, Parser, at_least, integers, temperature
 from benchmarks.results import spread, write_results
-from drafters.base import Drafter, DraftRequest, Verified
+from drafters.base import Drafter, Verified
 from drafters.calibration import verification_step
 from drafters.draft_model import DraftModelDrafter
-from drafters.drawing import Drawing
 from drafters.layer_skip import LayerSkipDrafter, Set
 from drafters.none import NoDrafter
 from pipeline.engine.generator import GroupRequest
@@ -32,12 +31,13 @@ from pipeline.errors import UsageError
 from pipeline.messages import SamplingParams
 from pipeline.models.checkpoint import load_decoder
 from pipeline.models.decoder import Decoder
-from pipeline.models.kv_cache import PAGE, KVCache
 from pipeline.models.tokenizer import Tokenizer
 
 Row = dict[str, Any]
 _ROUNDS = 60
 """in which what a prediction rests on is measured"""
+_PLAIN, _PROMPTS = "none", "prompts"
+"""runs without drafts, and those that end with a response's first token"""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -97,24 +97,32 @@ def _prompts(options: argparse.Namespace) -> list[np.ndarray]:
     return [np.array(tokenizer.encode(f"Question: {q}\nAnswer:"), np.int64) for q in questions]
 
 
+class Run(NamedTuple):
+    """A response to each prompt."""
+
+    seconds: float
+    """drafting included, start-up not"""
+    stats: GeneratorStats
+
+
 def _run(
-    decoder: Decoder, drafter: Drafter, prompts: Sequence[np.ndarray], batch: int, options: argparse.Namespace
-) -> tuple[float, GeneratorStats]:
-    """Seconds and counts of a response to each prompt; drafting in the clock, start-up not."""
+    decoder: Decoder, drafter: Drafter, prompts: Sequence[np.ndarray], batch: int, options: argparse.Namespace,
+    tokens: int | None = None,
+) -> Run:  # fmt: skip
     generator = NativeGenerator(
         decoder, drafter=drafter, max_sequences=batch, max_draft_tokens=options.draft_tokens, max_length=512,
         tokenizer=Tokenizer(options.model), stop_token_ids=(),
     )  # fmt: skip
-    sampling = SamplingParams(temperature=options.temperature, max_new_tokens=options.tokens)
+    sampling = SamplingParams(temperature=options.temperature, max_new_tokens=tokens or options.tokens)
     clock = CLOCKS[options.clock]
     began = clock()
     for i, prompt in enumerate(prompts[: max(batch, options.count)]):
         generator.add(GroupRequest(i, prompt, sampling, (options.seed + i,)))
     while generator.has_work():
         generator.step()
-    seconds, stats = clock() - began, generator.stats()
+    run = Run(clock() - began, generator.stats())
     generator.close()
-    return seconds, stats
+    return run
 
 
 # ---- sets -----------------------------------------------------------------------------------------------------------
@@ -150,12 +158,12 @@ def _sets(decoder: Decoder, prompts: Sequence[np.ndarray], options: argparse.Nam
         settings = LayerSkipDrafter.Options(skip=count / layers, max_tokens=options.draft_tokens, stop_below=0.0)
         chosen = LayerSkipDrafter(settings)
         began = time.perf_counter()
-        _, stats = _run(decoder, chosen, prompts, 1, options)
+        stats = _run(decoder, chosen, prompts, 1, options).stats
         seconds = time.perf_counter() - began  # the drafter's own clock is the wall's, too
         fixed = {}
         for name, skipped in fixed_sets(layers, count).items():
             if len(skipped) == count:
-                _, other = _run(decoder, FixedSkip(settings, skipped), prompts, 1, options)
+                other = _run(decoder, FixedSkip(settings, skipped), prompts, 1, options).stats
                 fixed[name] = other.accepted / max(1, other.drafted)
         best = max(fixed, key=lambda name: fixed[name])
         ours = stats.accepted / max(1, stats.drafted)
@@ -179,100 +187,79 @@ def _counts(layers: int, options: argparse.Namespace) -> list[int]:
 
 
 def _speed(decoder: Decoder, prompts: Sequence[np.ndarray], options: argparse.Namespace) -> list[Row]:
-    makers: dict[str, Callable[[], Drafter]] = {"none": NoDrafter}
-    steps: dict[str, Callable[[int], Callable[[], None]]] = {}
+    makers: dict[str, Callable[[], Drafter]] = {_PLAIN: NoDrafter}
     layers = len(decoder.layers)
     common = {"max_tokens": options.draft_tokens, "stop_below": options.stop_below}
     for count in _counts(layers, options):
         name = f"layer-skip {count}/{layers}"
         settings = LayerSkipDrafter.Options(skip=count / layers, **common)
         makers[name] = lambda settings=settings: LayerSkipDrafter(settings)  # type: ignore[misc]
-        left = [i * layers // (layers - count) for i in range(layers - count)]
-        steps[name] = lambda rows, left=left: _draft(decoder, left, rows, options)  # type: ignore[misc]
     if options.draft_model:
-        smaller = load_decoder(options.draft_model, decoder.dtype)
         own = DraftModelDrafter.Options(path=str(options.draft_model), **common)
         makers["draft-model"] = lambda: DraftModelDrafter(own)
-        steps["draft-model"] = lambda rows: _draft(smaller, None, rows, options)
     rows: list[Row] = []
     for batch in options.batch:
-        speeds: dict[str, list[float]] = {name: [] for name in makers}
-        last: dict[str, GeneratorStats] = {}
+        runs: dict[str, list[Run]] = {name: [] for name in [*makers, _PROMPTS]}
         for repeat in range(options.repeats + 1):
-            for name in makers if repeat % 2 else reversed(makers):
-                seconds, last[name] = _run(decoder, makers[name](), prompts, batch, options)
+            for name in runs if repeat % 2 else reversed(runs):
+                tokens = 1 if name == _PROMPTS else options.tokens
+                run = _run(decoder, makers.get(name, NoDrafter)(), prompts, batch, options, tokens)
                 if repeat:  # the first round warms up
-                    speeds[name].append(last[name].generated_tokens / seconds)
-        predicted = _predicted(decoder, last, batch, {name: step(batch) for name, step in steps.items()}, options)
+                    runs[name].append(run)
+        predicted = {row["drafter"]: row for row in _predicted(decoder, runs, batch, options)}
         for name in makers:
-            ratios = [a / b for a, b in zip(speeds[name], speeds["none"], strict=True)]
+            ratios = [plain.seconds / run.seconds for plain, run in zip(runs[_PLAIN], runs[name], strict=True)]
             row: Row = {
                 "drafter": name, "batch": batch, "temperature": options.temperature,
-                "tokens_per_second": statistics.median(speeds[name]), "ratio_to_plain": spread(ratios),
+                "tokens_per_second": statistics.median(run.stats.generated_tokens / run.seconds for run in runs[name]),
+                "ratio_to_plain": spread(ratios),
             }  # fmt: skip
             rows.append(row | predicted.get(name, {}))
     return rows
 
 
 def _predicted(
-    decoder: Decoder, stats: Mapping[str, GeneratorStats], batch: int, steps: Mapping[str, Callable[[], None]],
-    options: argparse.Namespace,
-) -> dict[str, Row]:  # fmt: skip
-    """Of each drafter E[L] t(B, 1) / (t(B, 1 + n) + n d): n tokens drafted a verification, d seconds a draft step; t
-    and d are measured side by side."""
-    drafted = {name: stats[name].drafted / stats[name].verifications for name in steps}
-    widths = {1} | {width + int(n) for n in drafted.values() for width in (1, 2)}
-    verifying = {width: verification_step(decoder, batch, width, 128) for width in sorted(widths)}
-    taken = _medians({**verifying, **steps}, options)
-    taken |= {name: taken[name] / options.draft_tokens for name in steps}
-    found = {}
+    decoder: Decoder, runs: Mapping[str, Sequence[Run]], batch: int, options: argparse.Namespace
+) -> list[Row]:
+    """Of each drafter (p + N (t(B, 1) + o)) / (p + N / E[L] (t(B, 1 + n) + d + o)) for N tokens: n tokens are drafted a
+    verification, which takes d seconds by the engine's own clock; prompts take p seconds, and for all else the engine
+    takes o seconds a step, both as they do in plain decoding. Medians of runs."""
+
+    def median(name: str, of: Callable[[Run], float]) -> float:
+        return statistics.median(map(of, runs[name]))
+
+    drafters = [name for name in runs if name not in (_PLAIN, _PROMPTS)]
+    counts = {name: runs[name][0].stats for name in drafters}
+    drafted = {name: count.drafted / count.verifications for name, count in counts.items()}
+    taken = _verifications(decoder, batch, {1, *(1 + round(n) for n in drafted.values())}, options)
+    in_all, prompts = (median(name, lambda run: run.seconds) for name in (_PLAIN, _PROMPTS))
+    plain_steps = (runs[_PLAIN][0].stats.verifications - runs[_PROMPTS][0].stats.verifications) / batch
+    beside = max((in_all - prompts) / plain_steps - taken[1], 0.0)
+    rows: list[Row] = []
     for name, n in drafted.items():
-        plain, low, high = taken[1], taken[1 + int(n)], taken[2 + int(n)]
-        emitted = stats[name].generated_tokens / stats[name].verifications
-        seconds = low + (n - int(n)) * (high - low) + n * taken[name]
-        found[name] = {
-            "acceptance_rate": stats[name].accepted / max(1, stats[name].drafted),
-            "tokens_per_verification": emitted,
+        drafting = median(name, lambda run: run.stats.drafter_seconds)
+        steps = counts[name].verifications / batch
+        seconds = prompts + steps * (taken[1 + round(n)] + beside) + drafting
+        rows.append({
+            "drafter": name,
+            "acceptance_rate": counts[name].accepted / max(1, counts[name].drafted),
+            "tokens_per_verification": counts[name].generated_tokens / counts[name].verifications,
             "drafted_per_verification": n,
-            "draft_step_of_plain_step": taken[name] / plain,
-            "predicted_ratio": emitted * plain / seconds,
-        }
-    return found
+            "draft_step_of_plain_step": drafting / max(1, counts[name].drafted) * batch / taken[1],
+            "predicted_ratio": in_all / seconds,
+        })  # fmt: skip
+    return rows
 
 
-def _medians(steps: Mapping[Any, Callable[[], None]], options: argparse.Namespace) -> dict[Any, float]:
-    """Seconds of each step, one after the other and again: what else the machine does meets all of them alike. Each is
-    made twice, and the second counts, as in a run others like it have gone before."""
-    clock = CLOCKS[options.clock]
-    taken: dict[Any, list[float]] = {name: [] for name in steps}
+def _verifications(decoder: Decoder, rows: int, widths: set[int], options: argparse.Namespace) -> dict[int, float]:
+    """t(B, n), median seconds of verifications of so many tokens a sequence: every width is met twice in a row, of
+    which the second counts, and all of them again and again, so that what else the machine does meets them alike."""
+    clock, taken = CLOCKS[options.clock], {width: list[float]() for width in sorted(widths)}
+    steps = {width: verification_step(decoder, rows, width, 128) for width in taken}
     for _ in range(_ROUNDS):
-        for name, step in steps.items():
+        for width, step in steps.items():
             step()
             began = clock()
             step()
-            taken[name].append(clock() - began)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
-
-
-@torch.no_grad()
-def _draft(
-    decoder: Decoder, layers: Sequence[int] | None, rows: int, options: argparse.Namespace
-) -> Callable[[], None]:  # fmt: skip
-    """A draft for `rows` sequences of 128 tokens, through some layers, or all."""
-    cache = KVCache(decoder.config, decoder.dtype, decoder.device, rows * (128 // PAGE + 1))
-    tables = np.array(cache.take(cache.free), np.int64).reshape(rows, -1)
-    cached, ones = np.full(rows, 128, np.int64), np.ones(rows, np.int64)
-    temperatures = np.full(rows, options.temperature, np.float32)
-    request = DraftRequest(list(range(rows)), options.draft_tokens * ones, temperatures)
-
-    @torch.no_grad()
-    def step() -> None:
-        drawing = Drawing(request, request.budgets, ones, ones, vocab_size=decoder.config.vocab_size)
-        tokens = np.zeros(rows, np.int64)
-        for _ in range(options.draft_tokens):
-            plan = cache.plan(tables, cached, ones)
-            hidden = decoder.forward(torch.from_numpy(tokens), plan, cache, only=layers)
-            tokens = drawing.draw(decoder.logits(hidden))
-        drawing.proposal()
-
-    return step
+            taken[width].append(clock() - began)
+    return {width: statistics.median(seconds) for width, seconds in taken.items()}
