@@ -402,7 +402,7 @@ class ArbiterDrafter(CompositeDrafter):
     def observe(self, verified: Verified) -> None:
         rows, step = len(verified.ids), self._step
         drafted = step.drafted if step else 0
-        self._plain_steps.count(drafted > 0 or self._drafting is not None, verified.seconds)
+        self._plain_steps.count(drafted > 0 or bool(self._lull.delegates), verified.seconds)
         if self._lull.rests and not self._must_know:
             self._plain_steps.keep(rows, verified.seconds)
             self._keep(verified)

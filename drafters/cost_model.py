@@ -14,10 +14,11 @@ ROWS = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256], np.float64)
 PER_ROW = np.array([1, 1 + 1e-9, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32], np.float64)
 """places of the table: sequences, and tokens a sequence. A step without any draft has a place of its own: the first
 draft of a batch may cost more than its tokens, where drafts are verified by another way than none"""
-_WHOLE_RATE, _PLACE_RATE = 0.1, 0.03
+_WHOLE_RATE, _PLACE_RATE, _PLAIN_RATE = 0.1, 0.03, 0.1
 """of a step's surprise, how much moves all, and of what is left, how much moves its place, once many steps have been
-seen. The n-th step moves all by 1/n and the n-th at a place this by 1/(n + 1): what steps really take soon outweighs
-what was guessed before, and the machine's speed is known before the curve is bent"""
+seen; more of one without drafts, which where all would draft are seldom, and made for this. The n-th step moves all by
+1/n and the n-th at a place this by 1/(n + 1): what steps really take soon outweighs what was guessed before, and the
+machine's speed is known before the curve is bent"""
 _MEASURED = 20.0
 """steps at a place that a measurement of it, or of its neighbours, counts for"""
 _MOST_SURPRISE = 0.7
@@ -57,7 +58,7 @@ class CostModel:
     def observe(self, rows: int, tokens: int, seconds: float) -> None:
         """A verification took so long."""
         if self.learns and seconds > 0:
-            _correct(self.table, self._met, self.scale, self._steps, rows, tokens, seconds)
+            _correct(self.table, self._met, self.scale, self._steps, rows, tokens, seconds, _PLACE_RATE)
 
     def observe_plain(self, steps: Sequence[tuple[int, float]]) -> None:
         """Verifications without drafts, in order: sequences, and how long it took."""
@@ -113,8 +114,9 @@ def verification_seconds(table: np.ndarray, scale: float, rows: int, tokens: int
 
 @njit(cache=True)
 def _correct(
-    table: np.ndarray, met: np.ndarray, scale: np.ndarray, steps: np.ndarray, rows: int, tokens: int, seconds: float
-) -> None:
+    table: np.ndarray, met: np.ndarray, scale: np.ndarray, steps: np.ndarray, rows: int, tokens: int, seconds: float,
+    rate: float,
+) -> None:  # fmt: skip
     surprise = np.log(seconds / verification_seconds(table, scale[0], rows, tokens))
     if steps[0] >= 3:
         surprise = min(max(surprise, -_MOST_SURPRISE), _MOST_SURPRISE)
@@ -129,7 +131,7 @@ def _correct(
         for b, weight_b in ((j, 1 - v), (j + 1, v)):
             weight = weight_a * weight_b
             met[a, b] += weight
-            table[a, b] *= np.exp(max(_PLACE_RATE, 1.0 / (met[a, b] + 1.0)) * weight * left)
+            table[a, b] *= np.exp(max(rate, 1.0 / (met[a, b] + 1.0)) * weight * left)
         if weight_a > 0:
             _level(table[a], met[a])
 
@@ -139,7 +141,7 @@ def _correct_plain(table: np.ndarray, met: np.ndarray, scale: np.ndarray, steps:
     for k in range(len(seen)):
         rows = int(seen[k, 0])
         if seen[k, 1] > 0:
-            _correct(table, met, scale, steps, rows, rows, seen[k, 1])
+            _correct(table, met, scale, steps, rows, rows, seen[k, 1], _PLAIN_RATE)
 
 
 @njit(cache=True)
