@@ -99,6 +99,9 @@ class ArbiterDrafter(CompositeDrafter):
         """of each drafter, with as many sequences as in the current step"""
         self._backlog = Backlog(count + 1)
         """read by every drafter, and last by the groups' progress"""
+        self._beside = self._between = self._left_at = 0.0
+        """seconds of a step in which neither it nor verification is at work; of this one before it proposed; and when
+        it was last left"""
         self._deciding = self._learning = 0.0
         """seconds of its own of a step in which it asks: of propose and of observe"""
         self._urgencies: tuple[tuple[int, ...], np.ndarray, int] = (), np.ones(0), 0
@@ -117,6 +120,8 @@ class ArbiterDrafter(CompositeDrafter):
         self._unused_step: Step | None = None
         """of another delegate, whose drafts are not verified: what was drawn would teach nothing"""
         self._delegation, self._lull = Delegation(), Lull()
+        self._promise = 0.0
+        """accepted tokens that this draft promises, if it is learnt from"""
         self._drafting: int | None = None
         """who drafts in a step without a decision"""
         self._rows, self._group = 0, -1
@@ -164,6 +169,18 @@ class ArbiterDrafter(CompositeDrafter):
 
     def propose(self, request: DraftRequest) -> Proposal:
         began = self._clock()
+        proposal = self._proposed(request, began)
+        self._between, self._left_at = began - self._left_at, self._clock()
+        return proposal
+
+    def observe(self, verified: Verified) -> None:
+        between = self._between + self._clock() - self._left_at - verified.seconds
+        if verified.seconds > 0 and self._steps > 1:
+            self._beside = _smoothed(self._beside, max(between, 0.0))
+        self._observed(verified)
+        self._left_at = self._clock()
+
+    def _proposed(self, request: DraftRequest, began: float) -> Proposal:
         self._steps += 1
         rows = self._rows = len(request.ids)
         self._step = self._unused_step = self._drafting = None
@@ -179,7 +196,9 @@ class ArbiterDrafter(CompositeDrafter):
             self._lull.begin((), rows, min(standing.asleep for standing in self._standings))
             return self._undecided(request)
         for index in asked:
-            self._standings[index].consider(self._counts[index], rows, self.costs.seconds, self._learning)
+            self._standings[index].consider(
+                self._counts[index], rows, self.costs.seconds, self._learning + self._beside
+            )
         self._plain_steps.teach()
         self._not_asked += rows * (len(self._standings) - len(asked))
         others = [standing.asleep for i, standing in enumerate(self._standings) if i not in asked]
@@ -218,7 +237,7 @@ class ArbiterDrafter(CompositeDrafter):
         for index in self._lull.delegates:
             if self._drafting is not None:
                 at_hand = self._promised(self._drafting, proposal)
-                if not self._standings[index].may_add(at_hand, self.costs.seconds(rows, rows)):
+                if not self._standings[index].may_add(at_hand, self.costs.seconds(rows, rows) + self._beside):
                     break
             further, step = self._whole(index, request, learns)
             if further.token_ids.shape[1]:
@@ -239,6 +258,8 @@ class ArbiterDrafter(CompositeDrafter):
         if proposal.probabilities is not None:
             drawn = drawn_rows(proposal)[None]
             granted = standing.usual(request.budgets)
+        settled = standing.reads and standing.reach.settled
+        self._promise = rows * standing.reach.accepted if settled else float(self._promised(index, proposal).sum())
         stack, drafters, choice = Stack.of_one(proposal), slice(index, index + 1), np.zeros(rows, np.int64)
         return proposal, Step(request.ids, drafters, drawn, stack, choice, granted, int(proposal.lengths.sum()))
 
@@ -268,7 +289,7 @@ class ArbiterDrafter(CompositeDrafter):
         self._sampled.clear()
         for index in self._in_turn(asked):
             standing = self._standings[index]
-            if at_hand.any() and not standing.may_add(at_hand, self.costs.seconds(rows, rows)):
+            if at_hand.any() and not standing.may_add(at_hand, self.costs.seconds(rows, rows) + self._beside):
                 asked.remove(index)
                 self._spared += rows
                 continue
@@ -329,13 +350,15 @@ class ArbiterDrafter(CompositeDrafter):
         by_turns: dict[int, Outlook] = {}
         if self._may_delegate(awake, rows):
             asking = sum(self._standings[index].seconds for index in asked)
-            undrafted = Outlook(float(urgency.sum()), plain)
+            undrafted = Outlook(float(urgency.sum()), plain + self._beside)
             wholes = self._wholes(awake, drafters, stack) if len(awake) > 1 else {}
             if wholes:
                 whole = wholes[self._in_turn(asked)[-1]]
-            whole = whole.longer(self._learning)
+            whole = whole.longer(self._learning + self._beside)
             if self._delegation.compare(awake, rows, undrafted, decided.longer(asking), whole.longer(asking)):
                 decided, by_turns = whole, wholes
+            if len(awake) == 1:
+                decided = Outlook(decided.tokens, decided.seconds / self._delegation.bias)
         if by_turns:
             self._judge_turns(asked, by_turns, decided, plain)
         else:
@@ -383,7 +406,8 @@ class ArbiterDrafter(CompositeDrafter):
         asking = sum(self._standings[index].seconds for index in asked)
         for index, other in zip(wholes, reversed(wholes), strict=True):
             if index in asked:
-                otherwise = wholes[other].longer(self._standings[other].seconds + self._learning)
+                beside = self._standings[other].seconds + self._learning + self._beside
+                otherwise = wholes[other].longer(beside)
                 self._standings[index].judged(found.longer(asking), otherwise, plain, 1, deciding, len(self._standings))
 
     def _urgency(self, ids: Sequence[int]) -> np.ndarray:
@@ -399,7 +423,7 @@ class ArbiterDrafter(CompositeDrafter):
             self._urgencies = tuple(ids), values, step
         return values
 
-    def observe(self, verified: Verified) -> None:
+    def _observed(self, verified: Verified) -> None:
         rows, step = len(verified.ids), self._step
         drafted = step.drafted if step else 0
         self._plain_steps.count(drafted > 0 or bool(self._lull.delegates), verified.seconds)
@@ -412,6 +436,9 @@ class ArbiterDrafter(CompositeDrafter):
                 usual = self.costs.seconds(rows, rows + drafted)
                 beyond = self._standings[self._drafting].was_verified(drafted / rows, verified.seconds, usual)
                 self.costs.observe(rows, rows + drafted, verified.seconds - beyond)
+                asking = sum(self._standings[i].seconds for i in self._lull.delegates) + self._learning + self._beside
+                kept = Outlook(sum(map(len, verified.emitted)), min(verified.seconds, 2 * usual) + asking)
+                self._delegation.learn(Outlook(rows + self._promise, usual + asking), kept)
             self._tell_delegates(verified)
             self._learn(verified)
             return
@@ -467,7 +494,7 @@ class ArbiterDrafter(CompositeDrafter):
         drafts promise where nothing is decided; seconds are without those of asking."""
         choice, lengths, count, self._price, tokens, seconds, plain, all_tokens, longest = allocate(
             self._chances[drafters], matches, confidences, drafts, request.budgets, urgency, self.costs.table,
-            self.costs.scale[0], self._deciding + self._learning, self._price, self._trial, reasons,
+            self.costs.scale[0], self._deciding + self._learning + self._beside, self._price, self._trial, reasons,
         )  # fmt: skip
         return choice, lengths, count, Outlook(tokens, seconds), plain, Outlook(all_tokens, longest)
 
@@ -490,7 +517,7 @@ class ArbiterDrafter(CompositeDrafter):
                     _, _, _, found, _, _ = self._allocated(
                         drafters, matches, confidences, all_drafts, request, urgency, self._unused
                     )
-                otherwise = Outlook(float(urgency.sum()), plain)
+                otherwise = Outlook(float(urgency.sum()), plain + self._beside)
                 if len(asked) > 1:
                     without = drafts.copy()
                     without[index - drafters.start] = 0

@@ -58,7 +58,7 @@ class CostModel:
     def observe(self, rows: int, tokens: int, seconds: float) -> None:
         """A verification took so long."""
         if self.learns and seconds > 0:
-            _correct(self.table, self._met, self.scale, self._steps, rows, tokens, seconds, _PLACE_RATE)
+            _correct(self.table, self._met, self.scale, self._steps, rows, tokens, seconds)
 
     def observe_plain(self, steps: Sequence[tuple[int, float]]) -> None:
         """Verifications without drafts, in order: sequences, and how long it took."""
@@ -114,16 +114,15 @@ def verification_seconds(table: np.ndarray, scale: float, rows: int, tokens: int
 
 @njit(cache=True)
 def _correct(
-    table: np.ndarray, met: np.ndarray, scale: np.ndarray, steps: np.ndarray, rows: int, tokens: int, seconds: float,
-    rate: float,
-) -> None:  # fmt: skip
+    table: np.ndarray, met: np.ndarray, scale: np.ndarray, steps: np.ndarray, rows: int, tokens: int, seconds: float
+) -> None:
     surprise = np.log(seconds / verification_seconds(table, scale[0], rows, tokens))
     if steps[0] >= 3:
         surprise = min(max(surprise, -_MOST_SURPRISE), _MOST_SURPRISE)
     whole = max(_WHOLE_RATE, 1.0 / (steps[0] + 1.0))
     steps[0] += 1
     scale[0] *= np.exp(whole * surprise)
-    left = (1 - whole) * surprise
+    left, rate = (1 - whole) * surprise, _PLAIN_RATE if tokens == rows else _PLACE_RATE
     i, u = _place(ROWS, float(rows), True)
     j, v = _place(PER_ROW, tokens / rows, False)
     v = min(v, 1.0)
@@ -141,7 +140,7 @@ def _correct_plain(table: np.ndarray, met: np.ndarray, scale: np.ndarray, steps:
     for k in range(len(seen)):
         rows = int(seen[k, 0])
         if seen[k, 1] > 0:
-            _correct(table, met, scale, steps, rows, rows, seen[k, 1], _PLAIN_RATE)
+            _correct(table, met, scale, steps, rows, rows, seen[k, 1])
 
 
 @njit(cache=True)

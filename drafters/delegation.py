@@ -17,6 +17,10 @@ _FEWEST, _MOST = 8, 128
 """steps without a decision: twice as many every time, while they go on to promise more"""
 _MEMORY = 32
 """comparisons that count fully; older ones fade"""
+_SEEN, _SEEN_MEMORY, _FADES = 8, 64, 0.97
+"""Steps that went without a decision and were learnt from: as many are needed to say what became of promises, as many
+count fully; and what is left of that with every comparison after which nothing is delegated, so that promises are
+believed again some day."""
 
 
 class Outlook(NamedTuple):
@@ -55,6 +59,21 @@ class Delegation:
         """steps to go, and comparisons since the last that went without a decision, and of all"""
         self._window = _FEWEST
         """steps of the next delegation"""
+        self._promised = self._kept = Outlook(0, 0)
+        """of the same steps"""
+        self._learnt, self._trust = 0, 0.0
+
+    def learn(self, promised: Outlook, kept: Outlook) -> None:
+        """A step without a decision: what it promised, and what it brought and took."""
+        self._learnt += 1
+        rate = 1 / min(self._learnt, _SEEN_MEMORY)
+        self._promised, self._kept = self._promised.towards(promised, rate), self._kept.towards(kept, rate)
+        self._trust = float(self._learnt >= _SEEN)
+
+    @property
+    def bias(self) -> float:
+        """By what factor whole drafts bring more tokens a second than they promise; 1 while that is not known."""
+        return 1 + self._trust * (self._kept.rate / self._promised.rate - 1) if self._trust else 1.0
 
     def compare(
         self, drafters: tuple[int, ...], rows: int, plain: Outlook, decided: Outlook, whole: Outlook
@@ -69,9 +88,10 @@ class Delegation:
         self._plain, self._decided = self._plain.towards(plain, rate), self._decided.towards(decided, rate)
         self._whole = self._whole.towards(whole, rate)
         self._compared += 1
-        best = self._whole.rate > max(_MARGIN * self._decided.rate, self._plain.rate)
+        pays = self.bias * self._whole.rate > self._plain.rate
+        best = pays and self._whole.rate > _MARGIN * self._decided.rate
         if not best:
-            self._window = _FEWEST
+            self._window, self._trust = _FEWEST, _FADES * self._trust
         elif self._compared >= (_COMPARED if self._window == _FEWEST else _COMPARED_AGAIN):
             self._left, self._compared = self._window, 0
             self._window = min(2 * self._window, _MOST)

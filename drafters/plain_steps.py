@@ -4,7 +4,7 @@ from drafters.cost_model import CostModel
 
 _NEEDED = 4
 """steps without drafts, of about as many sequences, that a decision to draft rests on at least"""
-_EVERY, _SELDOM = 128, 256
+_EVERY, _SELDOM = 32, 256
 """drafted steps after which there are some more, at first, and in the end, each time after twice as many: what not
 drafting takes is not learnt from drafting"""
 _SETTLED = 3

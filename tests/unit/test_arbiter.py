@@ -722,3 +722,23 @@ def test_a_prompt_that_begins_alone_wakes_sleepers_that_cost_next_to_nothing():
 
     assert asked(1, 1) == (1, 0)
     assert asked(0, 1) == asked(1, 4) == (0, 0)
+
+
+@pytest.mark.parametrize(("beside", "drafts"), [(0.0, False), (0.1, True)])
+def test_what_the_engine_takes_beside_verification_counts(beside, drafts):
+    """A draft of which two tokens in five are right takes as long as 1.75 plain steps: a loss, unless all take long."""
+    clock = Clock()
+    drafter = ArbiterDrafter(
+        costs=CostModel.of(lambda rows, tokens: 0.01 if tokens == rows else 0.0175), clock=clock, drafters=[Often()]
+    )
+    drafter.begin([SequenceStart(1, np.array([5]), 0, 1.0, 0)])
+    drafted = []
+    for _ in range(300):
+        proposal = drafter.propose(DraftRequest([1], np.array([2]), np.ones(1, np.float32)))
+        draft = proposal.token_ids[0, : proposal.lengths[0]]
+        accepted = 0 if not len(draft) or draft[0] != 7 else 1 + int(len(draft) > 1 and draft[1] == 7)
+        seconds = 0.0175 if len(draft) else 0.01
+        clock.now += beside + seconds
+        drafter.observe(Verified([1], [np.full(accepted + 1, 7)], np.array([accepted]), seconds=seconds))
+        drafted.append(len(draft) > 0)
+    assert (sum(drafted[100:]) > 150) if drafts else (sum(drafted[100:]) < 50)

@@ -91,3 +91,20 @@ def test_a_drafter_that_never_drafts_longer_is_not_taken_to():
         return reach.tokens
 
     assert chosen(3) == 3 and chosen(5) == 5
+
+
+def test_whole_drafts_that_bring_less_than_they_promise_are_not_delegated_for_a_while():
+    delegation = Delegation()
+    compared(delegation, BAD, GOOD)
+    assert taken(delegation) == 8
+    for _ in range(7):
+        delegation.learn(GOOD, Outlook(3.0, 6.0))
+    assert delegation.bias == 1, "too few to tell"
+    delegation.learn(GOOD, Outlook(3.0, 6.0))
+    assert abs(delegation.bias - 1 / 6) < 1e-9
+    found = compared(delegation, BAD, GOOD, times=60)
+    assert not any(found[:8]) and all(found[-2:]), "promises are believed again some day"
+    delegation.learn(GOOD, Outlook(3.0, 6.0))
+    assert not any(compared(delegation, BAD, GOOD, times=2))
+    delegation.stop()
+    assert delegation.bias == 1

@@ -140,7 +140,7 @@ def test_steps_without_drafts_teach_once_the_caches_are_theirs():
             steps.keep(1, 5.0 if not steps.settled else 1.0)
     steps.teach()
     drafted = [len(piece) for piece in "".join("-d"[due] for due in made).split("ddd")]
-    assert drafted[:4] == [128, 256, 256, 256] and sum(drafted) + 3 * (len(drafted) - 1) == 2000
+    assert drafted[:5] == [32, 64, 128, 256, 256] and sum(drafted) + 3 * (len(drafted) - 1) == 2000
     assert costs.seconds(1, 1) == pytest.approx(1.0)
 
 
