@@ -102,6 +102,8 @@ class ArbiterDrafter(CompositeDrafter):
         self._beside = self._between = self._left_at = 0.0
         """seconds of a step in which neither it nor verification is at work; of this one before it proposed; and when
         it was last left"""
+        self._disturbed = True
+        """whether sequences came or went since the last step, which takes its time, but not in every step"""
         self._deciding = self._learning = 0.0
         """seconds of its own of a step in which it asks: of propose and of observe"""
         self._urgencies: tuple[tuple[int, ...], np.ndarray, int] = (), np.ones(0), 0
@@ -137,6 +139,7 @@ class ArbiterDrafter(CompositeDrafter):
             )
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
+        self._disturbed = True
         super().begin(sequences)
         self._progress.begin(sequences)
         known, self._group = self._group, sequences[-1].group
@@ -147,20 +150,24 @@ class ArbiterDrafter(CompositeDrafter):
                 standing.reconsider()
 
     def preempt(self, ids: Sequence[int]) -> None:
+        self._disturbed = True
         self._deliver()
         super().preempt(ids)
 
     def restore(self, sequences: Sequence[SequenceStart]) -> None:
+        self._disturbed = True
         super().restore(sequences)
         self._progress.begin(sequences)
 
     def weights_changed(self, version: int) -> None:
+        self._disturbed = True
         self._deliver()
         self._end_lull()
         self._delegation.stop()
         super().weights_changed(version)
 
     def end(self, ids: Sequence[int]) -> None:
+        self._disturbed = True
         self._deliver()
         super().end(ids)
         self._progress.end(ids)
@@ -175,10 +182,10 @@ class ArbiterDrafter(CompositeDrafter):
 
     def observe(self, verified: Verified) -> None:
         between = self._between + self._clock() - self._left_at - verified.seconds
-        if verified.seconds > 0 and self._steps > 1:
+        if verified.seconds > 0 and not self._disturbed:
             self._beside = _smoothed(self._beside, max(between, 0.0))
         self._observed(verified)
-        self._left_at = self._clock()
+        self._left_at, self._disturbed = self._clock(), False
 
     def _proposed(self, request: DraftRequest, began: float) -> Proposal:
         self._steps += 1
