@@ -27,6 +27,7 @@ from drafters.late import WAITS, Backlog, merged
 from drafters.plain_steps import PlainSteps
 from drafters.stack import Stack
 from drafters.standing import DEAR, SAMPLE, Standing, Standings
+from drafters.step_times import StepTimes
 from drafters.urgency import GroupProgress
 from pipeline.errors import UsageError
 
@@ -38,7 +39,6 @@ _LEARNT_EVERY = 8
 """steps without a decision of which one is learnt from: what it took, and what became of its drafts"""
 _FEW = 2
 """sequences of a step at most where a prompt that begins, perhaps of another kind, is a reason to ask sleepers again"""
-_RATE = 0.1
 _ONE = np.ones(1)
 """urgency of a sequence alone"""
 _READS = Needs.TARGET_LAYERS | Needs.HIDDEN_STATES
@@ -99,13 +99,7 @@ class ArbiterDrafter(CompositeDrafter):
         """of each drafter, with as many sequences as in the current step"""
         self._backlog = Backlog(count + 1)
         """read by every drafter, and last by the groups' progress"""
-        self._beside = self._between = self._left_at = 0.0
-        """seconds of a step in which neither it nor verification is at work; of this one before it proposed; and when
-        it was last left"""
-        self._disturbed = True
-        """whether sequences came or went since the last step, which takes its time, but not in every step"""
-        self._deciding = self._learning = 0.0
-        """seconds of its own of a step in which it asks: of propose and of observe"""
+        self._times = StepTimes(self._clock)
         self._urgencies: tuple[tuple[int, ...], np.ndarray, int] = (), np.ones(0), 0
         """of which sequences, what they are, since which step"""
         self._price, self._idle, self._steps = 0.1, 0, 0
@@ -139,7 +133,7 @@ class ArbiterDrafter(CompositeDrafter):
             )
 
     def begin(self, sequences: Sequence[SequenceStart]) -> None:
-        self._disturbed = True
+        self._times.disturb()
         super().begin(sequences)
         self._progress.begin(sequences)
         known, self._group = self._group, sequences[-1].group
@@ -150,24 +144,24 @@ class ArbiterDrafter(CompositeDrafter):
                 standing.reconsider()
 
     def preempt(self, ids: Sequence[int]) -> None:
-        self._disturbed = True
+        self._times.disturb()
         self._deliver()
         super().preempt(ids)
 
     def restore(self, sequences: Sequence[SequenceStart]) -> None:
-        self._disturbed = True
+        self._times.disturb()
         super().restore(sequences)
         self._progress.begin(sequences)
 
     def weights_changed(self, version: int) -> None:
-        self._disturbed = True
+        self._times.disturb()
         self._deliver()
         self._end_lull()
         self._delegation.stop()
         super().weights_changed(version)
 
     def end(self, ids: Sequence[int]) -> None:
-        self._disturbed = True
+        self._times.disturb()
         self._deliver()
         super().end(ids)
         self._progress.end(ids)
@@ -175,17 +169,14 @@ class ArbiterDrafter(CompositeDrafter):
     # ---- a step --------------------------------------------------------------------------------------------------
 
     def propose(self, request: DraftRequest) -> Proposal:
-        began = self._clock()
-        proposal = self._proposed(request, began)
-        self._between, self._left_at = began - self._left_at, self._clock()
+        proposal = self._proposed(request, self._times.proposing())
+        self._times.left()
         return proposal
 
     def observe(self, verified: Verified) -> None:
-        between = self._between + self._clock() - self._left_at - verified.seconds
-        if verified.seconds > 0 and not self._disturbed:
-            self._beside = _smoothed(self._beside, max(between, 0.0))
+        self._times.observing(verified.seconds)
         self._observed(verified)
-        self._left_at, self._disturbed = self._clock(), False
+        self._times.done()
 
     def _proposed(self, request: DraftRequest, began: float) -> Proposal:
         self._steps += 1
@@ -203,9 +194,7 @@ class ArbiterDrafter(CompositeDrafter):
             self._lull.begin((), rows, min(standing.asleep for standing in self._standings))
             return self._undecided(request)
         for index in asked:
-            self._standings[index].consider(
-                self._counts[index], rows, self.costs.seconds, self._learning + self._beside
-            )
+            self._standings[index].consider(self._counts[index], rows, self.costs.seconds, self._times.undecided)
         self._plain_steps.teach()
         self._not_asked += rows * (len(self._standings) - len(asked))
         others = [standing.asleep for i, standing in enumerate(self._standings) if i not in asked]
@@ -220,7 +209,7 @@ class ArbiterDrafter(CompositeDrafter):
         proposals, asking = self._ask_in_turn(asked, drafters, request)
         proposal = self._decided(request, proposals, awake, asked, drafters)
         self._idle = 0 if self._step and self._step.drafted and not self._trial else self._idle + 1
-        self._deciding = _smoothed(self._deciding, self._clock() - began - asking)
+        self._times.has_decided(self._clock() - began - asking)
         return proposal
 
     def _end_lull(self) -> None:
@@ -244,10 +233,11 @@ class ArbiterDrafter(CompositeDrafter):
         for index in self._lull.delegates:
             if self._drafting is not None:
                 at_hand = self._promised(self._drafting, proposal)
-                if not self._standings[index].may_add(at_hand, self.costs.seconds(rows, rows) + self._beside):
+                if not self._standings[index].may_add(at_hand, self.costs.seconds(rows, rows) + self._times.beside):
                     break
             further, step = self._whole(index, request, learns)
             if further.token_ids.shape[1]:
+                self._promise = self._expected(index, further) if learns else 0.0
                 unused = self._step if self._step and self._step.drawn is None else None
                 proposal, self._drafting, self._step, self._unused_step = further, index, step, unused
         return proposal if self._drafting is None else self._named(self._drafting, proposal)
@@ -265,10 +255,13 @@ class ArbiterDrafter(CompositeDrafter):
         if proposal.probabilities is not None:
             drawn = drawn_rows(proposal)[None]
             granted = standing.usual(request.budgets)
-        settled = standing.reads and standing.reach.settled
-        self._promise = rows * standing.reach.accepted if settled else float(self._promised(index, proposal).sum())
         stack, drafters, choice = Stack.of_one(proposal), slice(index, index + 1), np.zeros(rows, np.int64)
         return proposal, Step(request.ids, drafters, drawn, stack, choice, granted, int(proposal.lengths.sum()))
+
+    def _expected(self, index: int, proposal: Proposal) -> float:
+        """Accepted tokens of a draft: usual ones of a drafter that reads."""
+        reach = self._standings[index].reach
+        return len(proposal.lengths) * reach.accepted if reach.settled else float(self._promised(index, proposal).sum())
 
     def _promised(self, index: int, proposal: Proposal) -> np.ndarray:
         """Accepted tokens, float64 [B], that a draft promises; none if it was drawn: that must not be looked at."""
@@ -296,7 +289,7 @@ class ArbiterDrafter(CompositeDrafter):
         self._sampled.clear()
         for index in self._in_turn(asked):
             standing = self._standings[index]
-            if at_hand.any() and not standing.may_add(at_hand, self.costs.seconds(rows, rows) + self._beside):
+            if at_hand.any() and not standing.may_add(at_hand, self.costs.seconds(rows, rows) + self._times.beside):
                 asked.remove(index)
                 self._spared += rows
                 continue
@@ -357,11 +350,11 @@ class ArbiterDrafter(CompositeDrafter):
         by_turns: dict[int, Outlook] = {}
         if self._may_delegate(awake, rows):
             asking = sum(self._standings[index].seconds for index in asked)
-            undrafted = Outlook(float(urgency.sum()), plain + self._beside)
+            undrafted = Outlook(float(urgency.sum()), plain + self._times.beside)
             wholes = self._wholes(awake, drafters, stack) if len(awake) > 1 else {}
             if wholes:
                 whole = wholes[self._in_turn(asked)[-1]]
-            whole = whole.longer(self._learning + self._beside)
+            whole = whole.longer(self._times.undecided)
             if self._delegation.compare(awake, rows, undrafted, decided.longer(asking), whole.longer(asking)):
                 decided, by_turns = whole, wholes
             if len(awake) == 1:
@@ -409,11 +402,11 @@ class ArbiterDrafter(CompositeDrafter):
 
     def _judge_turns(self, asked: list[int], wholes: dict[int, Outlook], found: Outlook, plain: float) -> None:
         """What taking turns brought each of two drafters, against the other one's whole drafts alone."""
-        deciding = self._deciding + self._learning
+        deciding = self._times.deciding + self._times.learning
         asking = sum(self._standings[index].seconds for index in asked)
         for index, other in zip(wholes, reversed(wholes), strict=True):
             if index in asked:
-                beside = self._standings[other].seconds + self._learning + self._beside
+                beside = self._standings[other].seconds + self._times.undecided
                 otherwise = wholes[other].longer(beside)
                 self._standings[index].judged(found.longer(asking), otherwise, plain, 1, deciding, len(self._standings))
 
@@ -443,7 +436,7 @@ class ArbiterDrafter(CompositeDrafter):
                 usual = self.costs.seconds(rows, rows + drafted)
                 beyond = self._standings[self._drafting].was_verified(drafted / rows, verified.seconds, usual)
                 self.costs.observe(rows, rows + drafted, verified.seconds - beyond)
-                asking = sum(self._standings[i].seconds for i in self._lull.delegates) + self._learning + self._beside
+                asking = sum(self._standings[i].seconds for i in self._lull.delegates) + self._times.undecided
                 kept = Outlook(sum(map(len, verified.emitted)), min(verified.seconds, 2 * usual) + asking)
                 self._delegation.learn(Outlook(rows + self._promise, usual + asking), kept)
             self._tell_delegates(verified)
@@ -455,7 +448,7 @@ class ArbiterDrafter(CompositeDrafter):
             self.costs.observe(rows, rows + drafted, verified.seconds)
         telling = self._tell_awake(verified)
         self._learn(verified)
-        self._learning = _smoothed(self._learning, self._clock() - entered - telling)
+        self._times.has_learnt(self._clock() - entered - telling)
 
     def _learn(self, verified: Verified) -> None:
         """What became of the drafts."""
@@ -501,7 +494,7 @@ class ArbiterDrafter(CompositeDrafter):
         drafts promise where nothing is decided; seconds are without those of asking."""
         choice, lengths, count, self._price, tokens, seconds, plain, all_tokens, longest = allocate(
             self._chances[drafters], matches, confidences, drafts, request.budgets, urgency, self.costs.table,
-            self.costs.scale[0], self._deciding + self._learning + self._beside, self._price, self._trial, reasons,
+            self.costs.scale[0], self._times.decided, self._price, self._trial, reasons,
         )  # fmt: skip
         return choice, lengths, count, Outlook(tokens, seconds), plain, Outlook(all_tokens, longest)
 
@@ -511,7 +504,7 @@ class ArbiterDrafter(CompositeDrafter):
     ) -> None:  # fmt: skip
         """What asking a drafter brought, its time included, against deciding without it, or where nobody else is asked
         against deciding nothing: of dear ones, and those that have slept, in every step, of the others by turns."""
-        price, deciding, alone = self._price, self._deciding + self._learning, len(asked) == 1
+        price, deciding, alone = self._price, self._times.deciding + self._times.learning, len(asked) == 1
         for index in asked:
             standing = self._standings[index]
             dear = standing.part_of(plain) > DEAR
@@ -524,7 +517,7 @@ class ArbiterDrafter(CompositeDrafter):
                     _, _, _, found, _, _ = self._allocated(
                         drafters, matches, confidences, all_drafts, request, urgency, self._unused
                     )
-                otherwise = Outlook(float(urgency.sum()), plain + self._beside)
+                otherwise = Outlook(float(urgency.sum()), plain + self._times.beside)
                 if len(asked) > 1:
                     without = drafts.copy()
                     without[index - drafters.start] = 0
@@ -574,11 +567,6 @@ def _limited(request: DraftRequest, standing: Standing) -> DraftRequest:
     if not standing.reads or request.budgets.max(initial=0) <= standing.limit:
         return request
     return msgspec.structs.replace(request, budgets=np.minimum(request.budgets, standing.limit))
-
-
-def _smoothed(seconds: float, spent: float) -> float:
-    """A pause of the machine is no cost."""
-    return seconds + _RATE * (min(spent, 2 * seconds + 1e-4) - seconds)
 
 
 @functools.cache

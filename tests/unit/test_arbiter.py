@@ -576,9 +576,7 @@ def test_choosing_among_drawn_drafts_leaves_the_distribution_as_it_is(monkeypatc
 
     def make():
         options = ArbiterDrafter.Options(drafters=pieces)
-        drafter = ArbiterDrafter(options, CostModel.of(lambda rows, tokens: rows + 0.01 * tokens))
-        drafter._clock = lambda: 0.0
-        return drafter
+        return ArbiterDrafter(options, CostModel.of(lambda rows, tokens: rows + 0.01 * tokens), clock=lambda: 0.0)
 
     check_distribution(make, 2000)
     monkeypatch.setattr(arbiter_module, "blind", lambda *arguments: None)
