@@ -6,7 +6,7 @@ For each seed a head is made and warmed up by cross-entropy; then each loss goes
 batches in the same order, at the learning rates of train-drafter. Figures are of texts held out: expected accepted
 tokens over drafted ones by teacher forcing, what the generator counts with the head as its drafter at temperature 1,
 and how the chance of acceptance at depth 1 goes with the target's entropy (slope by least squares, a nat; entropy.png
-where matplotlib is installed).
+where matplotlib is installed). The same command goes on after the last seed that was finished.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import plots
 from benchmarks.options import Parser, at_least
-from benchmarks.results import spread, write_results
+from benchmarks.results import earlier_rows, spread, write_results
 from drafters.mtp.data import Rollout, TrainingTexts, read_rollouts
 from drafters.mtp.drafter import MTPDrafter
 from drafters.mtp.losses import LOSSES
@@ -36,6 +36,7 @@ from pipeline.models.checkpoint import load_decoder
 from pipeline.models.decoder import Decoder
 from pipeline.models.tokenizer import Tokenizer
 
+_WHAT = "drafter-training"
 _BINS = 12
 """stretches of entropy with equally many positions"""
 
@@ -53,23 +54,19 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"{len(rollouts)} texts are not more than --held-out {options.held_out}; give more texts")
     kept, rest = rollouts[: options.held_out], rollouts[options.held_out :]
     options.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    settings = {key: str(value) for key, value in vars(options).items() if key not in ("out", "seeds", "threads")}
+    rows = earlier_rows(options.out, _WHAT, settings)
+    known = {row["seed"] for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         texts, held_out = (TrainingTexts(decoder, part, Path(folder)) for part in (rest, kept))
-        for seed in range(options.seeds):
+        for seed in sorted(set(range(options.seeds)) - known):
             rows += _seed(decoder, texts, held_out, kept, options, seed)
+            # After every seed: what half an hour has brought is not lost with a machine.
+            write_results(options.out, _WHAT, rows, model=str(options.model), settings=settings)
     summary = {loss: _paired(rows, loss, options.losses[0]) for loss in options.losses[1:]}
     for loss, figures in summary.items():
         print(f"{loss} over {options.losses[0]}, points: {figures}")
-    settings = {
-        key: getattr(options, key)
-        for key in (
-            "warm_steps", "steps", "optimizer", "matrix_learning_rate", "learning_rate", "batch_tokens", "depths"
-        )
-    }  # fmt: skip
-    path = write_results(
-        options.out, "drafter-training", rows, model=str(options.model), settings=settings, paired=summary
-    )
+    path = write_results(options.out, _WHAT, rows, model=str(options.model), settings=settings, paired=summary)
     _plot(rows, options.out / "entropy.png")
     print(f"{path}")
     return 0

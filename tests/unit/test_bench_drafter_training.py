@@ -39,3 +39,11 @@ def test_losses_start_from_the_same_head_and_are_compared_seed_by_seed(tmp_path,
     assert abs(spread["min"] - min(difference)) < 1e-9 and abs(spread["max"] - max(difference)) < 1e-9
     assert all(r["generated"]["drafted"] > 0 for r in found["rows"])
     assert len(set(shares.values())) == 3
+    again = ["--model", model, "--texts", texts, "--out", out, "--learning-rate", "0.01", *options]
+    again[again.index("--seeds") + 1] = "2"
+    capsys.readouterr()
+    assert main(again) == 0
+    printed = capsys.readouterr().out
+    assert "seed 1" in printed and "seed 0" not in printed, "what is there is not done again"
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert rows[:3] == found["rows"] and [r["seed"] for r in rows] == [0, 0, 0, 1, 1, 1]
