@@ -234,7 +234,7 @@ def _predicted(
     taken = _verifications(decoder, batch, {1, *(1 + round(n) for n in drafted.values())}, options)
     in_all, prompts = (median(name, lambda run: run.seconds) for name in (_PLAIN, _PROMPTS))
     plain_steps = (runs[_PLAIN][0].stats.verifications - runs[_PROMPTS][0].stats.verifications) / batch
-    beside = max((in_all - prompts) / plain_steps - taken[1], 0.0)
+    beside = max((in_all - prompts) / max(plain_steps, 1) - taken[1], 0.0)
     rows: list[Row] = []
     for name, n in drafted.items():
         drafting = median(name, lambda run: run.stats.drafter_seconds)

@@ -402,7 +402,7 @@ class ArbiterDrafter(CompositeDrafter):
 
     def _judge_turns(self, asked: list[int], wholes: dict[int, Outlook], found: Outlook, plain: float) -> None:
         """What taking turns brought each of two drafters, against the other one's whole drafts alone."""
-        deciding = self._times.deciding + self._times.learning
+        deciding = self._times.own
         asking = sum(self._standings[index].seconds for index in asked)
         for index, other in zip(wholes, reversed(wholes), strict=True):
             if index in asked:
@@ -504,7 +504,7 @@ class ArbiterDrafter(CompositeDrafter):
     ) -> None:  # fmt: skip
         """What asking a drafter brought, its time included, against deciding without it, or where nobody else is asked
         against deciding nothing: of dear ones, and those that have slept, in every step, of the others by turns."""
-        price, deciding, alone = self._price, self._times.deciding + self._times.learning, len(asked) == 1
+        price, deciding, alone = self._price, self._times.own, len(asked) == 1
         for index in asked:
             standing = self._standings[index]
             dear = standing.part_of(plain) > DEAR

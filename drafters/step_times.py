@@ -24,13 +24,18 @@ class StepTimes:
         self._disturbed = True
 
     @property
+    def own(self) -> float:
+        """An arbiter's, of a step in which it decides."""
+        return self.deciding + self.learning
+
+    @property
     def decided(self) -> float:
-        """Of a step in which is decided."""
-        return self.deciding + self.undecided
+        """Of a step in which it decides."""
+        return self.own + self.beside
 
     @property
     def undecided(self) -> float:
-        """Of one in which is not."""
+        """Of one in which it does not."""
         return self.learning + self.beside
 
     def disturb(self) -> None:

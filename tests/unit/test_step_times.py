@@ -46,4 +46,6 @@ def test_own_times_add_up():
     for _ in range(5000):
         times.has_decided(0.03)
         times.has_learnt(0.01)
-    assert times.decided == pytest.approx(0.04, rel=0.01) and times.undecided == pytest.approx(0.01, rel=0.01)
+    assert times.own == times.decided == pytest.approx(0.04, rel=0.01) and times.undecided == pytest.approx(
+        0.01, rel=0.01
+    )
